@@ -1,0 +1,53 @@
+"""`python -m labutils train`: train LabLM or LabLM-small, resuming where a killed run stopped."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+HELP = "train LabLM or LabLM-small from the corpus, resuming where a killed run stopped"
+NEEDS_ENVIRONMENT = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("model", choices=("lablm", "lablm-small"))
+    parser.add_argument("--steps", type=int, required=True, help="optimizer steps of 8192 tokens")
+    parser.add_argument("--state", type=Path, help="folder of the resumable state (default: training-state/MODEL)")
+    parser.add_argument("--out", type=Path, help="folder of the finished checkpoint (default: STATE/checkpoint)")
+    parser.add_argument("--tokenizer-from", type=Path, help="take this model's tokenizer instead of training one")
+    parser.add_argument("--micro-batch", type=int, default=2048, help="tokens in one forward pass")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between saves and validations")
+    parser.add_argument("--no-packages", action="store_true", help="train without the installed packages' source")
+    parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains and writes the checkpoint. Under torchrun, its processes share every step's batch."""
+    import torch.distributed as dist
+
+    from labutils.models import training
+    from labutils.models.checkpoint import save_checkpoint
+
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    state = args.state or Path("training-state") / args.model
+    plan = training.TrainingPlan(model=args.model, steps=args.steps)
+    current = training.Run(plan, state_dir=state, packages=not args.no_packages, tokenizer_from=args.tokenizer_from)
+    training.train(
+        current,
+        micro_batch=args.micro_batch,
+        compile_model=not args.no_compile,
+        save_every=args.save_every,
+        log=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    if training.rank() == 0:
+        out = args.out or state / "checkpoint"
+        save_checkpoint(current.model, current.tokenizer, out)
+        lines = (json.dumps(record) for record in current.curve)
+        (out / "training_curve.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"wrote {out}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0

@@ -1,0 +1,168 @@
+"""From one source two notebooks: the learner's copy, blank, and the solution, executed."""
+
+import copy
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from labutils.course.badge import badge, repository
+from labutils.course.execute import ExecutionError, execute
+from labutils.course.exercises import ExerciseError, blank, marker
+from labutils.course.setup_cell import is_setup, setup_source
+from labutils.course.source import Chapter, examine, read_chapter, sources
+
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build found and did."""
+
+    changed: list[Path]
+    executed: list[str]
+    errors: list[str]
+    warnings: list[str]
+
+
+def learner_notebook(chapter: Chapter, slug: str):
+    """The learner's copy: exercises blank, no outputs, exercise and check cells may raise."""
+    cells = copy.deepcopy(chapter.cells)
+    for exercise in chapter.exercises:
+        cells[exercise.cell].source = blank(cells[exercise.cell].source, exercise)
+        for index, tag in ((exercise.cell, "exercise"), (exercise.check, "check")):
+            cells[index].metadata["tags"] = [tag, "raises-exception"]  # so that "run all" goes on
+    return _notebook(cells, chapter.stem, slug, f"notebooks/{chapter.stem}.ipynb")
+
+
+def solution_notebook(chapter: Chapter, slug: str):
+    """The solution, not yet executed."""
+    return _notebook(copy.deepcopy(chapter.cells), chapter.stem, slug, f"notebooks/solutions/{chapter.stem}.ipynb")
+
+
+def _notebook(cells: list, stem: str, slug: str, path: str):
+    """A notebook of nbformat 4.5 with the badge, the set-up cell and ids that follow the content."""
+    from nbformat import v4
+
+    cells[0].source = _with_badge(cells[0].source, badge(slug, path))
+    first_code = next((i for i, cell in enumerate(cells) if cell.cell_type == "code"), len(cells))
+    cells.insert(first_code, v4.new_code_cell(setup_source(stem, slug)))
+    seen: Counter = Counter()
+    for cell in cells:
+        cell["id"] = _cell_id(cell, seen)
+        cell.metadata.pop("lines_to_next_cell", None)  # jupytext's own, of no use to a learner
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    notebook = v4.new_notebook(cells=cells, metadata=copy.deepcopy(METADATA))
+    notebook.metadata["labutils"] = {"chapter": stem}
+    return notebook
+
+
+def _with_badge(title: str, line: str) -> str:
+    head, _, rest = title.partition("\n")
+    return f"{head}\n\n{line}\n{rest}" if rest else f"{head}\n\n{line}"
+
+
+def _cell_id(cell, seen: Counter) -> str:
+    """An id that stays when other cells come and go."""
+    mark = marker(cell)
+    if is_setup(cell):
+        return "setup"
+    if mark:
+        return f"{mark[0].lower()}-{mark[1]}"[:64]
+    digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:8]
+    seen[digest] += 1
+    return digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+
+
+def text_of(notebook) -> str:
+    """A notebook as its file's text, the same on every machine."""
+    import nbformat
+
+    return nbformat.writes(notebook, version=nbformat.NO_CONVERT) + "\n"
+
+
+def with_kept_outputs(fresh, stored) -> bool:
+    """Give ``fresh`` the outputs of ``stored`` if their code is the same; tell whether it was."""
+    ours = [cell for cell in fresh.cells if cell.cell_type == "code"]
+    theirs = [cell for cell in stored.cells if cell.cell_type == "code"]
+    if [_code(cell) for cell in ours] != [_code(cell) for cell in theirs]:
+        return False
+    if any(cell.execution_count is None for cell in theirs):
+        return False
+    for cell, old in zip(ours, theirs, strict=True):
+        cell.outputs, cell.execution_count = old.outputs, old.execution_count
+    return True
+
+
+def _code(cell) -> str:
+    return "# SETUP" if is_setup(cell) else cell.source  # the set-up cell follows the repository's name
+
+
+def read_notebook(path: Path):
+    """A notebook from its file, or None where there is none that can be read."""
+    import nbformat
+
+    try:
+        return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def build(root: Path, *, only: str = "", execution: str = "auto", write: bool = True, say=None) -> Built:
+    """Regenerate notebooks from their sources.
+
+    Args:
+        root: The course's folder.
+        only: A part of the names of the chapters to build; all by default.
+        execution: "auto" runs the solutions whose code has changed, "always" all, "never" none:
+            then a solution whose code has changed is an error.
+        write: Without it, only find out which files would change.
+        say: Called with a sentence before each long step.
+
+    Returns:
+        The files that changed (or would), the chapters executed, errors and warnings.
+    """
+    built, slug = Built([], [], [], []), repository(root)
+    for path in sources(root):
+        if only in path.stem:
+            try:
+                _build_chapter(root, path, execution, write, built, slug, say or (lambda _: None))
+            except (ExerciseError, ExecutionError) as error:
+                built.errors.append(str(error))
+    return built
+
+
+def _build_chapter(root, path, execution, write, built: Built, slug: str, say) -> None:
+    chapter = read_chapter(path)
+    findings = examine(chapter)
+    built.errors.extend(findings.errors)
+    built.warnings.extend(findings.warnings)
+    if findings.errors:
+        return
+    _put(root / "notebooks" / f"{chapter.stem}.ipynb", learner_notebook(chapter, slug), write, built)
+    target = root / "notebooks" / "solutions" / f"{chapter.stem}.ipynb"
+    solution, stored = solution_notebook(chapter, slug), read_notebook(target)
+    kept = stored is not None and execution != "always" and with_kept_outputs(solution, stored)
+    if not kept:
+        if execution == "never":
+            built.errors.append(f"{target.name}: not that of its source: run `python -m labutils build`")
+            return
+        if write:
+            say(f"executing {chapter.stem}")
+            solution = execute(solution, root)
+        built.executed.append(chapter.stem)
+    _put(target, solution, write, built, unsure=not kept and not write)
+
+
+def _put(path: Path, notebook, write: bool, built: Built, unsure: bool = False) -> None:
+    text = text_of(notebook)
+    if not unsure and path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    built.changed.append(path)
+    if write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,273 @@
+"""Check a learner's notebook: its answers, moved by name into a copy of the reference, under nbval.
+
+A notebook is never compared with its own outputs: those are overwritten when a learner runs and saves.
+The learner's EXERCISE cells go into a temporary copy of the solution (of the pristine copy in a
+hand-out kit), where the CHECK cells and the lines that they must print are the course's own.
+"""
+
+import argparse
+import copy
+import json
+import os
+import re
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from labutils.course import verdicts
+from labutils.course.contained import Limits, run_contained
+from labutils.course.exercises import Exercise, transplant
+from labutils.course.guard import process_limit
+from labutils.course.hand_in import Reference, UnusableError, find_reference, read_hand_in
+from labutils.course.verdicts import Verdict
+
+CELL_TIMEOUT_S = 120.0
+LIMITS = Limits()
+STARTUP = "from labutils.course import guard\nguard.install(get_ipython())\n"
+# nbval reads the sanitizer file in the locale's encoding: keep it ASCII
+SANITIZER = "[carriage returns]\nregex: \\r\nreplace: \n"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in one notebook."""
+
+    chapter: str
+    verdicts: list[Verdict]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether every exercise is right."""
+        return all(verdict.verdict == verdicts.RIGHT for verdict in self.verdicts)
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return {"chapter": self.chapter, "verdicts": [v.as_dict() for v in self.verdicts], "notes": self.notes}
+
+
+def check_notebook(
+    path: Path, root: Path, *, timeout_s: float = CELL_TIMEOUT_S, limits: Limits | None = None
+) -> Report:
+    """Give a verdict on each exercise of a learner's notebook, which is only read.
+
+    Args:
+        path: The learner's notebook.
+        root: The course's folder, or that of a hand-out kit.
+        timeout_s: How long one cell may run.
+        limits: What a whole run may use.
+
+    Raises:
+        UnusableError: When the file is not a notebook of this course.
+    """
+    learner = read_hand_in(path)
+    reference = find_reference(root, learner, path.name)
+    return _Checking(reference, learner, root, timeout_s, limits).report()
+
+
+class _Checking:
+    """One check: runs the notebook, and again without each answer that hung or killed it."""
+
+    def __init__(self, reference: Reference, learner: list, root: Path, timeout_s: float, limits: Limits):
+        self.reference, self.learner, self.root = reference, learner, root
+        self.timeout_s, self.limits = timeout_s, limits
+        self.exercises = reference.exercises
+        self.found: dict[str, Verdict] = {}
+        self.notes: list[str] = []
+
+    def report(self) -> Report:
+        first = transplant(self.reference.cells, self.learner)
+        titles = {exercise.name: exercise.title for exercise in self.exercises}
+        self.found |= {name: verdicts.missing(titles[name]) for name in first.missing}
+        self.found |= {name: verdicts.doubled(titles[name]) for name in first.doubled}
+        replaced = frozenset(self.found)
+        while len(self.found) < len(self.exercises):
+            culprit = self._round(replaced)
+            if culprit is None:
+                break
+            replaced |= {culprit}
+        for exercise in self.exercises:
+            unknown = Verdict(exercise.title, verdicts.NOT_RUN, "the lesson before it did not run: see the notes")
+            verdict = self.found.setdefault(exercise.name, unknown)
+            if exercise.name in first.changed_checks:
+                self.found[exercise.name] = replace(verdict, note=verdicts.CHEATED)
+        return Report(self.reference.stem, [self.found[e.name] for e in self.exercises], self.notes)
+
+    def _round(self, replaced: frozenset[str]) -> str | None:
+        """Run once; record what is new; name the exercise that ended the run early, if one did."""
+        cells = transplant(self.reference.cells, self.learner, keep=replaced).cells
+        records, running, reason = run_cells(prepared(cells, self.exercises), self.root, self.timeout_s, self.limits)
+        code = [index for index, cell in enumerate(cells) if cell["cell_type"] == "code"]
+        by_cell = {code[number]: record for number, record in records.items()}
+        for exercise in self.exercises:
+            self._judge(exercise, by_cell)
+        self._note_lessons(by_cell)
+        ended = next((n for n, r in records.items() if r["fatal"]), running if reason else None)
+        if ended is None:
+            return None
+        kind = reason or records[ended]["fatal"]
+        return self._blame(code[ended], kind, replaced)
+
+    def _judge(self, exercise: Exercise, by_cell: dict) -> None:
+        answer, check = by_cell.get(exercise.cell), by_cell.get(exercise.check)
+        if exercise.name in self.found or answer is None or answer["fatal"]:
+            return
+        if check is None and answer["passed"]:
+            return
+        if check is None or not check["fatal"]:
+            self.found[exercise.name] = verdicts.judge(exercise.title, answer, check or {})
+
+    def _note_lessons(self, by_cell: dict) -> None:
+        """Say which cells of the lesson failed: a check after them may fail for no fault of its own."""
+        marked = {cell for exercise in self.exercises for cell in (exercise.cell, exercise.check)}
+        for index, record in by_cell.items():
+            if index not in marked and not record["passed"] and not record["fatal"]:
+                words = verdicts.tidy(f"{record['ename']}: {record['evalue'] or record['message']}", 200)
+                note = f"cell {index + 1}, part of the lesson, failed ({words})"
+                if note not in self.notes:
+                    self.notes.append(note)
+
+    def _blame(self, cell: int, kind: str, replaced: frozenset[str]) -> str | None:
+        """The last of the learner's exercises up to a cell that hung or died."""
+        before = [e for e in self.exercises if e.cell <= cell and e.name not in replaced]
+        if not before:
+            self.notes.append(f"cell {cell + 1}, part of the lesson, did not come to its end ({kind})")
+            return None
+        exercise, limit = before[-1], f"{self.timeout_s:g} s"
+        if (
+            cell in (exercise.cell, exercise.check)
+            or self.found.get(exercise.name, None) is None
+            or self.found[exercise.name].verdict == verdicts.RIGHT
+        ):
+            self.found[exercise.name] = verdicts.fatal(exercise.title, kind, limit)
+        return exercise.name
+
+
+def prepared(cells: list, exercises: list[Exercise]) -> dict:
+    """The temporary notebook: no outputs but the lines that the checks must print, no tags on exercises."""
+    from nbformat import v4
+
+    result = []
+    lines = {exercise.check: f"✓ {exercise.title}\n" for exercise in exercises}
+    marked = {exercise.cell for exercise in exercises} | lines.keys()
+    for index, cell in enumerate(copy.deepcopy(cells)):
+        if cell["cell_type"] != "code":
+            result.append(v4.new_markdown_cell(cell["source"]))
+            continue
+        source = re.sub(r"(?m)^(\s*#+\s*)(NBVAL_|PYTEST_VALIDATE)", r"\1 no \2", cell["source"])
+        fresh = v4.new_code_cell(source if index in marked else cell["source"])
+        if index in lines:  # nbval compares only where this marker stands and the reference was run
+            fresh.source += "\n# NBVAL_CHECK_OUTPUT"
+            fresh.outputs, fresh.execution_count = [v4.new_output("stream", name="stdout", text=lines[index])], 1
+        result.append(fresh)
+    return v4.new_notebook(cells=result)
+
+
+def run_cells(notebook, root: Path, timeout_s: float, limits: Limits) -> tuple[dict[int, dict], int | None, str]:
+    """Run a notebook under nbval.
+
+    Returns:
+        The records by number of code cell, the cell left running, and the limit that ended it.
+    """
+    import nbformat
+
+    with tempfile.TemporaryDirectory(prefix="labutils-check-", ignore_cleanup_errors=True) as name:
+        folder = Path(name).resolve()
+        (folder / "notebook.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
+        (folder / "sanitize.cfg").write_text(SANITIZER, encoding="ascii")
+        (folder / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+        startup = folder / "ipython" / "profile_default" / "startup"
+        startup.mkdir(parents=True)
+        (startup / "00-guard.py").write_text(STARTUP, encoding="utf-8")
+        (folder / "tmp").mkdir()
+        ended = run_contained(_command(timeout_s), folder=folder, env=_environment(root, folder), limits=limits)
+        records, running = _read_records(folder / "report.jsonl")
+        if not records and running is None:
+            said = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+            raise RuntimeError(f"pytest could not run the notebook (status {ended.status}): {said[-2000:]}")
+    return records, running, ended.reason
+
+
+def _command(timeout_s: float) -> list[str]:
+    plugins = ["-p", "nbval.plugin", "-p", "labutils.course.nbval_report", "-p", "no:cacheprovider"]
+    options = [
+        "--nbval-lax",
+        "--nbval-current-env",
+        "--nbval-kernel-startup-timeout=300",
+        f"--nbval-cell-timeout={timeout_s:g}",
+    ]
+    quiet = ["-q", "--color=no", "--tb=no", "-c", "pytest.ini", "--nbval-sanitize-with", "sanitize.cfg"]
+    return [sys.executable, "-m", "pytest", *plugins, *options, *quiet, "notebook.ipynb"]
+
+
+def _environment(root: Path, folder: Path) -> dict[str, str]:
+    """The run's environment: nothing of the user's pytest, IPython or course settings reaches it."""
+    dropped = ("PYTEST_", "IPYTHON", "JUPYTER_", "COV_", "COVERAGE_", "LABUTILS_HOME")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
+    return kept | {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), kept.get("PYTHONPATH", "")])),
+        "PYTHONUTF8": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "LABUTILS_REPORT": str(folder / "report.jsonl"),
+        "LABUTILS_HOME": str(folder / "learner"),
+        "LABUTILS_MAX_PROCESSES": process_limit(),
+        "IPYTHONDIR": str(folder / "ipython"),
+        "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+        "TMPDIR": str(folder / "tmp"),
+        "TEMP": str(folder / "tmp"),
+        "TMP": str(folder / "tmp"),
+    }
+
+
+def _read_records(path: Path) -> tuple[dict[int, dict], int | None]:
+    """The cells that ended, and the one that had begun and not ended."""
+    records, running = {}, None
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["event"] == "start":
+            running = record["cell"]
+        else:
+            records[record["cell"]] = record
+            running = None
+    return records, running
+
+
+def as_text(report: Report, name: str) -> str:
+    """A report for the learner to read."""
+    right = sum(1 for verdict in report.verdicts if verdict.verdict == verdicts.RIGHT)
+    lines = [f"{name} ({report.chapter}): {right} of {len(report.verdicts)} exercises right"]
+    for verdict in report.verdicts:
+        mark = "✓" if verdict.verdict == verdicts.RIGHT else "✗"
+        lines.append(f"  {mark} {verdict.exercise}: {verdict.verdict}")
+        if verdict.hint:
+            lines.append(f"      hint: {verdict.hint}")
+        lines += [f"      {line.strip()}" for line in verdict.details.splitlines()[1:] if "hint   " not in line]
+        if verdict.note:
+            lines.append(f"      note: {verdict.note}")
+    return "\n".join([*lines, *(f"  note: {note}" for note in report.notes)])
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m labutils.course.check NOTEBOOK ROOT TIMEOUT LIMITS OUT``: what `grade` starts, once per hand-in."""
+    parser = argparse.ArgumentParser()
+    for name in ("notebook", "root", "timeout", "limits", "out"):
+        parser.add_argument(name)
+    args = parser.parse_args(arguments)
+    try:
+        limits = Limits(**json.loads(args.limits))
+        report = check_notebook(Path(args.notebook), Path(args.root), timeout_s=float(args.timeout), limits=limits)
+        result = report.as_dict()
+    except UnusableError as error:
+        result = {"unusable": str(error)}
+    Path(args.out).write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

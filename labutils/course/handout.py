@@ -1,0 +1,60 @@
+"""The kit that a teacher gives a class: the learner's notebooks and what they need, without solutions."""
+
+import shutil
+from pathlib import Path
+
+from labutils.course.badge import repository
+from labutils.course.build import learner_notebook, text_of
+from labutils.course.source import examine, read_chapter, sources
+
+FOLDERS = ("labutils", "data")
+FILES = ("pyproject.toml", "constraints.txt", "environment.yml", "README.md", "LICENSE", "CITATION.cff")
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", ".ipynb_checkpoints", "*.egg-info")
+
+
+def handout(root: Path, target: Path, *, only: str = "") -> list[Path]:
+    """Write the kit into a new folder.
+
+    The notebooks are made from their sources, so nothing of the teacher's own copies goes along.
+    ``notebooks/pristine`` holds each once more: `check` moves the answers into it.
+
+    Args:
+        root: The course's folder.
+        target: The folder to write; it must not exist, or be empty.
+        only: A part of the names of the chapters to hand out; all by default.
+
+    Raises:
+        ValueError: When the target is not empty, or no chapter fits, or a source has errors.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"the kit's folder must be new or empty; got {target}")
+    chapters = [read_chapter(path) for path in sources(root) if only in path.stem]
+    if not chapters:
+        raise ValueError(f"at least one chapter's name must hold the given part; got {only!r}")
+    errors = [error for chapter in chapters for error in examine(chapter).errors]
+    if errors:
+        raise ValueError("\n".join(errors))
+    _copy_course(root, target)
+    return [path for chapter in chapters for path in _write_notebooks(root, target, chapter)]
+
+
+def _copy_course(root: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in FOLDERS:
+        if (root / name).is_dir():
+            shutil.copytree(root / name, target / name, ignore=LEFT_OUT)
+    for name in FILES:
+        if (root / name).is_file():
+            shutil.copy2(root / name, target / name)
+
+
+def _write_notebooks(root: Path, target: Path, chapter) -> list[Path]:
+    text = text_of(learner_notebook(chapter, repository(root)))
+    paths = [
+        target / "notebooks" / f"{chapter.stem}.ipynb",
+        target / "notebooks" / "pristine" / f"{chapter.stem}.ipynb",
+    ]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="\n")
+    return paths

@@ -1,0 +1,118 @@
+"""Which exercises are done: in the running kernel, and kept from one session to the next."""
+
+import contextlib
+import datetime
+import importlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from labutils import checks
+
+_CHAPTER = {"number": ""}  # of the notebook that this kernel runs; set by `begin`
+_VIEWS: list = []  # functions that draw the newest state again
+
+
+def home() -> Path:
+    """The learner's own folder: ``$LABUTILS_HOME``, else ``learner`` in the course's folder."""
+    chosen = os.environ.get("LABUTILS_HOME")
+    return Path(chosen) if chosen else Path(__file__).resolve().parents[2] / "learner"
+
+
+def begin(stem: str) -> None:
+    """Listen to this kernel's checks as those of notebook ``stem``; the set-up cell calls it."""
+    _CHAPTER["number"] = str(int(stem[:2]))
+    if _on_result not in checks.LISTENERS:
+        checks.LISTENERS.append(_on_result)
+    for name, is_right in checks.RESULTS.items():
+        _store(name, is_right)
+
+
+def _on_result(name: str, is_right: bool) -> None:
+    _store(name, is_right)
+    for draw in _VIEWS:
+        draw()
+
+
+def load() -> dict[str, dict]:
+    """The kept state: ``{"0.1 tokens_per_second": {"passed": true, "at": "2026-01-31T12:00:00"}}``."""
+    try:
+        state = json.loads((home() / "progress.json").read_text(encoding="utf-8"))
+        return {name: entry for name, entry in state.items() if isinstance(entry["passed"], bool)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _store(name: str, is_right: bool) -> None:
+    """Keep a result. What was once passed stays passed; a folder that cannot be written stops nobody."""
+    state = load()
+    if state.get(name, {}).get("passed"):
+        return
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    state[name] = {"passed": is_right, "at": now}
+    with contextlib.suppress(OSError):
+        _write(home() / "progress.json", json.dumps(state, indent=1, ensure_ascii=False, sort_keys=True))
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file in one step, so that two kernels never leave half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".progress-")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(name, path)
+
+
+def standing(chapter: str = "") -> dict[str, bool | None]:
+    """Each exercise of a chapter: passed, tried without success, or (None) not tried yet."""
+    chapter = chapter or _CHAPTER["number"]
+    if chapter:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"labutils.checks.ch{int(chapter):02d}")
+    kept = {name: entry["passed"] for name, entry in load().items()} | checks.RESULTS
+    names = [*checks.EXERCISES, *sorted(kept.keys() - set(checks.EXERCISES))]
+    return {name: kept.get(name) for name in names if not chapter or name.split(".")[0] == chapter}
+
+
+def summary(chapter: str = "") -> str:
+    """The standing in plain text, one line per exercise."""
+    state = standing(chapter)
+    marks = {True: "✓", False: "✗", None: "·"}
+    words = {True: "", False: "  (not right yet)", None: "  (not tried yet)"}
+    done = sum(1 for value in state.values() if value)
+    lines = [f"{done} of {len(state)} exercises passed"]
+    return "\n".join([*lines, *(f"  {marks[value]} {name}{words[value]}" for name, value in state.items())])
+
+
+def progress(chapter: str = "") -> None:
+    """Show which exercises are passed: a bar that follows the checks, or plain text without widgets.
+
+    Args:
+        chapter: Its number, such as "2"; by default that of this notebook.
+    """
+    print(summary(chapter))
+    with contextlib.suppress(ImportError):
+        from IPython.display import display
+
+        display(_widget(chapter))
+
+
+def _widget(chapter: str):
+    """A bar and the list, redrawn at each check; made of what ipywidgets 7.7 and 8 share."""
+    import html
+
+    import ipywidgets
+
+    state = standing(chapter)
+    bar = ipywidgets.IntProgress(value=0, min=0, max=max(len(state), 1), description="passed")
+    listing = ipywidgets.HTML()
+
+    def draw() -> None:
+        now = standing(chapter)
+        bar.max, bar.value = max(len(now), 1), sum(1 for value in now.values() if value)
+        listing.value = f"<pre>{html.escape(summary(chapter))}</pre>"
+
+    draw()
+    _VIEWS[:] = [*_VIEWS[-7:], draw]
+    return ipywidgets.VBox([bar, listing])

@@ -1,0 +1,82 @@
+"""The generated set-up cell: finds the course here, or fetches it on Colab. Standard library only."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+MARKER = "# SETUP"
+NEVER_INSTALLED = frozenset({"numpy", "torch"})  # a host's own builds fit its drivers and each other
+
+TEMPLATE = """\
+# SETUP (generated; run me first): finds the course, or fetches it where it is not, as on Colab
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+here = pathlib.Path.cwd()
+places = [here, *here.parents, here / "course"]
+root = next((place for place in places if (place / "labutils" / "course").is_dir()), None)
+if root is None and importlib.util.find_spec("labutils") is None:
+    root = here / "course"
+    url = os.environ.get("COURSE_REPO", "https://github.com/{repository}")
+    fetch = ["fetch", "-q", "--depth", "1", url, os.environ.get("COURSE_REF", "HEAD")]
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
+    for step in (fetch, ["checkout", "-q", "FETCH_HEAD"]):
+        subprocess.run(["git", "-C", str(root), *step], check=True)
+if root is not None:
+    sys.path.insert(0, str(root))
+from labutils.course.setup_cell import ready
+
+ready("{stem}")"""
+
+
+def setup_source(stem: str, repository: str) -> str:
+    """The source of the first code cell of notebook ``stem``."""
+    return TEMPLATE.format(stem=stem, repository=repository)
+
+
+def is_setup(cell) -> bool:
+    """Whether a notebook's cell is the generated set-up cell."""
+    return cell["cell_type"] == "code" and "".join(cell["source"]).startswith(MARKER)
+
+
+def ready(stem: str) -> None:
+    """Make this kernel ready for notebook ``stem``: packages on Colab, and the learner's progress."""
+    if "google.colab" in sys.modules:
+        install_missing(Path(__file__).resolve().parents[2] / "pyproject.toml")
+    from labutils.course.progress import begin
+
+    begin(stem)
+
+
+def install_missing(pyproject: Path) -> list[str]:
+    """Install what the course needs and this host lacks, but never numpy or torch; return what."""
+    wanted = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
+    missing = [requirement for requirement in wanted if is_missing(requirement)]
+    if missing:
+        print("installing", ", ".join(missing))
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+    return missing
+
+
+def is_missing(requirement: str) -> bool:
+    """Whether a requirement such as ``transformers>=5,<6`` is not met here and may be installed.
+
+    >>> is_missing("numpy>=99"), is_missing("a-package-that-nobody-has>=1")
+    (False, True)
+    """
+    name = re.split(r"[<>=!~;\[ ]", requirement, maxsplit=1)[0]
+    if name.lower() in NEVER_INSTALLED:
+        return False
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    from packaging.requirements import Requirement  # comes with every Jupyter
+
+    return not Requirement(requirement).specifier.contains(found, prereleases=True)

@@ -1,0 +1,110 @@
+"""What is said of one exercise, and how a run's records are read as verdicts."""
+
+import re
+from dataclasses import asdict, dataclass, replace
+
+RIGHT, WRONG, BLANK, SYNTAX = "right", "wrong", "blank", "syntax error"
+LOOP, KILLED, MISSING, DOUBLED, NOT_RUN = "endless loop", "killed kernel", "missing", "doubled", "not run"
+VERDICTS = (RIGHT, WRONG, BLANK, SYNTAX, LOOP, KILLED, MISSING, DOUBLED, NOT_RUN)
+CHEATED = "the check cell was deleted or changed; the original check was run instead"
+LIMIT = 600
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on one exercise.
+
+    Attributes:
+        exercise: Number and name, such as ``2.3 dequantize``.
+        verdict: One of `VERDICTS`.
+        hint: What to do next; empty when it is right.
+        details: The check's whole message.
+        note: What else was seen, such as a deleted check.
+    """
+
+    exercise: str
+    verdict: str
+    hint: str = ""
+    details: str = ""
+    note: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """For JSON and tables."""
+        return asdict(self)
+
+
+def tidy(text: str, limit: int = LIMIT) -> str:
+    """Text from a hand-in, without control characters and colour codes, in at most ``limit`` characters."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    text = "".join(c for c in text if c == "\n" or c.isprintable())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def missing(title: str) -> Verdict:
+    """The hand-in lacks the exercise's cell."""
+    name = title.split(" ", 1)[1]
+    return Verdict(title, MISSING, f"no code cell begins with `# EXERCISE {name}`: put that line back as the first")
+
+
+def doubled(title: str) -> Verdict:
+    """The hand-in has the exercise's cell more than once."""
+    name = title.split(" ", 1)[1]
+    return Verdict(title, DOUBLED, f"more than one cell begins with `# EXERCISE {name}`: keep only one")
+
+
+def fatal(title: str, kind: str, limits: str = "") -> Verdict:
+    """The exercise never ended ("timeout"), or took its kernel down ("dead", or a limit's name)."""
+    if kind == "timeout":
+        return Verdict(title, LOOP, f"still running after {limits}: does every loop come to its end?")
+    causes = {
+        "memory": "it used more memory than allowed: is something growing without a bound?",
+        "processes": "it started too many processes",
+        "disk": "it wrote too much to the disk, or printed without an end",
+        "time": "the whole notebook took too long, and was running this exercise",
+    }
+    return Verdict(title, KILLED, causes.get(kind, "the kernel died here: no exit(), no endless memory or recursion"))
+
+
+def judge(title: str, answer: dict, check: dict) -> Verdict:
+    """The verdict from the records of an EXERCISE cell and of its CHECK cell."""
+    if not answer["passed"]:
+        return _failed_answer(title, answer)
+    expected = f"✓ {title}"
+    if check["passed"] or (not check["ename"] and expected in check["stdout"].splitlines()):
+        return Verdict(title, RIGHT)
+    kind, text = check["ename"], tidy(check["evalue"] or check["message"])
+    if kind == "StillBlank":
+        return Verdict(title, BLANK, "write your answer between the exercise's first line and its check", text)
+    if kind == "CheckFailed":
+        return Verdict(title, WRONG, hint_of(text), text)
+    if not kind:
+        return Verdict(title, WRONG, "the check did not print its line: does your code stop it?", tidy(check["stdout"]))
+    return replace(_raised(title, kind, text), details=f"{kind}: {text}")
+
+
+def _failed_answer(title: str, record: dict) -> Verdict:
+    kind, text = record["ename"], tidy(record["evalue"] or record["message"])
+    if kind in ("SyntaxError", "IndentationError", "TabError"):
+        return Verdict(title, SYNTAX, f"Python cannot read the cell: {text}", f"{kind}: {text}")
+    if kind == "NotImplementedError" and text.startswith("Exercise "):
+        return Verdict(title, BLANK, "write your answer in place of the `raise` line", text)
+    return _raised(title, kind, text)
+
+
+def _raised(title: str, kind: str, text: str) -> Verdict:
+    advice = {
+        "NameError": "; define every name that you use inside the EXERCISE cell itself",
+        "SystemExit": "; leave exit() out",
+        "OutputTooLargeError": "; print less",
+    }
+    name = title.split(" ", 1)[1]
+    if kind == "NameError" and text == f"name '{name}' is not defined":
+        return Verdict(title, WRONG, f"the cell does not define `{name}`: keep the name that was given", text)
+    words = f"your code raised {kind}: {text}".rstrip(": ")
+    return Verdict(title, WRONG, words + advice.get(kind, ""), f"{kind}: {text}")
+
+
+def hint_of(text: str) -> str:
+    """The hint in a failed check's message, or else its first line."""
+    match = re.search(r"^    hint      (.+)$", text, flags=re.MULTILINE)
+    return match.group(1) if match else text.splitlines()[0] if text else ""

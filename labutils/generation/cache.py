@@ -1,0 +1,198 @@
+"""Our own KV caches, accepted by any Hugging Face causal LM.
+
+Attention over a growing text needs the keys and values of every earlier token. They never change, so they are
+kept. A model asks its cache three things: how long are you (`get_seq_length`), how long will you be after this
+call (`get_mask_sizes`), and please store these and hand me all (`update`, once per layer).
+
+Shapes: keys and values are (batch, kv_heads, positions, head_dim), position on the third axis.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+KeyOrValue = Float[Tensor, "batch kv_heads positions head_dim"]
+
+
+class Cache(Protocol):
+    """What a model and the decoding verbs need of a cache."""
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Stores one layer's new keys and values and returns all of them."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns the number of positions stored."""
+
+    def truncate(self, length: int) -> None:
+        """Forgets everything from position `length` on."""
+
+
+class KVCache:
+    """A cache that grows by concatenation: simple, but every step copies all that came before.
+
+    >>> cache = KVCache()
+    >>> keys, values = cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), layer_idx=0)
+    >>> keys, values = cache.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), layer_idx=0)
+    >>> tuple(keys.shape), cache.get_seq_length()
+    ((1, 2, 4, 4), 4)
+    """
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def update(self, keys: KeyOrValue, values: KeyOrValue, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Appends one layer's new keys and values along the position axis and returns all of them."""
+        if layer_idx == len(self.keys):
+            self.keys.append(keys)
+            self.values.append(values)
+        else:
+            self.keys[layer_idx] = torch.cat([self.keys[layer_idx], keys], dim=2)
+            self.values[layer_idx] = torch.cat([self.values[layer_idx], values], dim=2)
+        return self.keys[layer_idx], self.values[layer_idx]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns the number of positions stored for a layer."""
+        return self.keys[layer_idx].shape[2] if layer_idx < len(self.keys) else 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Returns the position of the next token: where the causal mask starts."""
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Returns how many keys the next `update` will hand back, and the position of the first."""
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def truncate(self, length: int) -> None:
+        """Forgets everything from position `length` on, as speculative decoding does with a wrong guess.
+
+        Raises:
+            ValueError: If the cache is shorter than `length`, or `length` is negative.
+        """
+        check_truncation(length, self.get_seq_length())
+        self.keys = [keys[:, :, :length] for keys in self.keys]
+        self.values = [values[:, :, :length] for values in self.values]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes the stored keys and values occupy."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+
+class StaticKVCache:
+    """A cache with preallocated buffers: a step writes one position and copies nothing.
+
+    Returns views of the filled part, so attention never sees the empty rest.
+    """
+
+    is_compileable = False
+
+    def __init__(
+        self, config, *, max_length: int, batch: int = 1, dtype: torch.dtype = torch.float32, device="cpu"
+    ) -> None:
+        if max_length < 1 or batch < 1:
+            raise ValueError(f"max_length and batch must be at least 1; got {max_length} and {batch}")
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, batch, heads, max_length, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.max_length = max_length
+        self.lengths = [0] * config.num_hidden_layers
+
+    def update(self, keys: KeyOrValue, values: KeyOrValue, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Writes one layer's new keys and values in place and returns views of all filled positions.
+
+        Raises:
+            ValueError: If the buffers are too short.
+        """
+        start = self.lengths[layer_idx]
+        end = start + keys.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"a static cache holds max_length={self.max_length} positions; got position {end}")
+        self.keys[layer_idx][:, :, start:end] = keys
+        self.values[layer_idx][:, :, start:end] = values
+        self.lengths[layer_idx] = end
+        return self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns the number of positions filled in a layer."""
+        return self.lengths[layer_idx]
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Returns the position of the next token: where the causal mask starts."""
+        return self.lengths[layer_idx]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Returns how many keys the next `update` will hand back, and the position of the first."""
+        return self.lengths[layer_idx] + query_length, 0
+
+    def truncate(self, length: int) -> None:
+        """Forgets everything from position `length` on: only the counters move.
+
+        Raises:
+            ValueError: If the cache is shorter than `length`, or `length` is negative.
+        """
+        check_truncation(length, self.lengths[0])
+        self.lengths = [length] * len(self.lengths)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the buffers, full or not."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+
+class CompiledKVCache(StaticKVCache):
+    """A static cache for `torch.compile`: one graph for every position.
+
+    A Python counter would be baked into the graph and recompile it at every token, so the counters are tensors;
+    a view's length would change too, so `update` returns the whole buffers and the mask hides the empty rest.
+    """
+
+    is_compileable = True
+
+    def __init__(self, config, **settings) -> None:
+        super().__init__(config, **settings)
+        self.lengths = [torch.zeros((), dtype=torch.long, device=self.keys.device) for _ in self.lengths]
+
+    def update(self, keys: KeyOrValue, values: KeyOrValue, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Writes at the positions a tensor names and returns the whole buffers."""
+        position = self.lengths[layer_idx] + torch.arange(keys.shape[2], device=keys.device)
+        self.keys[layer_idx].index_copy_(2, position, keys)
+        self.values[layer_idx].index_copy_(2, position, values)
+        self.lengths[layer_idx].add_(keys.shape[2])
+        return self.keys[layer_idx], self.values[layer_idx]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Returns the whole buffer's length: empty positions are hidden by the causal mask."""
+        return self.max_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor:
+        """Returns the next position, copied: `update` moves the counter before later layers' masks are used."""
+        return self.lengths[layer_idx].clone()
+
+    def truncate(self, length: int) -> None:
+        """Forgets everything from position `length` on.
+
+        Raises:
+            ValueError: If the cache is shorter than `length`, or `length` is negative.
+        """
+        check_truncation(length, int(self.lengths[0]))
+        for counter in self.lengths:
+            counter.fill_(length)
+
+
+def check_truncation(length: int, filled: int) -> None:
+    """Refuses to roll back to where the cache has never been.
+
+    Raises:
+        ValueError: If `length` is outside 0..filled.
+    """
+    if not 0 <= length <= filled:
+        raise ValueError(f"a cache can be truncated to 0..{filled} positions; got {length}")

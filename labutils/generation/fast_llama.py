@@ -1,0 +1,293 @@
+"""A Llama decoder written plainly for one stream on a CPU, on the same fp32 weights.
+
+Decoding one token multiplies every weight matrix by one vector, so its floor is: bytes of weights / bandwidth.
+`transformers` stays above that floor for three reasons, and each has its answer here:
+
+* Python and dispatch between the kernels: preallocated buffers and a dozen NumPy calls a layer.
+* Seven matrices a layer: q, k, v become one, gate and up become one, so each call is long enough to stream.
+* The matrix-vector kernel: on some CPUs PyTorch's BLAS does not use a second core for it, NumPy's does.
+  `matvec="auto"` times both on this model's own matrices and keeps the faster.
+
+NumPy and PyTorch share the memory of every array here; nothing is copied between them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from labutils.generation.cache import check_truncation
+from labutils.generation.sampling import greedy
+
+Choose = Callable[[Tensor], Tensor]
+SUPPORTED = ("llama", "qwen2")
+ROPES = ("default", "linear", "llama3")
+MATVECS = ("numpy", "torch")
+
+
+class Linear:
+    """Layers that read the same input, stacked into one fp32 matrix (out_features, in_features)."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        weights = [layer.weight.detach().float() for layer in layers]
+        self.weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).contiguous()
+        self.array = self.weight.numpy()
+        self.bias = (
+            None if layers[0].bias is None else torch.cat([layer.bias.detach().float() for layer in layers]).numpy()
+        )
+        self.out = torch.empty(len(self.weight))
+        self.out_array = self.out.numpy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix and the bias."""
+        return self.array.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: np.ndarray, matvec: str) -> np.ndarray:
+        """Returns x W^T + b for x (positions, in_features); a single position goes through `matvec`.
+
+        A single position's result lies in this layer's buffer and is overwritten by the next call.
+        """
+        if len(x) > 1:
+            y = torch.nn.functional.linear(torch.from_numpy(x), self.weight).numpy()
+        elif matvec == "numpy":
+            y = np.dot(self.array, x[0], out=self.out_array)[None]
+        else:
+            torch.mv(self.weight, torch.from_numpy(x[0]), out=self.out)
+            y = self.out_array[None]
+        return y if self.bias is None else np.add(y, self.bias, out=y)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer's weights."""
+
+    attention_gain: np.ndarray
+    qkv: Linear
+    output: Linear
+    mlp_gain: np.ndarray
+    gate_up: Linear
+    down: Linear
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Layer:
+        """Takes over a `transformers` decoder layer."""
+        attention, mlp = layer.self_attn, layer.mlp
+        return cls(
+            attention_gain=_array(layer.input_layernorm.weight),
+            qkv=Linear(attention.q_proj, attention.k_proj, attention.v_proj),
+            output=Linear(attention.o_proj),
+            mlp_gain=_array(layer.post_attention_layernorm.weight),
+            gate_up=Linear(mlp.gate_proj, mlp.up_proj),
+            down=Linear(mlp.down_proj),
+        )
+
+
+class FastLlama:
+    """Decodes one stream of a Llama-architecture model in fp32; the weights are copied once, fused.
+
+    Args:
+        model: A `LlamaForCausalLM` or `Qwen2ForCausalLM` of `transformers`, on the CPU.
+        max_length: Positions to make room for.
+        matvec: `numpy`, `torch`, or `auto` to measure which is faster here, with the threads set now.
+
+    Raises:
+        ValueError: If the model differs from Llama in a way this decoder does not know.
+    """
+
+    def __init__(self, model: nn.Module, *, max_length: int, matvec: str = "auto") -> None:
+        config = model.config
+        check_supported(config, max_length=max_length, matvec=matvec)
+        self.max_length, self.length = max_length, 0
+        self.kv_heads, self.groups = (
+            config.num_key_value_heads,
+            config.num_attention_heads // config.num_key_value_heads,
+        )
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.eps = np.float32(config.rms_norm_eps)
+        self.embedding = _array(model.get_input_embeddings().weight)
+        self.layers = [Layer.of(layer) for layer in model.model.layers]
+        self.final_gain = _array(model.model.norm.weight)
+        self.head = Linear(model.get_output_embeddings())
+        self.cos, self.sin = _rotary_tables(model, max_length)
+        shape = (len(self.layers), self.kv_heads, max_length, self.head_dim)
+        self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.matvec = faster_matvec(self._matrices()) if matvec == "auto" else matvec
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights one token reads: every matrix and gain, and one row of an untied embedding."""
+        gains = (2 * len(self.layers) + 1) * self.final_gain.nbytes
+        row = 0 if np.shares_memory(self.embedding, self.head.array) else self.embedding[0].nbytes
+        return sum(m.nbytes for m in self._matrices()) + gains + row
+
+    def prefill(self, token_ids: Int[Tensor, "1 positions"]) -> Float[Tensor, "1 vocab"]:
+        """Reads tokens behind what is cached and returns the logits after the last one."""
+        return self._forward(token_ids[0].tolist())
+
+    def decode_one_token(self, next_ids: Int[Tensor, "1"]) -> Float[Tensor, "1 vocab"]:
+        """Feeds one token and returns the logits of the next, in a buffer that the next call overwrites."""
+        return self._forward(next_ids.tolist())
+
+    def truncate(self, length: int) -> None:
+        """Forgets everything from position `length` on.
+
+        Raises:
+            ValueError: If fewer positions are cached, or `length` is negative.
+        """
+        check_truncation(length, self.length)
+        self.length = length
+
+    def generate(
+        self,
+        token_ids: Int[Tensor, "1 positions"],
+        max_new_tokens: int,
+        *,
+        choose: Choose = greedy,
+        stop: Collection[int] = (),
+    ) -> Int[Tensor, "1 longer"]:
+        """Generates from an empty cache; the same tokens as `generate_cached` on the original model.
+
+        Raises:
+            ValueError: If `max_new_tokens` is below 1.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+        self.truncate(0)
+        next_ids = choose(self.prefill(token_ids))
+        new = [next_ids]
+        while len(new) < max_new_tokens and int(next_ids) not in stop:
+            next_ids = choose(self.decode_one_token(next_ids))
+            new.append(next_ids)
+        return torch.cat([token_ids, torch.stack(new, dim=1)], dim=1)
+
+    def _forward(self, token_ids: list[int]) -> Float[Tensor, "1 vocab"]:
+        start, end = self.length, self.length + len(token_ids)
+        if not token_ids or end > self.max_length:
+            raise ValueError(f"this decoder holds 1 to max_length={self.max_length} positions; got {start} to {end}")
+        hidden = self.embedding[token_ids]
+        with np.errstate(over="ignore"), torch.inference_mode():  # exp(-gate) may overflow to inf: the gate is 0 then
+            for index, layer in enumerate(self.layers):
+                qkv = layer.qkv(rms_norm(hidden, layer.attention_gain, self.eps), self.matvec)
+                hidden += layer.output(self._attend(qkv, index, start, end), self.matvec)
+                gate_up = layer.gate_up(rms_norm(hidden, layer.mlp_gain, self.eps), self.matvec)
+                hidden += layer.down(swiglu(gate_up), self.matvec)
+            self.length = end
+            logits = self.head(rms_norm(hidden[-1:], self.final_gain, self.eps), self.matvec)
+        return torch.from_numpy(logits)
+
+    def _attend(self, qkv: np.ndarray, index: int, start: int, end: int) -> np.ndarray:
+        """Rotates, stores keys and values, and attends; qkv (positions, heads + 2 kv_heads times head_dim)."""
+        count, heads = end - start, self.kv_heads * self.groups
+        qkv = qkv.reshape(count, -1, self.head_dim)
+        rotated = rotate(qkv[:, : heads + self.kv_heads], self.cos[start:end, None], self.sin[start:end, None])
+        self.keys[index, :, start:end] = rotated[:, heads:].swapaxes(0, 1)
+        self.values[index, :, start:end] = qkv[:, heads + self.kv_heads :].swapaxes(0, 1)
+        query = rotated[:, :heads].reshape(count, self.kv_heads, self.groups, self.head_dim).transpose(1, 2, 0, 3)
+        query = query.reshape(self.kv_heads, self.groups * count, self.head_dim) * np.float32(self.head_dim**-0.5)
+        scores = query @ self.keys[index, :, :end].swapaxes(1, 2)
+        if count > 1:
+            future = np.arange(end) > np.arange(start, end)[:, None]
+            scores += np.tile(np.where(future, np.float32(-np.inf), np.float32(0)), (self.groups, 1))
+        mixed = softmax_(scores) @ self.values[index, :, :end]
+        mixed = mixed.reshape(self.kv_heads, self.groups, count, self.head_dim).transpose(2, 0, 1, 3)
+        return mixed.reshape(count, heads * self.head_dim)
+
+    def _matrices(self) -> list[Linear]:
+        return [m for layer in self.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)] + [self.head]
+
+
+def rms_norm(x: np.ndarray, gain: np.ndarray, eps: np.float32) -> np.ndarray:
+    """Returns x / sqrt(mean(x^2) + eps) * gain over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4).
+
+    >>> rms_norm(np.array([[2.0, 2.0]]), np.array([1.0, 3.0]), 0.0).tolist()
+    [[1.0, 3.0]]
+    """
+    mean_square = np.einsum("...i,...i->...", x, x)[..., None] / x.shape[-1]
+    return x * (gain / np.sqrt(mean_square + eps))
+
+
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Rotates the pairs (x_i, x_{i + d/2}) by their position's angle (RoPE, arXiv:2104.09864, eq. 34).
+
+    >>> rotate(np.array([1.0, 0.0]), np.array([0.0, 0.0]), np.array([1.0, 1.0])).tolist()
+    [0.0, 1.0]
+    """
+    half = x.shape[-1] // 2
+    rotated = x * cos
+    rotated[..., :half] -= x[..., half:] * sin[..., :half]
+    rotated[..., half:] += x[..., :half] * sin[..., half:]
+    return rotated
+
+
+def swiglu(gate_up: np.ndarray) -> np.ndarray:
+    """Returns silu(gate) * up, silu(g) = g / (1 + exp(-g)); gate and up lie side by side (arXiv:2002.05202, eq. 6).
+
+    >>> swiglu(np.array([[0.0, 5.0]])).tolist()
+    [[0.0]]
+    """
+    half = gate_up.shape[-1] // 2
+    gate, up = gate_up[:, :half], gate_up[:, half:]
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def softmax_(scores: np.ndarray) -> np.ndarray:
+    """Turns scores into probabilities over the last axis, in place.
+
+    >>> softmax_(np.array([[0.0, 0.0]])).tolist()
+    [[0.5, 0.5]]
+    """
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return scores
+
+
+def faster_matvec(matrices: list[Linear], *, rounds: int = 3) -> str:
+    """Returns the matrix-vector kernel that gets through all these matrices faster: the best of interleaved rounds."""
+    inputs = {m.array.shape[1]: np.ones((1, m.array.shape[1]), np.float32) for m in matrices}
+    best = dict.fromkeys(MATVECS, float("inf"))
+    for _ in range(rounds):
+        for matvec in MATVECS:
+            began = time.perf_counter()
+            for matrix in matrices:
+                matrix(inputs[matrix.array.shape[1]], matvec)
+            best[matvec] = min(best[matvec], time.perf_counter() - began)
+    return min(best, key=best.get)
+
+
+def check_supported(config, *, max_length: int, matvec: str) -> None:
+    """Refuses what this decoder would compute wrongly.
+
+    Raises:
+        ValueError: If the architecture, activation, attention or rotary embedding is another.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    rules = {
+        f"model_type must be one of {SUPPORTED}": (config.model_type, config.model_type in SUPPORTED),
+        "hidden_act must be silu": (getattr(config, "hidden_act", None), getattr(config, "hidden_act", None) == "silu"),
+        "attention must be full, not sliding": (True, not getattr(config, "use_sliding_window", False)),
+        f"rope_type must be one of {ROPES}": (rope.get("rope_type"), rope.get("rope_type") in ROPES),
+        f"matvec must be auto or one of {MATVECS}": (matvec, matvec in ("auto", *MATVECS)),
+        "max_length must be at least 1": (max_length, max_length >= 1),
+    }
+    for rule, (value, holds) in rules.items():
+        if not holds:
+            raise ValueError(f"{rule}; got {value}")
+
+
+def _array(parameter: Tensor) -> np.ndarray:
+    return parameter.detach().float().contiguous().numpy()
+
+
+def _rotary_tables(model: nn.Module, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the model's own cosines and sines, (max_length, head_dim): its scaling rules included."""
+    with torch.inference_mode():
+        cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), torch.arange(max_length)[None])
+    return cos[0].numpy(), sin[0].numpy()

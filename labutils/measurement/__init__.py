@@ -1,0 +1,1 @@
+"""Honest measurement: time, roofline, threads, memory, energy, bytes, and the ledger that keeps them."""

@@ -1,0 +1,248 @@
+"""What a run costs besides time: peak memory, energy, and the bytes that one token makes the machine read."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+POWERCAP = Path("/sys/class/powercap")
+PROC_SELF = Path("/proc/self")
+NOT_MEASURED = "not measured"
+
+
+@dataclass
+class PeakMemory:
+    """High-water marks of a region, in bytes; None means "not measured". Filled when the region ends."""
+
+    host_bytes: int | None = None
+    host_source: str = NOT_MEASURED
+    cuda_bytes: int | None = None
+
+    def __str__(self) -> str:
+        parts = [f"host {_megabytes(self.host_bytes)} ({self.host_source})"]
+        return ", ".join(parts + ([f"cuda {_megabytes(self.cuda_bytes)}"] if self.cuda_bytes is not None else []))
+
+
+@contextmanager
+def peak_memory(proc: Path = PROC_SELF) -> Iterator[PeakMemory]:
+    """Measures the peak resident memory of the whole process inside a `with` block, and CUDA's peak.
+
+    Linux keeps a high-water mark (`VmHWM`) that writing 5 to `clear_refs` resets (proc(5)), so the peak is
+    exact. Elsewhere the mark of `getrusage` only ever grows: it counts when the block raised it, and is
+    "not measured" when it did not.
+
+    >>> with peak_memory() as peak:
+    ...     _ = bytearray(1000)
+    >>> peak.cuda_bytes is None or peak.cuda_bytes >= 0
+    True
+    """
+    peak = PeakMemory()
+    resettable = _reset_high_water(proc)
+    before = None if resettable else _rusage_peak_bytes()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        yield peak
+    finally:
+        if torch.cuda.is_available():
+            peak.cuda_bytes = torch.cuda.max_memory_allocated()
+        if resettable:
+            peak.host_bytes, peak.host_source = _status_bytes(proc, "VmHWM"), "VmHWM, reset at entry"
+        elif before is not None and (after := _rusage_peak_bytes()) > before:
+            peak.host_bytes, peak.host_source = after, "ru_maxrss, raised inside the region"
+
+
+@dataclass
+class Energy:
+    """Energy of a region in joules, or None where no counter exists. A TDP times seconds is not a measurement."""
+
+    joules: float | None = None
+    source: str = NOT_MEASURED
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return NOT_MEASURED if self.joules is None else f"{self.joules:.2f} J ({self.source}, {self.seconds:.2f} s)"
+
+
+@contextmanager
+def energy(powercap: Path = POWERCAP) -> Iterator[Energy]:
+    """Measures the energy of a `with` block: NVML's counter on an NVIDIA GPU, RAPL's on a CPU, else nothing.
+
+    Both count whole devices, neighbours included, and refresh slowly (NVML every 20 to 100 ms): measure
+    regions of seconds.
+    """
+    counters = _nvml_counters() or _rapl_counters(powercap)
+    starts = [counter.read_joules() for counter in counters]
+    began = time.perf_counter()
+    reading = Energy()
+    try:
+        yield reading
+    finally:
+        reading.seconds = time.perf_counter() - began
+        spent = [wrapped_difference(c.read_joules(), s, c.range_joules) for c, s in zip(counters, starts, strict=True)]
+        if spent:
+            reading.joules, reading.source = sum(spent), counters[0].source
+
+
+def wrapped_difference(end: float, start: float, counter_range: float | None) -> float:
+    """Returns how far a counter moved, given that it may have wrapped around once.
+
+    >>> wrapped_difference(5.0, 90.0, 100.0)
+    15.0
+
+    Raises:
+        ValueError: If a counter without a range went backwards.
+    """
+    if end >= start:
+        return end - start
+    if counter_range is None:
+        raise ValueError(f"an energy counter without a range cannot go backwards; got {start} then {end}")
+    return end - start + counter_range
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """Bytes read to decode one token: the weights once, the KV cache up to the context's end."""
+
+    weight_bytes: int
+    kv_cache_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and KV cache together."""
+        return self.weight_bytes + self.kv_cache_bytes
+
+
+def weight_bytes_read(model: torch.nn.Module) -> int:
+    """Returns the bytes of weights that one decoding step reads.
+
+    That is every parameter except embedding tables, of which a step reads a single row, unless the output
+    layer shares the table (tied embeddings) and so reads all of it. Dense models only: a mixture of experts
+    reads fewer.
+
+    >>> embedding, head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False)
+    >>> weight_bytes_read(torch.nn.Sequential(embedding, head))
+    176
+    """
+    tables = {id(m.weight): m for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    shared = {id(p) for m in model.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters(recurse=False)}
+    total = 0
+    for parameter in model.parameters():
+        row_only = id(parameter) in tables and id(parameter) not in shared
+        total += (parameter.shape[-1] if row_only else parameter.numel()) * parameter.element_size()
+    return total
+
+
+def kv_bytes_per_position(config, *, element_bytes: int = 4) -> int:
+    """Returns the KV cache's bytes per position: 2 (key, value) x layers x KV heads x head size x element.
+
+    Grouped-query attention stores `num_key_value_heads`, not `num_attention_heads`.
+
+    >>> from types import SimpleNamespace
+    >>> config = SimpleNamespace(num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    >>> kv_bytes_per_position(config)
+    6144
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * element_bytes
+
+
+def decode_bytes_per_token(
+    model: torch.nn.Module, context_length: int, *, element_bytes: int | None = None
+) -> TokenBytes:
+    """Returns the bytes that decoding one token reads when `context_length` positions are cached.
+
+    Args:
+        model: A Hugging Face causal LM (parameters and `config`).
+        context_length: Positions in the cache.
+        element_bytes: Bytes of a cached element; default those of the model's dtype.
+
+    Raises:
+        ValueError: If `context_length` is negative.
+    """
+    if context_length < 0:
+        raise ValueError(f"context_length must not be negative; got {context_length}")
+    size = element_bytes or next(model.parameters()).element_size()
+    return TokenBytes(
+        weight_bytes_read(model), context_length * kv_bytes_per_position(model.config, element_bytes=size)
+    )
+
+
+@dataclass(frozen=True)
+class _RaplCounter:
+    folder: Path
+    range_joules: float = field(init=False)
+    source: str = "RAPL package counters"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "range_joules", int((self.folder / "max_energy_range_uj").read_text()) / 1e6)
+
+    def read_joules(self) -> float:
+        return int((self.folder / "energy_uj").read_text()) / 1e6
+
+
+@dataclass(frozen=True)
+class _NvmlCounter:
+    nvml: object
+    handle: object
+    range_joules: float | None = None
+    source: str = "NVML energy counter"
+
+    def read_joules(self) -> float:
+        return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1e3
+
+
+def _rapl_counters(powercap: Path) -> list[_RaplCounter]:
+    """Package domains only (`intel-rapl:0`): their children (`intel-rapl:0:1`) are already inside."""
+    folders = [f for f in sorted(powercap.glob("intel-rapl:*")) if f.name.count(":") == 1]
+    readable = [f for f in folders if os.access(f / "energy_uj", os.R_OK)]
+    return [_RaplCounter(f) for f in readable if (f / "max_energy_range_uj").exists()]
+
+
+def _nvml_counters() -> list[_NvmlCounter]:
+    if not torch.cuda.is_available():
+        return []
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        counter = _NvmlCounter(nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}"))
+        counter.read_joules()
+    except Exception:
+        return []
+    return [counter]
+
+
+def _reset_high_water(proc: Path) -> bool:
+    try:
+        (proc / "clear_refs").write_text("5")
+        return _status_bytes(proc, "VmHWM") is not None
+    except OSError:
+        return False
+
+
+def _status_bytes(proc: Path, name: str) -> int | None:
+    for line in (proc / "status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _rusage_peak_bytes() -> int | None:
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:  # Windows
+        return None
+    unit = 1 if os.uname().sysname == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _megabytes(amount: int | None) -> str:
+    return NOT_MEASURED if amount is None else f"{amount / 1e6:.0f} MB"

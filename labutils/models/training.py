@@ -1,0 +1,233 @@
+"""The program that trains LabLM: resumable after a kill, on one CPU thread, several processes or a GPU.
+
+Muon for the weight matrices, AdamW for embeddings and norms; the learning rate warms up, stays, drops and falls
+linearly to zero (after warm-up-stable-decay, Hu et al. 2024, arXiv:2404.06395); towards the end sequences get longer.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from labutils.data import corpus
+from labutils.models.evaluate_text import bits_per_byte
+from labutils.models.lablm import SHAPES, llama_config
+from labutils.models.mixture import batch_at, has_streams, read_streams, sources, tokenizer_sample, write_streams
+from labutils.models.optimizer import Muon
+from labutils.models.tokenizer import train_tokenizer
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Everything that decides a run's trajectory."""
+
+    model: str
+    steps: int
+    sequences: int = 16  # of sequence_length tokens, in one optimizer step
+    sequence_length: int = 512
+    long_sequence_length: int = 1024
+    muon_lr: float = 0.02
+    adam_lr: float = 0.003
+    warmup_steps: int = 40
+    decay_fraction: float = (
+        900 / 1300
+    )  # of the steps: the learning rate drops to decay_from, then falls linearly to zero
+    decay_from: float = 0.4
+    long_fraction: float = 0.3  # of the steps: sequences have long_sequence_length
+    copying_from_step: int = 500  # see mixture.batch_at
+    seed: int = 0
+
+    def is_decay(self, step: int) -> bool:
+        """Whether the learning rate is falling at this step."""
+        return step >= self.steps * (1 - self.decay_fraction)
+
+    def lr_factor(self, step: int) -> float:
+        """What the learning rates are multiplied by at a step (counted from 0).
+
+        >>> plan = TrainingPlan(model="lablm", steps=100, warmup_steps=10, decay_fraction=0.5, decay_from=0.4)
+        >>> [plan.lr_factor(step) for step in (0, 9, 49, 50, 75)]
+        [0.1, 1.0, 1.0, 0.4, 0.2]
+        """
+        if self.is_decay(step):
+            return self.decay_from * (self.steps - step) / (self.steps * self.decay_fraction)
+        return min(1.0, (step + 1) / self.warmup_steps)
+
+    def shape_of_batch(self, step: int) -> tuple[int, int]:
+        """(sequences, tokens in each) at a step; the product stays the same."""
+        if step < self.steps * (1 - self.long_fraction):
+            return self.sequences, self.sequence_length
+        return self.sequences * self.sequence_length // self.long_sequence_length, self.long_sequence_length
+
+
+def prepare(folder: Path, *, model: str, tokenizer_from: Path | None = None, packages: bool = True) -> None:
+    """Writes what a run reads, once: the tokenizer (another model's, or a new one) and the token streams."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if has_streams(folder):
+        return
+    texts = sources(packages=packages)
+    if tokenizer_from:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_from)
+    else:
+        shape = SHAPES[model]
+        sample = tokenizer_sample(texts)
+        tokenizer = train_tokenizer(sample, vocab_size=shape.vocab_size, max_positions=shape.max_positions)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    write_streams(texts, tokenizer, folder)
+
+
+def new_model(plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A freshly initialised model; what writes into the residual stream begins at zero."""
+    torch.manual_seed(plan.seed)
+    model = LlamaForCausalLM(llama_config(SHAPES[plan.model], tokenizer))
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
+
+
+def optimizers(model: LlamaForCausalLM, plan: TrainingPlan) -> list[torch.optim.Optimizer]:
+    """Muon on the decoder's matrices, AdamW on everything else."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    adam = torch.optim.AdamW(others, lr=plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return [Muon(matrices, lr=plan.muon_lr), adam]
+
+
+class Run:
+    """One training run: model, optimizers, step and curve, with its state on disk."""
+
+    def __init__(
+        self, plan: TrainingPlan, *, state_dir: Path, packages: bool = True, tokenizer_from: Path | None = None
+    ):
+        self.plan, self.state_path = plan, state_dir / "state.pt"
+        if rank() == 0:
+            prepare(state_dir, model=plan.model, tokenizer_from=tokenizer_from, packages=packages)
+        if dist.is_initialized():
+            dist.barrier()
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(state_dir / "tokenizer")
+        self.streams = read_streams(state_dir)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = new_model(plan, self.tokenizer).to(self.device)
+        self.optimizers = optimizers(self.model, plan)
+        self.step, self.curve = 0, []
+        if self.state_path.is_file():
+            self._load()
+
+    def _load(self) -> None:
+        state = torch.load(self.state_path, map_location=self.device, weights_only=True)
+        saved_plan = TrainingPlan(**state["plan"])
+        on_plateau = not saved_plan.is_decay(state["step"]) and not self.plan.is_decay(state["step"])
+        if replace(saved_plan, steps=self.plan.steps if on_plateau else saved_plan.steps) != self.plan:
+            raise ValueError(
+                "a saved run continues under its own plan, of which only steps may change, and only before the decay; "
+                f"got {self.plan} after {saved_plan}"
+            )
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.curve = state["step"], state["curve"]
+
+    def save(self) -> None:
+        """Writes the whole state; a kill in the middle leaves the older one."""
+        state = {
+            "plan": asdict(self.plan),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "curve": self.curve,
+        }
+        torch.save(state, self.state_path.with_suffix(".new"))
+        os.replace(self.state_path.with_suffix(".new"), self.state_path)
+
+    def train_step(self, loss_of: Callable, micro_batch: int) -> float:
+        """One optimizer step on this step's batch, shared among ranks; returns the mean loss in nats per token."""
+        sequences, length = self.plan.shape_of_batch(self.step)
+        batch = batch_at(
+            self.streams,
+            step=self.step,
+            sequences=sequences,
+            length=length,
+            seed=self.plan.seed,
+            practise_copying=self.step >= self.plan.copying_from_step,
+        )
+        mine = batch[rank() :: world_size()]
+        rows = max(1, micro_batch // length)
+        total = 0.0
+        for part in mine.split(rows):
+            loss = loss_of(part.to(self.device)) * (len(part) / len(mine))
+            loss.backward()
+            total += loss.item()
+        total = self._average_gradients(total)
+        for optimizer, lr in zip(self.optimizers, (self.plan.muon_lr, self.plan.adam_lr), strict=True):
+            optimizer.param_groups[0]["lr"] = lr * self.plan.lr_factor(self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total
+
+    def _average_gradients(self, loss: float) -> float:
+        """Means of gradients and loss over the ranks, in one message."""
+        if world_size() == 1:
+            return loss
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        flat = torch.cat([p.grad.flatten() for p in params] + [torch.tensor([loss], device=self.device)])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for p, grad in zip(params, flat[:-1].split([p.numel() for p in params]), strict=True):
+            p.grad.copy_(grad.view_as(p))
+        return flat[-1].item()
+
+    def validation_bits_per_byte(self, limit_bytes: int) -> float:
+        """Bits per byte on the beginnings of the validation modules."""
+        documents = corpus.stdlib_documents("validation")
+        share = limit_bytes // len(documents)
+        short = [corpus.Document(d.name, d.text[:share]) for d in documents]
+        self.model.eval()
+        bits = bits_per_byte(self.model, self.tokenizer, short, context=1024)
+        self.model.train()
+        return bits
+
+
+def train(run: Run, *, micro_batch: int, compile_model: bool, save_every: int, log: Callable[[str], None]) -> None:
+    """Trains to the plan's last step, saving, validating and reporting on the way."""
+
+    def loss_of(ids):
+        return run.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    compiled = torch.compile(loss_of, dynamic=False) if compile_model else loss_of
+    run.model.train()
+    started, first = time.monotonic(), run.step
+    while run.step < run.plan.steps:
+        loss = run.train_step(compiled, micro_batch)
+        done = run.step == run.plan.steps
+        record = {"step": run.step, "loss_nats_per_token": round(loss, 4)}
+        if math.isnan(loss):
+            raise FloatingPointError(f"the loss must be a number; got nan at step {run.step}")
+        if run.step % save_every == 0 or done:
+            record["validation_bits_per_byte"] = round(run.validation_bits_per_byte(60_000), 4)
+        run.curve.append(record)
+        if rank() == 0 and (run.step % save_every == 0 or done):
+            run.save()
+        if rank() == 0 and (run.step % 10 == 0 or done):
+            elapsed = time.monotonic() - started
+            left = elapsed / (run.step - first) * (run.plan.steps - run.step)
+            tokens = run.plan.sequences * run.plan.sequence_length * (run.step - first)
+            log(f"{json.dumps(record)} {tokens / elapsed:.0f} tokens/s, {left / 60:.0f} min left")
+
+
+def rank() -> int:
+    """This process' number among those that train together."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,179 @@
+"""The one plot of the course: speed against quality, with intervals, devices and the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from labutils.measurement.ledger import Record, check_drawable
+from labutils.plots.style import series_style
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Which quality is drawn: `bits_per_byte` (lower is better), or a task's score (higher is better)."""
+
+    field: str = "bits_per_byte"
+    task: str | None = None
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Bits per byte count surprise; scores count successes."""
+        return self.field == "bits_per_byte"
+
+    @property
+    def label(self) -> str:
+        """The axis label, with unit and direction."""
+        return (
+            "quality: bits per byte (lower is better, axis inverted)"
+            if self.lower_is_better
+            else f"quality: {self.task} score (higher is better)"
+        )
+
+    def of(self, record: Record) -> float | None:
+        """Returns the record's value on this axis, None if it has none."""
+        return record.bits_per_byte if self.lower_is_better else record.task_score if record.task == self.task else None
+
+
+BITS_PER_BYTE = Quality()
+
+
+def task_quality(task: str) -> Quality:
+    """Returns the axis of a task's score."""
+    return Quality("task_score", task)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Returns the indices of the points that no other point beats, fastest first.
+
+    A point is (speed, goodness), more of both is better. Another point beats it if it is at least as good in
+    both and better in one; of equal points, the first stays.
+
+    >>> pareto_front([(1.0, 3.0), (2.0, 2.0), (1.5, 1.0), (3.0, 0.0)])
+    [3, 1, 0]
+    """
+    front: list[int] = []
+    best = float("-inf")
+    for index in sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1])):
+        if points[index][1] > best:
+            front.append(index)
+            best = points[index][1]
+    return front
+
+
+def drawable_records(records: Sequence[Record], quality: Quality = BITS_PER_BYTE) -> list[Record]:
+    """Returns the records that this plot can show.
+
+    Raises:
+        ValueError: If a record lacks raw samples or any quality, or if none has this quality.
+    """
+    for record in records:
+        check_drawable(record)
+    chosen = [r for r in records if quality.of(r) is not None]
+    if not chosen:
+        wanted = quality.task or quality.field
+        raise ValueError(f"the plot needs at least one record with {wanted}; got {len(records)} records without")
+    return chosen
+
+
+def finding(records: Sequence[Record], quality: Quality = BITS_PER_BYTE) -> str:
+    """Returns the sentence that the plot shows: its title."""
+    front = [records[i] for i in front_of(records, quality)]
+    fastest, best = front[0], front[-1]
+    if fastest is best:
+        return f"{fastest.technique} is fastest and loses no quality ({fastest.tokens_per_s:.3g} tokens/s)"
+    ratio = fastest.tokens_per_s / best.tokens_per_s
+    cost = abs(quality.of(fastest) - quality.of(best))
+    unit = "bits per byte" if quality.lower_is_better else "score"
+    return f"{fastest.technique} is {ratio:.2g}x as fast as {best.technique} and costs {cost:.2g} {unit}"
+
+
+def front_of(records: Sequence[Record], quality: Quality = BITS_PER_BYTE) -> list[int]:
+    """Returns the indices of the Pareto-optimal records, fastest first."""
+    sign = -1 if quality.lower_is_better else 1
+    return pareto_front([(r.tokens_per_s, sign * quality.of(r)) for r in records])
+
+
+def draw_speed_quality(
+    records: Sequence[Record], *, quality: Quality = BITS_PER_BYTE, ax: Axes | None = None
+) -> Figure:
+    """Draws records as points with 95% intervals, one colour and shape per technique, and the Pareto front.
+
+    Args:
+        records: From the ledger; each needs raw samples and a quality.
+        quality: The y axis; bits per byte, or `task_quality(name)`.
+        ax: Where to draw; a new figure by default.
+
+    Raises:
+        ValueError: See `drawable_records`.
+    """
+    records = drawable_records(records, quality)
+    ax = ax or Figure(figsize=(8.5, 5.2), layout="constrained").subplots()
+    labels = list(dict.fromkeys(legend_label(r) for r in records))
+    front = front_of(records, quality)
+    ax.plot(
+        [records[i].tokens_per_s for i in front],
+        [quality.of(records[i]) for i in front],
+        "--",
+        color="0.6",
+        zorder=1,
+        label="Pareto front",
+    )
+    for index, label in enumerate(labels):
+        _draw_series(ax, [r for r in records if legend_label(r) == label], quality, label, series_style(index))
+    ax.set_xlabel("speed: tokens/s (median, 95% bootstrap interval)")
+    ax.set_ylabel(quality.label)
+    ax.set_title(finding(records, quality), wrap=True)
+    ax.margins(0.12, 0.15)
+    if _spread(records) > 10:
+        ax.set_xscale("log")
+    if quality.lower_is_better:
+        ax.invert_yaxis()
+    ax.grid(alpha=0.25)
+    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return ax.get_figure()
+
+
+def legend_label(record: Record) -> str:
+    """Returns technique, model and device, as the legend shows them."""
+    device = record.host.get("gpu") if record.device.startswith("cuda") else None
+    where = device or f"{record.device}, {record.threads} thread{'s' if record.threads > 1 else ''}"
+    batch = f", batch {record.batch}" if record.batch > 1 else ""
+    return f"{record.technique}: {record.model} ({where}, {record.dtype}{batch})"
+
+
+def speed_quality_table(records: Sequence[Record], *, quality: Quality = BITS_PER_BYTE) -> str:
+    """Returns the plot as text: the plain-function alternative, sorted by speed; `*` marks the front."""
+    records = drawable_records(records, quality)
+    front = {id(records[i]) for i in front_of(records, quality)}
+    rows = [f"{'':2}{'tokens/s':>9} {'95% interval':>17} {quality.task or 'bits/byte':>10}  technique"]
+    for r in sorted(records, key=lambda r: -r.tokens_per_s):
+        low, high = r.interval_tokens_per_s
+        mark = "*" if id(r) in front else ""
+        rows.append(
+            f"{mark:2}{r.tokens_per_s:9.1f} {f'[{low:.1f}, {high:.1f}]':>17} {quality.of(r):10.4f}  {legend_label(r)}"
+        )
+    return "\n".join(rows)
+
+
+def _draw_series(ax: Axes, records: Sequence[Record], quality: Quality, label: str, style: dict[str, str]) -> None:
+    speeds = [r.tokens_per_s for r in records]
+    intervals = [r.interval_tokens_per_s for r in records]
+    errors = [
+        [s - low for s, (low, _) in zip(speeds, intervals, strict=True)],
+        [high - s for s, (_, high) in zip(speeds, intervals, strict=True)],
+    ]
+    ax.errorbar(
+        speeds, [quality.of(r) for r in records], xerr=errors, fmt="none", ecolor=style["color"], capsize=4, zorder=2
+    )
+    ax.scatter(
+        speeds, [quality.of(r) for r in records], s=60, label=label, edgecolor="white", linewidth=0.8, zorder=3, **style
+    )
+
+
+def _spread(records: Sequence[Record]) -> float:
+    speeds = [r.tokens_per_s for r in records]
+    return max(speeds) / max(min(speeds), 1e-9)

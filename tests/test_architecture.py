@@ -1,0 +1,118 @@
+"""The floors of `labutils`: a module imports only from lower floors, and topics do not import one another."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "labutils"
+FLOORS = [
+    {"paths", "measurement"},
+    {"generation"},  # topics; quantization, pruning, … will stand here
+    {"models", "data"},
+    {"checks", "plots", "widgets", "course"},
+    {"cli", "bench"},
+]
+# Rooms of one floor that may use each other. Topics never do.
+NEIGHBOURS = {
+    ("measurement", "paths"),
+    ("models", "data"),
+    ("course", "checks"),
+    ("widgets", "plots"),
+    ("cli", "bench"),
+}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 320, 45
+TABLES = {"data/service_grammar.py"}  # data, not code
+MAX_PACKAGE_LINES = 7_000
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path):
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0].removesuffix(".py")
+
+
+def floor_of(name):
+    return next((level for level, rooms in enumerate(FLOORS) if name in rooms), None)
+
+
+def imported_rooms(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "labutils" and len(parts) > 1 and parts[1] not in {"__init__", "__version__"}:
+                yield parts[1]
+
+
+def allowed(importer, imported):
+    if importer == imported or (importer, imported) in NEIGHBOURS:
+        return True
+    return floor_of(imported) < floor_of(importer)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_module_keeps_to_its_floor(path):
+    if path.parent == PACKAGE and path.stem in {"__init__", "__main__"}:
+        return
+    assert floor_of(room(path)) is not None, f"{room(path)} stands on no floor: add it to FLOORS"
+    for imported in imported_rooms(path):
+        assert allowed(room(path), imported), f"{room(path)} (floor {floor_of(room(path))}) imports {imported}"
+
+
+def test_the_rule_can_fail():
+    assert not allowed("generation", "models")
+    assert not allowed("measurement", "generation")
+    assert not allowed("data", "models")
+    assert allowed("cli", "measurement")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_files_and_functions_stay_short(path):
+    source = path.read_text(encoding="utf-8")
+    if path.relative_to(PACKAGE).as_posix() in TABLES:
+        return
+    assert len(source.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[0]
+            has_docstring = isinstance(first, ast.Expr) and isinstance(getattr(first, "value", None), ast.Constant)
+            start = first.end_lineno if has_docstring else node.lineno
+            assert node.end_lineno - start <= MAX_FUNCTION_LINES, f"{node.name} is longer than a screen"
+
+
+def test_package_stays_readable():
+    lines = sum(
+        len(path.read_text(encoding="utf-8").splitlines())
+        for path in MODULES
+        if path.relative_to(PACKAGE).as_posix() not in TABLES
+    )
+    assert lines <= MAX_PACKAGE_LINES
+
+
+def test_package_init_holds_a_docstring_and_the_version():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree) and len(tree.body) == 2
+
+
+@pytest.mark.parametrize(
+    "path", [PACKAGE / "__main__.py", *sorted((PACKAGE / "cli").glob("*.py"))], ids=lambda p: p.stem
+)
+def test_command_line_starts_with_the_standard_library_only(path):
+    import sys
+
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for name in names:
+                top = name.split(".")[0]
+                assert (
+                    top in sys.stdlib_module_names
+                    or name.startswith(("labutils.cli", "labutils.paths"))
+                    or (name == "labutils")
+                ), f"{path.name} imports {name} before the environment stands"

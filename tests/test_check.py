@@ -1,0 +1,195 @@
+"""`check`: a verdict for each kind of answer, and never a change to the learner's file."""
+
+import hashlib
+import json
+
+import pytest
+from hand_ins import (
+    EATS,
+    EXIT,
+    FORKS,
+    LIES,
+    LOOP,
+    NAMES,
+    PRINTS,
+    RIGHT,
+    STUBBORN_LOOP,
+    WRONG_SPEED,
+    as_saved_by_colab,
+    cell_of,
+    cheated,
+    demo_course,
+    learner,
+    save,
+    unusable,
+)
+
+from labutils.cli import check as command
+from labutils.course import verdicts
+from labutils.course.check import Report, as_text, check_notebook, prepared
+from labutils.course.contained import Limits
+from labutils.course.hand_in import UnusableError, find_reference, read_hand_in
+from labutils.course.verdicts import Verdict, judge
+
+TIMEOUT_S = 6.0
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return demo_course(tmp_path_factory.mktemp("check"))
+
+
+def checked(notebook, root, tmp_path, **options):
+    path = save(notebook, tmp_path / "my_answers.ipynb")
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    report = check_notebook(path, root, timeout_s=options.pop("timeout_s", 120.0), **options)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    return report
+
+
+def words(report):
+    return tuple(verdict.verdict for verdict in report.verdicts)
+
+
+def test_check_wrong_syntax_blank(root, tmp_path):
+    answers = {"tokens_per_second": WRONG_SPEED, "quantize": "def quantize(values"}
+    report = checked(learner(root, **answers), root, tmp_path)
+    assert words(report) == ("wrong", "syntax error", "blank")
+    wrong = report.verdicts[0]
+    assert "upside down" in wrong.hint
+    assert "tokens=10, seconds=4.0" in wrong.details
+    assert "never closed" in report.verdicts[1].hint
+    assert not report.is_right
+
+
+def test_check_right_as_saved_by_colab(root, tmp_path):
+    report = checked(as_saved_by_colab(learner(root, **RIGHT)), root, tmp_path)
+    assert (words(report), report.notes) == (("right", "right", "right"), [])
+    assert report.is_right
+
+
+def test_check_cheated_missing_doubled(root, tmp_path):
+    notebook = cheated(root)
+    notebook["cells"].append(cell_of(notebook, "EXERCISE", "quantize"))
+    notebook["cells"].remove(cell_of(notebook, "EXERCISE", "weight_bytes"))
+    report = checked(notebook, root, tmp_path)
+    assert words(report) == ("wrong", "doubled", "missing")
+    assert [bool(verdict.note) for verdict in report.verdicts] == [True, True, False]
+
+
+@pytest.mark.slow
+def test_check_loop_and_killed_kernel_leave_the_rest_its_verdict(root, tmp_path):
+    report = checked(
+        learner(root, **RIGHT | {"tokens_per_second": LOOP, "quantize": EXIT}), root, tmp_path, timeout_s=6.0
+    )
+    assert words(report) == ("endless loop", "killed kernel", "right")
+
+
+@pytest.mark.slow
+def test_check_stubborn_loop_is_ended(root, tmp_path):
+    report = checked(learner(root, **RIGHT | {"tokens_per_second": STUBBORN_LOOP}), root, tmp_path, timeout_s=6.0)
+    assert words(report) == ("endless loop", "right", "right")
+
+
+@pytest.mark.slow
+def test_check_endless_output_and_lies(root, tmp_path):
+    report = checked(learner(root, **RIGHT | {"tokens_per_second": LIES, "quantize": PRINTS}), root, tmp_path)
+    assert words(report) == ("wrong", "wrong", "right")
+    assert "prints more" in report.verdicts[1].hint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("answer", "hint"), [(FORKS, "too many processes"), (EATS, "more memory")])
+def test_check_ends_what_takes_too_much(answer, hint, root, tmp_path):
+    limits = Limits(memory_bytes=1 << 30, processes=20)
+    report = checked(learner(root, **RIGHT | {"quantize": answer}), root, tmp_path, limits=limits)
+    assert words(report) == ("right", "killed kernel", "right")
+    assert hint in report.verdicts[1].hint
+
+
+def test_prepared_compares_only_the_checks_and_drops_tags_and_outputs(root):
+    cells = read_hand_in(root / "notebooks" / "solutions" / "90_demo.ipynb")
+    reference = find_reference(root, cells, "90_demo.ipynb")
+    notebook = prepared(cells, reference.exercises)
+    for index, cell in enumerate(notebook.cells):
+        is_check = index in {exercise.check for exercise in reference.exercises}
+        if cell.cell_type == "code":
+            assert ("# NBVAL_CHECK_OUTPUT" in cell.source) == is_check == bool(cell.outputs)
+            assert (cell.execution_count == 1) == is_check
+            assert "tags" not in cell.metadata
+
+
+def test_prepared_disarms_nbval_comments_of_the_learner(root):
+    cells = read_hand_in(root / "notebooks" / "solutions" / "90_demo.ipynb")
+    exercises = find_reference(root, cells, "90_demo.ipynb").exercises
+    cells[exercises[0].cell]["source"] += "\n# NBVAL_SKIP\n  # NBVAL_RAISES_EXCEPTION"
+    source = prepared(cells, exercises).cells[exercises[0].cell].source
+    assert "# NBVAL" not in source
+
+
+def test_judge_takes_no_silence_for_a_pass():
+    done = {"passed": True}
+    silent = {"passed": False, "ename": "", "evalue": "", "message": "Cell outputs differ", "stdout": ""}
+    assert judge("90.1 speed", done, silent).verdict == "wrong"
+    other = silent | {"stdout": "a word more\n✓ 90.1 speed\n"}
+    assert judge("90.1 speed", done, other).verdict == "right"
+    assert judge("90.1 speed", done, other | {"ename": "ValueError"}).verdict == "wrong"
+
+
+def test_find_reference_by_exercises_whatever_the_file_is_called(root):
+    cells = read_hand_in(root / "notebooks" / "90_demo.ipynb")
+    assert find_reference(root, cells, "Kopie von meine Lösung.ipynb").stem == "90_demo"
+
+
+def test_read_hand_in_refuses_what_is_no_notebook(tmp_path, root):
+    for path in unusable(tmp_path):
+        with pytest.raises(UnusableError, match=path.stem):
+            find_reference(root, read_hand_in(path), path.name)
+    with pytest.raises(UnusableError, match="no such file"):
+        read_hand_in(tmp_path / "absent.ipynb")
+
+
+def test_read_hand_in_survives_odd_cells(tmp_path):
+    path = tmp_path / "odd.ipynb"
+    path.write_text(json.dumps({"cells": [1, {}, {"cell_type": "code", "source": [2, "a"]}]}), encoding="utf-8")
+    assert read_hand_in(path) == [{"cell_type": "", "source": ""}, {"cell_type": "code", "source": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("result", "status"),
+    [(["right", "right"], 0), (["right", "blank"], 1), (UnusableError("x.ipynb: not a notebook"), 2)],
+)
+def test_command_status(monkeypatch, capsys, result, status):
+    from argparse import ArgumentParser
+
+    def fake(*_args, **_options):
+        if isinstance(result, Exception):
+            raise result
+        return Report("90_demo", [Verdict(f"90.{i} x", verdict) for i, verdict in enumerate(result)])
+
+    monkeypatch.setattr("labutils.course.check.check_notebook", fake)
+    parser = ArgumentParser()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args(["x.ipynb"])) == status
+    said = capsys.readouterr()
+    assert ("not a notebook" in said.err) == (status == 2)
+
+
+def test_as_text_shows_each_exercise_with_its_hint():
+    text = as_text(
+        Report("90_demo", [Verdict("90.1 a", "wrong", "divide", "head\n    given     x\n    hint      divide")]),
+        "a.ipynb",
+    )
+    assert "90.1 a: wrong" in text and "hint: divide" in text and "given     x" in text
+    assert text.count("divide") == 1
+
+
+def test_tidy_drops_colour_codes_and_control_characters():
+    assert verdicts.tidy("\x1b[31mred\x1b[0m\x07\nnext") == "red\nnext"
+    assert len(verdicts.tidy("x" * 10_000)) == verdicts.LIMIT
+
+
+def test_names_of_the_demo(root):
+    cells = read_hand_in(root / "notebooks" / "90_demo.ipynb")
+    assert tuple(e.name for e in find_reference(root, cells, "").exercises) == NAMES

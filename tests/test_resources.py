@@ -1,0 +1,119 @@
+"""Resources: real allocations seen, counters that wrap, bytes counted by hand."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from labutils.measurement import resources
+from labutils.measurement.resources import (
+    decode_bytes_per_token,
+    energy,
+    kv_bytes_per_position,
+    peak_memory,
+    weight_bytes_read,
+    wrapped_difference,
+)
+
+LLAMA = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**{**LLAMA, "num_key_value_heads": 2, **changes}))
+
+
+MODEL = llama()
+
+
+def test_weight_bytes_of_a_llama_by_hand():
+    layer = 8 * 8 + 2 * 4 * 8 + 8 * 8 + 3 * 8 * 16 + 2 * 8  # q, k and v, o, MLP, two norms
+    rest = 8 + 10 * 8  # the last norm and the output layer
+    assert weight_bytes_read(llama(tie_word_embeddings=True)) == 4 * (2 * layer + rest)
+    assert weight_bytes_read(llama(tie_word_embeddings=False)) == 4 * (2 * layer + rest + 8)  # and one row of the table
+
+
+def test_weight_bytes_of_gpt2_count_one_row_of_the_position_table():
+    config = GPT2Config(vocab_size=10, n_positions=32, n_embd=8, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config)
+    all_bytes = sum(p.numel() for p in model.parameters()) * 4
+    assert weight_bytes_read(model) == all_bytes - 4 * (31 * 8)
+
+
+def test_weight_bytes_follow_the_dtype():
+    assert weight_bytes_read(llama().to(torch.bfloat16)) * 2 == weight_bytes_read(llama())
+
+
+def test_kv_bytes_know_grouped_query_attention():
+    shared, full = llama(num_key_value_heads=2).config, llama(num_key_value_heads=4).config
+    assert kv_bytes_per_position(shared) == 2 * 2 * 2 * 2 * 4  # K and V, layers, KV heads, head size, bytes
+    assert kv_bytes_per_position(full) == 2 * kv_bytes_per_position(shared)
+    assert kv_bytes_per_position(GPT2Config(n_embd=8, n_layer=1, n_head=2), element_bytes=2) == 2 * 8 * 2
+
+
+@given(st.integers(0, 5000))
+def test_decode_bytes_grow_linearly_with_the_context(context):
+    model = MODEL
+    cost = decode_bytes_per_token(model, context)
+    assert cost.weight_bytes == weight_bytes_read(model)
+    assert cost.kv_cache_bytes == 64 * context
+    assert cost.total_bytes == cost.weight_bytes + cost.kv_cache_bytes
+
+
+def test_peak_memory_sees_an_allocation_that_is_gone_again():
+    with peak_memory() as idle:
+        pass
+    if idle.host_bytes is None:
+        pytest.skip("no resettable high-water mark on this system")
+    with peak_memory() as busy:
+        torch.ones(20_000_000).sum()
+    assert 70e6 < busy.host_bytes - idle.host_bytes < 120e6
+    assert "MB" in str(busy)
+
+
+def test_peak_memory_says_not_measured_where_no_mark_can_be_reset(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "_rusage_peak_bytes", lambda: 1000)
+    with peak_memory(proc=tmp_path / "absent") as peak:
+        pass
+    assert peak.host_bytes is None
+    assert "not measured" in str(peak)
+
+
+def rapl(root, name, microjoules, full_range=1_000_000):
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "energy_uj").write_text(str(microjoules))
+    (folder / "max_energy_range_uj").write_text(str(full_range))
+
+
+def test_energy_adds_packages_leaves_out_their_children_and_unwraps(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "_nvml_counters", list)
+    rapl(tmp_path, "intel-rapl:0", 900_000)
+    rapl(tmp_path, "intel-rapl:1", 100_000)
+    rapl(tmp_path, "intel-rapl:0:0", 5)
+    with energy(powercap=tmp_path) as spent:
+        rapl(tmp_path, "intel-rapl:0", 100_000)  # wrapped: 0.9 J to 1.0 J, then 0.1 J
+        rapl(tmp_path, "intel-rapl:1", 400_000)
+        rapl(tmp_path, "intel-rapl:0:0", 999_999)
+    assert spent.joules == pytest.approx(0.2 + 0.3)
+    assert "RAPL" in str(spent)
+
+
+def test_energy_is_not_measured_without_a_counter(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "_nvml_counters", list)
+    with energy(powercap=tmp_path) as spent:
+        pass
+    assert spent.joules is None
+    assert str(spent) == "not measured"
+
+
+@given(st.floats(0, 99), st.floats(0, 99))
+def test_wrapped_difference_is_never_negative(start, end):
+    assert 0 <= wrapped_difference(end, start, 100.0) <= 100
+
+
+def test_resources_bad_input_states_the_rule():
+    with pytest.raises(ValueError, match="must not be negative; got -1"):
+        decode_bytes_per_token(llama(), -1)
+    with pytest.raises(ValueError, match="cannot go backwards"):
+        wrapped_difference(1.0, 2.0, None)

@@ -1,0 +1,196 @@
+"""The one plot: its Pareto front, its refusals, what stands on the axes, and the widgets around it."""
+
+import io
+
+import ipywidgets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from labutils.generation.stream import StreamedToken
+from labutils.measurement.ledger import Record, append
+from labutils.measurement.roofline import Roofline
+from labutils.plots.roofline import RooflinePoint, draw_roofline, roofline_finding
+from labutils.plots.speed_quality import (
+    draw_speed_quality,
+    drawable_records,
+    finding,
+    legend_label,
+    pareto_front,
+    speed_quality_table,
+    task_quality,
+)
+from labutils.plots.style import series_style
+from labutils.widgets.speed_quality import available_qualities, select, speed_quality_widget
+from labutils.widgets.stream import print_stream, show_stream, stream_widget
+
+points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
+
+
+def record(technique: str, speed: float, bits: float | None, **changes) -> Record:
+    base = {"model": "tiny", "device": "cpu", "dtype": "float32", "threads": 2, "prompt_tokens": 8, "output_tokens": 16}
+    base |= {"samples": tuple(speed * f for f in (0.9, 0.95, 1.0, 1.05, 1.1)), "bits_per_byte": bits, "host": {}}
+    return Record(technique=technique, **(base | changes))
+
+
+def three() -> list[Record]:
+    return [record("fp32", 10, 1.5), record("int8", 18, 1.52), record("int4, badly", 15, 1.9)]
+
+
+def test_pareto_front_by_hand():
+    assert pareto_front([(1, 3), (2, 2), (1.5, 1), (3, 0)]) == [3, 1, 0]
+    assert pareto_front([(1, 1), (1, 1)]) == [0]
+    assert pareto_front([(1, 1), (1, 2), (2, 2)]) == [2]
+    assert pareto_front([]) == []
+
+
+@given(points)
+def test_pareto_front_is_exactly_what_nothing_beats(some):
+    def beats(a, b):
+        return a[0] >= b[0] and a[1] >= b[1] and a != b
+
+    front = pareto_front(some)
+    unbeaten = {p for p in some if not any(beats(q, p) for q in some)}
+    assert {some[i] for i in front} == unbeaten
+    assert len(front) == len(unbeaten)
+    assert [some[i][0] for i in front] == sorted((some[i][0] for i in front), reverse=True)
+
+
+def test_plot_has_points_intervals_front_labels_and_a_finding():
+    ax = draw_speed_quality(three()).axes[0]
+    assert "tokens/s" in ax.get_xlabel() and "bits per byte" in ax.get_ylabel()
+    assert ax.yaxis_inverted()
+    assert ax.get_title() == "int8 is 1.8x as fast as fp32 and costs 0.02 bits per byte"
+    (front,) = [line for line in ax.lines if line.get_label() == "Pareto front"]
+    assert front.get_xydata().tolist() == [[18.0, 1.52], [10.0, 1.5]]
+    labels = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert "fp32: tiny (cpu, 2 threads, float32)" in labels
+    assert sum(c.get_label().startswith("int8") for c in ax.collections) == 1
+
+
+def test_error_bars_span_the_bootstrap_interval():
+    one = record("fp32", 10, 1.5)
+    ax = draw_speed_quality([one]).axes[0]
+    low, high = one.interval_tokens_per_s
+    (segments,) = [c for c in ax.collections if hasattr(c, "get_segments")]
+    assert segments.get_segments()[0].tolist() == [[pytest.approx(low), 1.5], [pytest.approx(high), 1.5]]
+
+
+def test_a_tasks_score_is_better_when_higher():
+    records = [
+        record("a", 10, None, task="intent", task_score=0.9),
+        record("b", 20, None, task="intent", task_score=0.7),
+    ]
+    ax = draw_speed_quality([*records, record("c", 99, 1.0)], quality=task_quality("intent")).axes[0]
+    assert not ax.yaxis_inverted()
+    assert ax.get_title() == "b is 2x as fast as a and costs 0.2 score"
+    assert "intent" in ax.get_ylabel()
+
+
+def test_finding_when_the_fastest_is_also_the_best():
+    assert finding([record("a", 10, 1.5), record("b", 20, 1.4)]) == "b is fastest and loses no quality (20 tokens/s)"
+
+
+@pytest.mark.parametrize(
+    ("bad", "rule"),
+    [
+        (lambda: [record("x", 1, None)], "needs a quality"),
+        (lambda: [record("x", 1, 1.0, samples=(1.0,))], "raw samples"),
+        (list, "at least one record"),
+        (lambda: [record("x", 1, None, task="intent", task_score=1.0)], "at least one record with bits_per_byte"),
+    ],
+)
+def test_plot_refuses_what_cannot_be_drawn(bad, rule):
+    with pytest.raises(ValueError, match=rule):
+        draw_speed_quality(bad())
+    with pytest.raises(ValueError, match=rule):
+        drawable_records(bad())
+
+
+def test_table_marks_the_front_and_sorts_by_speed():
+    lines = speed_quality_table(three()).splitlines()
+    for line, name in zip(lines[1:], ("int8", "int4, badly", "fp32"), strict=True):
+        assert f" {name}: tiny" in line
+    assert [line.startswith("*") for line in lines[1:]] == [True, False, True]
+
+
+def test_legend_names_the_gpu_and_the_batch():
+    on_gpu = record("a", 1, 1.0, device="cuda:0", batch=4, host={"gpu": "NVIDIA T4"})
+    assert legend_label(on_gpu) == "a: tiny (NVIDIA T4, float32, batch 4)"
+
+
+def test_series_differ_in_shape_and_colour():
+    assert len({tuple(series_style(i).values()) for i in range(70)}) == 70
+
+
+def test_widget_redraws_on_choice_and_starts_with_everything(tmp_path, monkeypatch):
+    monkeypatch.setenv("LABUTILS_HOME", str(tmp_path))
+    for r in (*three(), record("gpu", 90, 1.5, device="cuda")):
+        append(r)
+    box = speed_quality_widget()
+    controls, picture, table = box.children
+    assert bytes(picture.value).startswith(b"\x89PNG")
+    assert "int8" in table.value and "gpu" in table.value
+    controls.children[1].value = "cpu"
+    assert "int8" in table.value and "gpu" not in table.value
+    assert isinstance(box, ipywidgets.VBox)
+
+
+def test_widget_without_records_states_the_rule():
+    with pytest.raises(ValueError, match="at least one record"):
+        speed_quality_widget([])
+
+
+def test_select_and_qualities():
+    records = [*three(), record("t", 1, None, task="intent", task_score=0.5, model="other")]
+    assert list(available_qualities(records)) == ["bits per byte", "intent"]
+    assert [r.technique for r in select(records, model="other")] == ["t"]
+    assert len(select(records)) == 4
+
+
+def roof() -> Roofline:
+    return Roofline(10e9, 100e9, threads=1, device="cpu", dtype="float32", working_set_bytes=2**28, samples={})
+
+
+def test_roofline_plot_places_points_and_names_their_share():
+    decode = RooflinePoint("decode", flop=4e9, moved_bytes=8e9, seconds=1.0)  # 0.5 FLOP/byte, roof 5 GFLOP/s
+    prefill = RooflinePoint("prefill", flop=80e9, moved_bytes=1e9, seconds=1.0)
+    ax = draw_roofline(roof(), [decode, prefill]).axes[0]
+    labels = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert labels == ["measured roof", "decode: 80% of the roof", "prefill: 80% of the roof"]
+    assert ax.get_title() == "decode waits for memory, prefill waits for arithmetic (cpu, float32, 1 thread)"
+    assert ax.collections[0].get_offsets().tolist() == [[0.5, 4.0]]
+
+
+def test_roofline_plot_reports_a_probe_error_and_draws_without_points():
+    wrong = RooflinePoint("cached", flop=6e9, moved_bytes=12e9, seconds=1.0)
+    assert wrong.share(roof()) == "probe error (120%)"
+    assert "Below 10.0 FLOP per byte" in draw_roofline(roof()).axes[0].get_title()
+    assert "waits for memory" in roofline_finding(roof(), [wrong])
+    with pytest.raises(ValueError, match="must be positive; got 0"):
+        RooflinePoint("x", 0, 1, 1)
+
+
+def tokens() -> list[StreamedToken]:
+    return [StreamedToken(1, "<a>", 0.5), StreamedToken(2, " b", 0.1), StreamedToken(3, "", 0.1)]
+
+
+def test_print_stream_writes_text_then_speed():
+    out = io.StringIO()
+    times = print_stream(tokens(), file=out)
+    assert out.getvalue() == "<a> b\n[3 tokens, 10.0 tokens/s, first token after 0.500 s]\n"
+    assert times.tokens_per_s == 10.0
+
+
+def test_show_stream_fills_the_widget_and_escapes_the_text():
+    box = stream_widget()
+    show_stream(tokens(), box)
+    assert "&lt;a&gt; b" in box.children[0].value
+    assert box.children[1].value == "3 tokens, 10.0 tokens/s, first token after 0.500 s"
+
+
+def test_empty_streams_state_the_rule():
+    with pytest.raises(ValueError, match="at least one token"):
+        print_stream([], file=io.StringIO())
+    with pytest.raises(ValueError, match="at least one token"):
+        show_stream([], stream_widget())
