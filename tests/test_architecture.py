@@ -23,7 +23,7 @@ NEIGHBOURS = {
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 320, 45
 TABLES = {"data/service_grammar.py"}  # data, not code
-MAX_PACKAGE_LINES = 7_000
+MAX_CODE_LINES = 6_500  # the aim is 5,000
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -86,13 +86,21 @@ def test_files_and_functions_stay_short(path):
             assert node.end_lineno - start <= MAX_FUNCTION_LINES, f"{node.name} is longer than a screen"
 
 
+def lines_of_code(path):
+    """Lines that are neither blank, comment nor docstring."""
+    source = path.read_text(encoding="utf-8")
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    return sum(1 for n, line in lines if line.strip() and not line.strip().startswith("#") and n not in docstrings)
+
+
 def test_package_stays_readable():
-    lines = sum(
-        len(path.read_text(encoding="utf-8").splitlines())
-        for path in MODULES
-        if path.relative_to(PACKAGE).as_posix() not in TABLES
-    )
-    assert lines <= MAX_PACKAGE_LINES
+    code = [path for path in MODULES if path.relative_to(PACKAGE).as_posix() not in TABLES]
+    assert sum(map(lines_of_code, code)) <= MAX_CODE_LINES
 
 
 def test_package_init_holds_a_docstring_and_the_version():

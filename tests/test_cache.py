@@ -61,7 +61,7 @@ def test_truncate_forgets_and_the_next_update_overwrites(kind):
     assert keys[0, 0, :3, 0].tolist() == [1.0, 2.0, 11.0]
 
 
-@settings(max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=5))
 def test_caches_hold_what_transformers_dynamic_cache_holds(steps):
     ours, static, reference = KVCache(), make("static", max_length=64), DynamicCache()

@@ -59,7 +59,7 @@ def test_check_wrong_syntax_blank(root, tmp_path):
     wrong = report.verdicts[0]
     assert "upside down" in wrong.hint
     assert "tokens=10, seconds=4.0" in wrong.details
-    assert "never closed" in report.verdicts[1].hint
+    assert "incomplete input (line 2)" in report.verdicts[1].hint
     assert not report.is_right
 
 
@@ -88,7 +88,7 @@ def test_check_loop_and_killed_kernel_leave_the_rest_its_verdict(root, tmp_path)
 
 @pytest.mark.slow
 def test_check_stubborn_loop_is_ended(root, tmp_path):
-    report = checked(learner(root, **RIGHT | {"tokens_per_second": STUBBORN_LOOP}), root, tmp_path, timeout_s=6.0)
+    report = checked(learner(root, **RIGHT | {"tokens_per_second": STUBBORN_LOOP}), root, tmp_path, timeout_s=TIMEOUT_S)
     assert words(report) == ("endless loop", "right", "right")
 
 
@@ -153,7 +153,65 @@ def test_read_hand_in_refuses_what_is_no_notebook(tmp_path, root):
 def test_read_hand_in_survives_odd_cells(tmp_path):
     path = tmp_path / "odd.ipynb"
     path.write_text(json.dumps({"cells": [1, {}, {"cell_type": "code", "source": [2, "a"]}]}), encoding="utf-8")
-    assert read_hand_in(path) == [{"cell_type": "", "source": ""}, {"cell_type": "code", "source": "a"}]
+    empty = {"cell_type": "", "source": "", "tags": []}
+    assert read_hand_in(path) == [empty, {"cell_type": "code", "source": "a", "tags": []}]
+
+
+def play(root, monkeypatch, *rounds):
+    """Check a right hand-in whose runs end as told: each round names the code cell that ends it, or None."""
+    played = []
+
+    def run_cells(notebook, *_):
+        ending, kind = rounds[len(played)]
+        played.append([cell.source for cell in notebook.cells])
+        count = sum(cell.cell_type == "code" for cell in notebook.cells)
+        last = count if ending is None else ending + 1
+        ok = {"passed": True, "fatal": "", "ename": "", "evalue": "", "message": "", "stdout": ""}
+        records = {number: dict(ok) for number in range(last)}
+        if ending is not None:
+            records[ending] |= {"passed": False, "fatal": kind}
+        return records, None, ""
+
+    monkeypatch.setattr("labutils.course.check.run_cells", run_cells)
+    path = save(learner(root, **RIGHT), root.parent / "played.ipynb")
+    report = check_notebook(path, root)
+    assert len(played) == len(rounds)
+    return words(report), report.notes
+
+
+# code cells of the demonstration: 0 set-up, 1 lesson, 2 3 speed, 4 5 quantize, 6 lesson, 7 8 memory, 9 lesson
+def test_an_answer_that_ends_the_run_in_its_own_check_is_guilty(root, monkeypatch):
+    found = play(root, monkeypatch, (3, "timeout"), (4, "dead"), (None, ""))
+    assert found == (("endless loop", "killed kernel", "right"), [])
+
+
+def test_a_lesson_that_runs_without_the_answer_before_it_proves_it_guilty(root, monkeypatch):
+    assert play(root, monkeypatch, (6, "dead"), (None, "")) == (("right", "killed kernel", "right"), [])
+
+
+def test_a_lesson_that_hangs_by_itself_accuses_nobody(root, monkeypatch):
+    found, notes = play(root, monkeypatch, (6, "timeout"), (6, "timeout"))
+    assert found == ("right", "right", "not run")
+    assert len(notes) == 1 and "part of the lesson" in notes[0]
+
+
+def test_a_lesson_after_the_last_exercise_needs_no_second_run(root, monkeypatch):
+    assert play(root, monkeypatch, (9, "timeout"))[0] == ("right", "right", "right")
+
+
+def test_a_lesson_before_all_exercises_accuses_nobody(root, monkeypatch):
+    assert play(root, monkeypatch, (1, "dead"))[0] == ("not run", "not run", "not run")
+
+
+def test_a_lesson_that_shows_an_error_may_raise(root):
+    cells = read_hand_in(root / "notebooks" / "solutions" / "90_demo.ipynb")
+    exercises = find_reference(root, cells, "90_demo.ipynb").exercises
+    lesson = next(i for i, cell in enumerate(cells) if cell["source"].startswith("import os"))
+    for cell in cells:
+        cell["tags"] = ["raises-exception"]
+    notebook = prepared(cells, exercises)
+    assert [i for i, cell in enumerate(notebook.cells) if cell.metadata.get("tags")][:2] == [1, lesson]
+    assert not any(notebook.cells[e.cell].metadata or notebook.cells[e.check].metadata for e in exercises)
 
 
 @pytest.mark.parametrize(

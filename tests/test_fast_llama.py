@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CONFIGS, LLAMAS, random_ids, tiny_model
 from transformers import LlamaConfig
@@ -79,6 +79,7 @@ def test_weight_bytes_equal_those_counted_on_the_model(model, fast):
     assert fast.weight_bytes == weight_bytes_read(model)
 
 
+@settings(deadline=None, max_examples=30)
 @given(seeds)
 def test_rms_norm_equals_transformers(seed):
     norm = LlamaRMSNorm(8, eps=1e-5)
@@ -88,6 +89,7 @@ def test_rms_norm_equals_transformers(seed):
     torch.testing.assert_close(torch.from_numpy(actual), norm(x).detach(), atol=1e-5, rtol=1e-5)
 
 
+@settings(deadline=None, max_examples=30)
 @given(seeds)
 def test_rotate_equals_transformers_and_keeps_lengths(seed):
     angles = random(1, 5, 4, seed=seed).repeat(1, 1, 2)
@@ -98,6 +100,7 @@ def test_rotate_equals_transformers_and_keeps_lengths(seed):
     torch.testing.assert_close(actual.norm(dim=-1), x.norm(dim=-1), atol=1e-4, rtol=1e-4)
 
 
+@settings(deadline=None, max_examples=30)
 @given(seeds, st.floats(0.1, 60))
 def test_swiglu_and_softmax_equal_torch(seed, spread):
     x = spread * random(2, 8, seed=seed)

@@ -66,7 +66,7 @@ def test_append_then_read_gives_the_same_records(tmp_path):
     assert json.loads(path.read_text(encoding="utf-8").splitlines()[0])["tokens_per_s"] == 3.0
 
 
-@settings(max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(0, 1e9), min_size=5, max_size=9), st.text(min_size=1), st.floats(0, 10))
 def test_record_survives_json(samples, technique, quality):
     original = record(samples=samples, technique=technique, bits_per_byte=quality)

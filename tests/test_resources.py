@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -51,6 +51,7 @@ def test_kv_bytes_know_grouped_query_attention():
     assert kv_bytes_per_position(GPT2Config(n_embd=8, n_layer=1, n_head=2), element_bytes=2) == 2 * 8 * 2
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 5000))
 def test_decode_bytes_grow_linearly_with_the_context(context):
     model = MODEL
@@ -107,6 +108,7 @@ def test_energy_is_not_measured_without_a_counter(tmp_path, monkeypatch):
     assert str(spent) == "not measured"
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.floats(0, 99), st.floats(0, 99))
 def test_wrapped_difference_is_never_negative(start, end):
     assert 0 <= wrapped_difference(end, start, 100.0) <= 100

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labutils.measurement import roofline
@@ -30,6 +30,7 @@ def test_attainable_by_hand():
     assert roof.attainable_flops_per_s(1000) == 100e9
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.floats(1e-3, 1e4), st.floats(1e-3, 1e4))
 def test_attainable_grows_with_intensity_and_stays_below_both_roofs(a, b):
     roof = hand_made()

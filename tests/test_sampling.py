@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -28,18 +28,21 @@ def test_greedy_by_hand():
     assert greedy(torch.tensor([[1.0, 3.0, 3.0], [5.0, 4.0, 0.0]])).tolist() == [1, 0]
 
 
+@settings(deadline=None, max_examples=30)
 @given(seeds, st.integers(1, 30), st.booleans())
 def test_top_k_equals_transformers(seed, k, tied):
     logits = random_logits(seed, tied=tied)
     assert torch.equal(keep_top_k(logits, k), TopKLogitsWarper(k)(None, logits))
 
 
+@settings(deadline=None, max_examples=30)
 @given(seeds, st.floats(0.01, 1.0), st.booleans())
 def test_top_p_equals_transformers(seed, p, tied):
     logits = random_logits(seed, tied=tied)
     assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits))
 
 
+@settings(deadline=None, max_examples=30)
 @given(seeds, st.floats(0.1, 5), st.integers(1, 17), st.floats(0.1, 1.0))
 def test_sampler_applies_temperature_then_top_k_then_top_p(seed, temperature, k, p):
     logits = random_logits(seed)
@@ -50,6 +53,7 @@ def test_sampler_applies_temperature_then_top_k_then_top_p(seed, temperature, k,
     assert torch.equal(probs, expected.softmax(-1))
 
 
+@settings(deadline=None, max_examples=30)
 @given(seeds, st.floats(0.05, 1.0))
 def test_top_p_keeps_the_smallest_set_that_reaches_p(seed, p):
     logits = random_logits(seed, batch=1)[0].double()

@@ -4,7 +4,7 @@ import io
 
 import ipywidgets
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labutils.generation.stream import StreamedToken
@@ -44,6 +44,7 @@ def test_pareto_front_by_hand():
     assert pareto_front([]) == []
 
 
+@settings(deadline=None, max_examples=30)
 @given(points)
 def test_pareto_front_is_exactly_what_nothing_beats(some):
     def beats(a, b):
@@ -85,6 +86,11 @@ def test_a_tasks_score_is_better_when_higher():
     assert not ax.yaxis_inverted()
     assert ax.get_title() == "b is 2x as fast as a and costs 0.2 score"
     assert "intent" in ax.get_ylabel()
+
+
+def test_finding_across_devices_says_so():
+    title = finding([record("a", 10, 1.5), record("b", 20, 1.6, device="cuda")])
+    assert title == "b is 2x as fast as a (cuda against cpu) and costs 0.1 bits per byte"
 
 
 def test_finding_when_the_fastest_is_also_the_best():

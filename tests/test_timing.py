@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labutils.measurement import timing
@@ -28,12 +28,14 @@ def test_quantile_by_hand():
     assert quantile([4.0, 1.0, 3.0, 2.0], 1.0) == 4.0
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(positive, min_size=1, max_size=30), st.floats(0, 1))
 def test_quantile_equals_torch(values, fraction):
     reference = torch.quantile(torch.tensor(values, dtype=torch.float64), fraction).item()
     assert quantile(values, fraction) == pytest.approx(reference, rel=1e-9)
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(positive, min_size=5, max_size=20))
 def test_bootstrap_interval_lies_within_the_samples_and_repeats_itself(samples):
     low, high = bootstrap_interval(samples, resamples=50)
@@ -54,6 +56,7 @@ def test_bootstrap_interval_is_wider_for_more_confidence():
     assert wide[0] < narrow[0] and narrow[1] < wide[1]
 
 
+@settings(deadline=None, max_examples=30)
 @given(rounds)
 def test_paired_ratio_is_the_ratio_of_medians_and_lies_in_its_interval(pairs):
     numerator, denominator = zip(*pairs, strict=True)

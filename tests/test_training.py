@@ -22,7 +22,16 @@ TINY = lablm.Shape(
     layers=2, hidden_size=32, intermediate_size=64, heads=2, kv_heads=1, head_dim=16, vocab_size=300, max_positions=64
 )
 PLAN = training.TrainingPlan(
-    model="tiny", steps=8, sequences=8, sequence_length=16, long_sequence_length=16, warmup_steps=2, decay_fraction=0.35
+    model="tiny",
+    steps=8,
+    code_tokens=128,
+    dialogues=6,
+    sequence_length=16,
+    long_sequence_length=32,
+    warmup_steps=2,
+    decay_fraction=0.35,
+    muon_lr=0.02,
+    adam_lr=0.003,
 )
 
 
@@ -33,11 +42,15 @@ def tiny_corpus(monkeypatch):
     monkeypatch.setattr(training.Run, "validation_bits_per_byte", lambda self, limit_bytes: 1.0)
 
 
+def loss_in(run):
+    return lambda ids, labels: run.model(input_ids=ids, labels=labels).loss
+
+
 def run_to(run, last_step):
     losses = []
     run.model.train()
     while run.step < last_step:
-        losses.append(run.train_step(lambda ids: run.model(input_ids=ids, labels=ids).loss, micro_batch=32))
+        losses.append(sum(run.train_step(loss_in(run), loss_in(run), micro_batch=32)))
     return losses
 
 
@@ -61,12 +74,45 @@ def test_training_learns(tiny_corpus, tmp_path):
 
 
 def test_micro_batches_do_not_change_the_step(tiny_corpus, tmp_path):
-    def loss_after_two(micro_batch, folder):
+    def losses_after_two(micro_batch, folder):
         run = training.Run(PLAN, state_dir=tmp_path / folder)
-        run.train_step(lambda ids: run.model(input_ids=ids, labels=ids).loss, micro_batch)
-        return run.train_step(lambda ids: run.model(input_ids=ids, labels=ids).loss, micro_batch)
+        run.train_step(loss_in(run), loss_in(run), micro_batch)
+        return run.train_step(loss_in(run), loss_in(run), micro_batch)
 
-    assert loss_after_two(16, "a") == pytest.approx(loss_after_two(128, "b"), abs=1e-4)
+    assert losses_after_two(16, "a") == pytest.approx(losses_after_two(128, "b"), abs=1e-4)
+
+
+def test_step_follows_the_mean_over_all_tokens(tiny_corpus, tmp_path, monkeypatch):
+    """Gradients of the parts add up to that of the mean loss per token over code and dialogues together."""
+    run = training.Run(PLAN, state_dir=tmp_path)
+    code, dialogues = run._my_parts(32)
+    nats = count = 0
+    for ids, labels in code + dialogues:
+        logits = run.model(ids).logits[:, :-1].transpose(1, 2)
+        nats = nats + torch.nn.functional.cross_entropy(logits, labels[:, 1:], reduction="sum")
+        count += (labels[:, 1:] != -100).sum()
+    (nats / count).backward()
+    wanted = run.model.model.embed_tokens.weight.grad.clone()
+    run.model.zero_grad()
+    seen = {}
+    for optimizer in run.optimizers:
+        monkeypatch.setattr(optimizer, "step", lambda: None)
+    monkeypatch.setattr(
+        run.optimizers[1], "step", lambda: seen.update(g=run.model.model.embed_tokens.weight.grad.clone())
+    )
+    run.train_step(loss_in(run), loss_in(run), micro_batch=32)
+    torch.testing.assert_close(seen["g"], wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_shallower_model_takes_layers_at_equal_distances(tiny_corpus, tmp_path):
+    source = training.Run(PLAN, state_dir=tmp_path).model
+    config = type(source.config)(**{**source.config.to_dict(), "num_hidden_layers": 1})
+    deep = training.LlamaForCausalLM(type(config)(**{**config.to_dict(), "num_hidden_layers": 3}))
+    shallow = training.LlamaForCausalLM(type(config)(**{**config.to_dict(), "num_hidden_layers": 2}))
+    training.take_layers_(shallow, deep)
+    for layer, origin in zip(shallow.model.layers, (deep.model.layers[0], deep.model.layers[2]), strict=True):
+        torch.testing.assert_close(layer.mlp.up_proj.weight, origin.mlp.up_proj.weight)
+    torch.testing.assert_close(shallow.lm_head.weight, deep.lm_head.weight)
 
 
 def test_only_steps_may_change_and_only_on_the_plateau(tiny_corpus, tmp_path):
@@ -96,22 +142,39 @@ def test_schedule_by_hand():
     plan = replace(
         PLAN, steps=100, warmup_steps=10, decay_fraction=0.2, decay_from=0.5, long_fraction=0.1, long_sequence_length=32
     )
-    assert [round(plan.lr_factor(s), 3) for s in (0, 4, 9, 79, 80, 90, 99)] == [0.1, 0.5, 1, 1, 0.5, 0.25, 0.025]
-    assert plan.shape_of_batch(89) == (8, 16) and plan.shape_of_batch(90) == (4, 32)
+    assert [round(plan.lr_factor(s), 3) for s in (0, 4, 9, 79, 80, 90, 99)] == [0.1, 0.5, 1, 1, 1, 0.5, 0.05]
+    assert plan.shape_of_code(89) == (8, 16) and plan.shape_of_code(90) == (4, 32)
 
 
-def test_batch_reads_every_chunk_once_an_epoch():
-    streams = {name: np.arange(64 * share, dtype=np.uint16) for name, share in mixture.RECIPE.items()}
-    steps = [mixture.batch_at(streams, step=s, sequences=16, length=8, seed=1) for s in range(8)]
-    first_source = torch.cat([batch[: mixture.RECIPE["stdlib"]].flatten() for batch in steps])
-    assert sorted(first_source.tolist()) == list(range(512))
-    assert torch.equal(steps[3], mixture.batch_at(streams, step=3, sequences=16, length=8, seed=1))
-    assert not torch.equal(steps[3], mixture.batch_at(streams, step=3, sequences=16, length=8, seed=2))
+def numbered(count):
+    return mixture.Stream(np.arange(count, dtype=np.uint16), np.arange(0, count, 4))
 
 
-def test_batch_refuses_a_broken_recipe():
-    with pytest.raises(ValueError, match="multiple of 8.*got 12"):
-        mixture.batch_at({}, step=0, sequences=12, length=8, seed=0)
+def test_code_batch_reads_every_chunk_once_an_epoch():
+    streams = {"stdlib": numbered(48), "stdlib-tests": numbered(32), "packages": numbered(32)}
+    batches = [mixture.code_batch(streams, step=step, sequences=4, length=8, seed=1) for step in range(2)]
+    rows = torch.cat(batches)
+    from_library = rows[[i for i, name in enumerate(mixture.PATTERN) if name == "stdlib"]]
+    assert sorted(from_library.flatten().tolist()) == list(range(48))
+    again = mixture.code_batch(streams, step=1, sequences=4, length=8, seed=1)
+    other = mixture.code_batch(streams, step=1, sequences=4, length=8, seed=2)
+    assert torch.equal(batches[1], again) and not torch.equal(batches[1], other)
+
+
+def test_practised_copies_repeat_their_beginning():
+    streams = {name: numbered(4096) for name in set(mixture.PATTERN)}
+    rows = mixture.code_batch(streams, step=0, sequences=8, length=64, seed=0, practise_copying=True)
+    copied = [len(set(row.tolist())) < 64 for row in rows]
+    assert copied == [name == "packages" for name in mixture.PATTERN]
+
+
+def test_dialogues_come_whole_alone_and_once_an_epoch():
+    steps = [mixture.dialogue_batch(numbered(40), step=step, count=5, seed=0) for step in range(2)]
+    firsts = sorted(int(dialogue[0]) for step in steps for dialogue in step)
+    assert firsts == list(range(0, 40, 4)) and all(len(d) == 4 for step in steps for d in step)
+    long = mixture.Stream(np.zeros(500, dtype=np.uint16), np.array([0, 3]))
+    lengths = [len(d) for d in mixture.dialogue_batch(long, step=0, count=2, seed=0)]
+    assert lengths == [3, mixture.LONGEST_DIALOGUE]
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96)])

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import numbers
 import reprlib
+import sys
 
 RTOL, ATOL = 1e-5, 1e-8
 _FACTORS = {
@@ -25,13 +26,22 @@ _FACTORS = {
 
 
 def is_array(value) -> bool:
-    """True for torch tensors and NumPy arrays."""
+    """True for torch tensors and NumPy arrays, but not for NumPy's numbers."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.generic):
+        return False
     return all(hasattr(value, name) for name in ("shape", "dtype", "tolist", "ndim"))
 
 
 def is_number(value) -> bool:
     """True for Python and NumPy numbers, but not for booleans."""
     return isinstance(value, numbers.Number) and not isinstance(value, bool)
+
+
+def unwrapped(value):
+    """NumPy's numbers and booleans as Python's own."""
+    numpy = sys.modules.get("numpy")
+    return value.item() if numpy is not None and isinstance(value, numpy.generic) else value
 
 
 def same(actual, expected, *, rtol: float = RTOL, atol: float = ATOL, dtype: bool = False) -> bool:
@@ -43,6 +53,7 @@ def same(actual, expected, *, rtol: float = RTOL, atol: float = ATOL, dtype: boo
     >>> same(0.1 + 0.2, 0.3), same([1, 2.0], [1, 2.1]), same("a", "b")
     (True, False, False)
     """
+    actual, expected = unwrapped(actual), unwrapped(expected)
     options = {"rtol": rtol, "atol": atol, "dtype": dtype}
     if is_array(expected) and is_array(actual):
         return _same_arrays(actual, expected, options)
@@ -209,6 +220,8 @@ def guess(actual, expected) -> str:
         if kind(expected) == kind(actual) and tuple(actual.shape) == tuple(expected.shape):
             left, right = plain(actual).reshape(-1), plain(expected).reshape(-1)
             return _factor(left.tolist(), right.tolist())
+    if is_array(actual) and actual.ndim == 0 and is_number(expected):
+        return "a plain number is asked for: `.item()` takes it out of a tensor"
     if is_number(actual) and is_number(expected):
         return _factor([actual], [expected])
     return ""

@@ -126,7 +126,9 @@ def resources(root: Path) -> Iterator[tuple[str, str]]:
     """What there is to compute with."""
     import torch
 
-    yield "device", gpu() if torch.cuda.is_available() else "CPU"
+    unused = " (torch cannot use the GPU: python -m labutils doctor --cuda installs the build that can)"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU" + unused * bool(gpu())
+    yield "device", device
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} logical cores"
     yield "memory", f"{gb(free_memory_bytes())} free"
     yield "disk", f"{gb(shutil.disk_usage(root).free)} free"

@@ -81,6 +81,10 @@ def require_disk(root: Path, needed_bytes: float) -> None:
         )
 
 
+UNREACHABLE = (
+    r"name resolution|NewConnectionError|Failed to establish a new connection|Network is unreachable|getaddrinfo"
+    r"|ConnectTimeoutError|Read timed out|nodename nor servname|ProxyError|Connection refused|ConnectionResetError"
+)
 FAILURES = (
     (
         r"No space left on device|Errno 28|not enough space on the disk",
@@ -96,8 +100,7 @@ FAILURES = (
         f"(git checkout), {AGAIN}",
     ),
     (
-        r"name resolution|NewConnectionError|Failed to establish a new connection|Network is unreachable|getaddrinfo"
-        r"|ConnectTimeoutError|Read timed out|nodename nor servname|ProxyError|Connection refused|ConnectionResetError",
+        UNREACHABLE,
         "the package index cannot be reached: connect to the network (or name a mirror in PIP_INDEX_URL, or a folder "
         f"of wheels in PIP_FIND_LINKS), {AGAIN}",
     ),
@@ -133,7 +136,8 @@ def pip(plan: Plan, stage: Stage, *arguments: str) -> Outcome:
     before = count_packages(plan)
 
     def detail(activity: str) -> str:
-        return f"{activity}, {count_packages(plan) - before} done" if activity.startswith("writing") else activity
+        several = re.match(r"writing \d+ packages", activity)
+        return f"{activity}, {count_packages(plan) - before} done" if several else activity
 
     command = [plan.python, "-m", "pip", "install", "--no-compile", *arguments]
     environ = pip_environment(os.environ)

@@ -43,6 +43,7 @@ def jupyter_command(args: Namespace, root: Path) -> list[str]:
         "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",
+        "--LanguageServerManager.autodetect=False",  # which would ask npm, and list what is not installed
     ]
     if args.no_browser:
         command.append("--no-browser")

@@ -47,13 +47,16 @@ def pip_activity(line: str) -> str | None:
     'torch, 191.8 MB'
     >>> pip_activity("Installing collected packages: mpmath, torch")
     'writing 2 packages to the disk'
+    >>> pip_activity("Installing collected packages: torch")
+    'writing torch to the disk'
     """
     if found := re.match(r"\s*Collecting ([\w.-]+)", line):
         return found[1]
     if found := re.match(r"\s*Downloading (?:\S+/)?([A-Za-z0-9_.]+)-\S+(?<!\.metadata) \(([^)]+)\)", line):
         return f"{found[1]}, {found[2]}"
     if line.startswith("Installing collected packages:"):
-        return f"writing {line.count(',') + 1} packages to the disk"
+        names = line.partition(":")[2].split(", ")
+        return f"writing {f'{len(names)} packages' if len(names) > 1 else names[0].strip()} to the disk"
     return None
 
 
@@ -122,7 +125,7 @@ def follow(
         close_fds=False,
     )
     try:
-        with log.open("a", encoding="utf-8") as file:
+        with log.open("a", encoding="utf-8", buffering=1) as file:
             file.write(f"\n$ {' '.join(map(str, command))}\n")
             for line in lines_or_ticks(process):
                 if line is not None:

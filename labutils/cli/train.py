@@ -13,11 +13,14 @@ NEEDS_ENVIRONMENT = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("model", choices=("lablm", "lablm-small"))
-    parser.add_argument("--steps", type=int, required=True, help="optimizer steps of 8192 tokens")
+    parser.add_argument("--steps", type=int, required=True, help="optimizer steps")
     parser.add_argument("--state", type=Path, help="folder of the resumable state (default: training-state/MODEL)")
     parser.add_argument("--out", type=Path, help="folder of the finished checkpoint (default: STATE/checkpoint)")
     parser.add_argument("--tokenizer-from", type=Path, help="take this model's tokenizer instead of training one")
-    parser.add_argument("--micro-batch", type=int, default=2048, help="tokens in one forward pass")
+    parser.add_argument(
+        "--init-from", type=Path, help="start from this checkpoint's weights, or from some of its layers"
+    )
+    parser.add_argument("--micro-batch", type=int, default=1024, help="tokens in one forward pass")
     parser.add_argument("--save-every", type=int, default=50, help="steps between saves and validations")
     parser.add_argument("--no-packages", action="store_true", help="train without the installed packages' source")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
@@ -34,7 +37,13 @@ def run(args: argparse.Namespace) -> int:
         dist.init_process_group("gloo")
     state = args.state or Path("training-state") / args.model
     plan = training.TrainingPlan(model=args.model, steps=args.steps)
-    current = training.Run(plan, state_dir=state, packages=not args.no_packages, tokenizer_from=args.tokenizer_from)
+    current = training.Run(
+        plan,
+        state_dir=state,
+        packages=not args.no_packages,
+        tokenizer_from=args.tokenizer_from,
+        init_from=args.init_from,
+    )
     training.train(
         current,
         micro_batch=args.micro_batch,

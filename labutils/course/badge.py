@@ -27,7 +27,16 @@ def check_slug(slug: str) -> str:
 
 
 def badge(slug: str, path: str) -> str:
-    """The Markdown line that opens ``path`` of the repository in Colab."""
+    """The line in a notebook that opens ``path`` of the repository in Colab.
+
+    A link of words: a badge's picture would be fetched from Google whenever the notebook is opened
+    in JupyterLab, and no page of the course asks for anything beyond the machine.
+    """
+    return f"[▶ Open in Colab](https://colab.research.google.com/github/{slug}/blob/main/{path})"
+
+
+def readme_badge(slug: str, path: str) -> str:
+    """README's badge, with its picture."""
     return f"[![Open in Colab]({IMAGE})](https://colab.research.google.com/github/{slug}/blob/main/{path})"
 
 
@@ -62,7 +71,7 @@ def _replaced(text: str, old: str, new: str) -> str:
 
 def with_badges(readme: str, slug: str, path: str) -> str:
     """README's text with the badge between its two comments; unchanged where it has none."""
-    block = f"{README_START}\n{badge(slug, path)}\n{README_END}"
+    block = f"{README_START}\n{readme_badge(slug, path)}\n{README_END}"
     pattern = re.escape(README_START) + ".*?" + re.escape(README_END)
     return re.sub(pattern, lambda _: block, readme, flags=re.DOTALL)
 

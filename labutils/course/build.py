@@ -47,7 +47,6 @@ def _notebook(cells: list, stem: str, slug: str, path: str):
     """A notebook of nbformat 4.5 with the badge, the set-up cell and ids that follow the content."""
     from nbformat import v4
 
-    cells[0].source = _with_badge(cells[0].source, badge(slug, path))
     first_code = next((i for i, cell in enumerate(cells) if cell.cell_type == "code"), len(cells))
     cells.insert(first_code, v4.new_code_cell(setup_source(stem, slug)))
     seen: Counter = Counter()
@@ -56,6 +55,7 @@ def _notebook(cells: list, stem: str, slug: str, path: str):
         cell.metadata.pop("lines_to_next_cell", None)  # jupytext's own, of no use to a learner
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+    cells[0].source = _with_badge(cells[0].source, badge(slug, path))  # after the ids, which know no repository
     notebook = v4.new_notebook(cells=cells, metadata=copy.deepcopy(METADATA))
     notebook.metadata["labutils"] = {"chapter": stem}
     return notebook

@@ -24,6 +24,7 @@ from labutils.course.verdicts import Verdict
 
 CELL_TIMEOUT_S = 120.0
 LIMITS = Limits()
+LIMITS = Limits()
 STARTUP = "from labutils.course import guard\nguard.install(get_ipython())\n"
 # nbval reads the sanitizer file in the locale's encoding: keep it ASCII
 SANITIZER = "[carriage returns]\nregex: \\r\nreplace: \n"
@@ -47,9 +48,7 @@ class Report:
         return {"chapter": self.chapter, "verdicts": [v.as_dict() for v in self.verdicts], "notes": self.notes}
 
 
-def check_notebook(
-    path: Path, root: Path, *, timeout_s: float = CELL_TIMEOUT_S, limits: Limits | None = None
-) -> Report:
+def check_notebook(path: Path, root: Path, *, timeout_s: float = CELL_TIMEOUT_S, limits: Limits = LIMITS) -> Report:
     """Give a verdict on each exercise of a learner's notebook, which is only read.
 
     Args:
@@ -75,6 +74,7 @@ class _Checking:
         self.exercises = reference.exercises
         self.found: dict[str, Verdict] = {}
         self.notes: list[str] = []
+        self.suspect: tuple[Exercise, int, str] | None = None
 
     def report(self) -> Report:
         first = transplant(self.reference.cells, self.learner)
@@ -104,10 +104,8 @@ class _Checking:
             self._judge(exercise, by_cell)
         self._note_lessons(by_cell)
         ended = next((n for n, r in records.items() if r["fatal"]), running if reason else None)
-        if ended is None:
-            return None
-        kind = reason or records[ended]["fatal"]
-        return self._blame(code[ended], kind, replaced)
+        kind = "" if ended is None else reason or records[ended]["fatal"]
+        return self._blame(None if ended is None else code[ended], kind, replaced)
 
     def _judge(self, exercise: Exercise, by_cell: dict) -> None:
         answer, check = by_cell.get(exercise.cell), by_cell.get(exercise.check)
@@ -128,20 +126,29 @@ class _Checking:
                 if note not in self.notes:
                     self.notes.append(note)
 
-    def _blame(self, cell: int, kind: str, replaced: frozenset[str]) -> str | None:
-        """The last of the learner's exercises up to a cell that hung or died."""
-        before = [e for e in self.exercises if e.cell <= cell and e.name not in replaced]
-        if not before:
+    def _blame(self, cell: int | None, kind: str, replaced: frozenset[str]) -> str | None:
+        """Whom to leave out of the next round, after one that ended early at ``cell``.
+
+        An answer is guilty when its own cell or check ended the run. When a cell of the lesson did,
+        the answer before it is only suspect: it is guilty if the lesson then runs without it.
+        """
+        suspect, self.suspect = self.suspect, None
+        if suspect is not None and suspect[1] != cell:
+            self._condemn(suspect[0], suspect[2])
+        before = [e for e in self.exercises if cell is not None and e.cell <= cell and e.name not in replaced]
+        if cell is None:
+            return None
+        if not before or (suspect is not None and suspect[1] == cell):
             self.notes.append(f"cell {cell + 1}, part of the lesson, did not come to its end ({kind})")
             return None
-        exercise, limit = before[-1], f"{self.timeout_s:g} s"
-        if (
-            cell in (exercise.cell, exercise.check)
-            or self.found.get(exercise.name, None) is None
-            or self.found[exercise.name].verdict == verdicts.RIGHT
-        ):
-            self.found[exercise.name] = verdicts.fatal(exercise.title, kind, limit)
-        return exercise.name
+        if cell in (before[-1].cell, before[-1].check):
+            self._condemn(before[-1], kind)
+        else:
+            self.suspect = (before[-1], cell, kind)
+        return before[-1].name
+
+    def _condemn(self, exercise: Exercise, kind: str) -> None:
+        self.found[exercise.name] = verdicts.fatal(exercise.title, kind, f"{self.timeout_s:g} s")
 
 
 def prepared(cells: list, exercises: list[Exercise]) -> dict:
@@ -157,6 +164,8 @@ def prepared(cells: list, exercises: list[Exercise]) -> dict:
             continue
         source = re.sub(r"(?m)^(\s*#+\s*)(NBVAL_|PYTEST_VALIDATE)", r"\1 no \2", cell["source"])
         fresh = v4.new_code_cell(source if index in marked else cell["source"])
+        if index not in marked and "raises-exception" in cell["tags"]:  # a lesson that shows an error
+            fresh.metadata["tags"] = ["raises-exception"]
         if index in lines:  # nbval compares only where this marker stands and the reference was run
             fresh.source += "\n# NBVAL_CHECK_OUTPUT"
             fresh.outputs, fresh.execution_count = [v4.new_output("stream", name="stdout", text=lines[index])], 1

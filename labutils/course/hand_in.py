@@ -50,11 +50,17 @@ def read_hand_in(path: Path) -> list[dict]:
 
 
 def _plain(cell: dict) -> dict:
-    """A cell's type and source; all else in it belongs to the tool that saved it."""
+    """A cell's type, source and tags; all else in it belongs to the tool that saved it."""
     source = cell.get("source", "")
     if isinstance(source, list):
         source = "".join(line for line in source if isinstance(line, str))
-    return {"cell_type": str(cell.get("cell_type", "")), "source": source if isinstance(source, str) else ""}
+    metadata = cell.get("metadata")
+    tags = metadata.get("tags") if isinstance(metadata, dict) else None
+    return {
+        "cell_type": str(cell.get("cell_type", "")),
+        "source": source if isinstance(source, str) else "",
+        "tags": tags if isinstance(tags, list) else [],
+    }
 
 
 def reference_folder(root: Path) -> tuple[Path, bool]:

@@ -85,6 +85,7 @@ def judge(title: str, answer: dict, check: dict) -> Verdict:
 def _failed_answer(title: str, record: dict) -> Verdict:
     kind, text = record["ename"], tidy(record["evalue"] or record["message"])
     if kind in ("SyntaxError", "IndentationError", "TabError"):
+        text = re.sub(r"\([^()]*, line (\d+)\)", r"(line \1)", text)
         return Verdict(title, SYNTAX, f"Python cannot read the cell: {text}", f"{kind}: {text}")
     if kind == "NotImplementedError" and text.startswith("Exercise "):
         return Verdict(title, BLANK, "write your answer in place of the `raise` line", text)

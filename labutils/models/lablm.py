@@ -21,7 +21,7 @@ class Shape:
 
 SHAPES = {
     "lablm": Shape(layers=6),
-    "lablm-small": Shape(layers=2, intermediate_size=512),
+    "lablm-small": Shape(layers=2),
 }
 
 

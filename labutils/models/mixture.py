@@ -3,20 +3,24 @@
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from labutils.data import corpus, service
 from labutils.models.tokenizer import END_OF_TEXT
 
-# Sequences of each source in every 16; they are what makes a batch.
-RECIPE = {"stdlib": 8, "stdlib-tests": 2, "packages": 2, "service": 4}
+# The source of each code sequence, again and again.
+PATTERN = ("stdlib", "stdlib", "stdlib", "stdlib-tests", "stdlib", "stdlib", "stdlib", "packages")
+SOURCES = (*dict.fromkeys(PATTERN), "service")
 SERVICE_DIALOGUES = 120_000
+LONGEST_DIALOGUE = 192  # tokens; a longer one is cut
 
 
 def sources(*, packages: bool = True) -> dict[str, list[str]]:
@@ -48,9 +52,17 @@ def tokenizer_sample(texts: dict[str, list[str]]) -> Iterator[str]:
         yield from filter(None, re.split(r"<\|\w+\|>", dialogue))
 
 
+@dataclass(frozen=True)
+class Stream:
+    """One source's token ids in a row, and where each document starts in it."""
+
+    ids: Int[np.ndarray, " n"]
+    starts: Int[np.ndarray, " documents"]
+
+
 def has_streams(folder: Path) -> bool:
     """Whether `write_streams` has finished in this folder."""
-    return all(_stream_path(folder, name).is_file() for name in RECIPE)
+    return all(path.is_file() for name in SOURCES for path in _stream_paths(folder, name))
 
 
 def write_streams(texts: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -58,62 +70,82 @@ def write_streams(texts: dict[str, list[str]], tokenizer: PreTrainedTokenizerFas
     order = np.random.default_rng(0)
     for name, documents in texts.items():
         shuffled = [documents[i] for i in order.permutation(len(documents))]
-        unfinished = folder / "unfinished.npy"
-        np.save(unfinished, encode_stream(tokenizer, shuffled, is_chat=name == "service"))
-        os.replace(unfinished, _stream_path(folder, name))
+        stream = encode_stream(tokenizer, shuffled, is_chat=name == "service")
+        for array, path in zip((stream.ids, stream.starts), _stream_paths(folder, name), strict=True):
+            np.save(folder / "unfinished.npy", array)
+            os.replace(folder / "unfinished.npy", path)
 
 
-def read_streams(folder: Path) -> dict[str, Int[np.ndarray, " n"]]:
-    """Token ids of each source, mapped from disk."""
-    return {name: np.load(_stream_path(folder, name), mmap_mode="r") for name in RECIPE}
+def read_streams(folder: Path) -> dict[str, Stream]:
+    """The streams of all sources, mapped from disk."""
+    return {name: Stream(*(np.load(path, mmap_mode="r") for path in _stream_paths(folder, name))) for name in SOURCES}
 
 
-def _stream_path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.uint16.npy"
+def _stream_paths(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / f"{name}.ids.npy", folder / f"{name}.starts.npy"
 
 
-def encode_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str], *, is_chat: bool) -> Int[np.ndarray, " n"]:
+def encode_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str], *, is_chat: bool) -> Stream:
     """Ids of all texts, one after the other; code documents begin with END_OF_TEXT, dialogues carry their own marks."""
     prefix = "" if is_chat else END_OF_TEXT
-    rows = []
+    rows: list[np.ndarray] = []
     for start in range(0, len(texts), 1000):
         encoded = tokenizer([prefix + text for text in texts[start : start + 1000]], add_special_tokens=False)
         rows.extend(np.asarray(ids, dtype=np.uint16) for ids in encoded["input_ids"])
-    return np.concatenate(rows)
+    starts = np.cumsum([0, *(len(row) for row in rows[:-1])])
+    return Stream(np.concatenate(rows), starts)
 
 
-def batch_at(
-    streams: dict[str, Int[np.ndarray, " n"]],
-    *,
-    step: int,
-    sequences: int,
-    length: int,
-    seed: int,
-    practise_copying: bool = False,
+def code_batch(
+    streams: dict[str, Stream], *, step: int, sequences: int, length: int, seed: int, practise_copying: bool = False
 ) -> Int[Tensor, "sequences length"]:
-    """The batch of a step: the recipe's share of each source, every chunk once an epoch, in an order drawn by `seed`.
+    """A step's code: sources by PATTERN, every chunk of a source once an epoch, in an order drawn by `seed`.
 
     It depends on nothing but its arguments, so that a resumed run reads what an unbroken one would have read. With
     `practise_copying` every second chunk of the packages repeats its own beginning: a small model on a short budget
     learns from it to copy (Olsson et al. 2022, arXiv:2209.11895, call the heads that do it induction heads).
-
-    Raises:
-        ValueError: when `sequences` is not a multiple of 8, the recipe's smallest whole.
     """
-    if sequences % 8:
-        raise ValueError(f"sequences must be a multiple of 8, so that the recipe comes out whole; got {sequences}")
     rows = []
-    for name, share in RECIPE.items():
-        stream, count = streams[name], share * sequences // 16
-        chunks = len(stream) // length
-        for index in range(step * count, (step + 1) * count):
-            order = np.random.default_rng((seed, index // chunks, length)).permutation(chunks)
-            start = int(order[index % chunks]) * length
-            row = torch.from_numpy(stream[start : start + length].astype(np.int64))
-            if practise_copying and name == "packages" and index % 2 == 0:
-                row = repeated(row, period=int(np.random.default_rng((seed, index)).integers(32, length // 2)))
-            rows.append(row)
+    for position in range(step * sequences, (step + 1) * sequences):
+        rounds, place = divmod(position, len(PATTERN))
+        name = PATTERN[place]
+        index = rounds * PATTERN.count(name) + PATTERN[:place].count(name)
+        ids = streams[name].ids
+        start = _drawn(index, len(ids) // length, (seed, length)) * length
+        row = torch.from_numpy(ids[start : start + length].astype(np.int64))
+        if practise_copying and name == "packages" and index % 2 == 0:
+            row = repeated(row, period=int(np.random.default_rng((seed, index)).integers(length // 16, length // 2)))
+        rows.append(row)
     return torch.stack(rows)
+
+
+def dialogue_batch(stream: Stream, *, step: int, count: int, seed: int) -> list[Int[Tensor, " n"]]:
+    """A step's dialogues, shortest first, each alone: packed in one row, they would blur which one is meant."""
+    dialogues = []
+    for index in range(step * count, (step + 1) * count):
+        chosen = _drawn(index, len(stream.starts), (seed, 0))
+        ids = stream.ids[stream.starts[chosen] :]
+        end = stream.starts[chosen + 1] - stream.starts[chosen] if chosen + 1 < len(stream.starts) else len(ids)
+        dialogues.append(torch.from_numpy(ids[: min(end, LONGEST_DIALOGUE)].astype(np.int64)))
+    return sorted(dialogues, key=len)
+
+
+def _drawn(index: int, population: int, seed: tuple[int, ...]) -> int:
+    """The index-th draw: every member once an epoch."""
+    epoch, place = divmod(index, population)
+    return int(np.random.default_rng((*seed, epoch)).permutation(population)[place])
+
+
+def padded(dialogues: list[Int[Tensor, " n"]], *, pad_id: int) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
+    """Ids and labels of dialogues, padded on the right; labels of padding are −100, which the loss leaves out.
+
+    >>> padded([torch.tensor([5]), torch.tensor([6, 7])], pad_id=1)
+    (tensor([[5, 1],
+            [6, 7]]), tensor([[   5, -100],
+            [   6,    7]]))
+    """
+    ids = pad_sequence(dialogues, batch_first=True, padding_value=pad_id)
+    return ids, pad_sequence(dialogues, batch_first=True, padding_value=-100)
 
 
 def repeated(row: Int[Tensor, " n"], *, period: int) -> Int[Tensor, " n"]:

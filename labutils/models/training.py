@@ -1,7 +1,7 @@
 """The program that trains LabLM: resumable after a kill, on one CPU thread, several processes or a GPU.
 
-Muon for the weight matrices, AdamW for embeddings and norms; the learning rate warms up, stays, drops and falls
-linearly to zero (after warm-up-stable-decay, Hu et al. 2024, arXiv:2404.06395); towards the end sequences get longer.
+Muon for the weight matrices, AdamW for embeddings and norms; the learning rate warms up, stays, and falls linearly to
+zero (warm-up-stable-decay, Hu et al. 2024, arXiv:2404.06395); towards the end sequences get longer.
 """
 
 import json
@@ -19,9 +19,21 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from labutils.data import corpus
 from labutils.models.evaluate_text import bits_per_byte
 from labutils.models.lablm import SHAPES, llama_config
-from labutils.models.mixture import batch_at, has_streams, read_streams, sources, tokenizer_sample, write_streams
+from labutils.models.mixture import (
+    code_batch,
+    dialogue_batch,
+    has_streams,
+    padded,
+    read_streams,
+    sources,
+    tokenizer_sample,
+    write_streams,
+)
 from labutils.models.optimizer import Muon
 from labutils.models.tokenizer import train_tokenizer
+
+Part = tuple[torch.Tensor, torch.Tensor]  # ids and labels, each (sequences, tokens)
+LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,18 +42,17 @@ class TrainingPlan:
 
     model: str
     steps: int
-    sequences: int = 16  # of sequence_length tokens, in one optimizer step
-    sequence_length: int = 512
-    long_sequence_length: int = 1024
-    muon_lr: float = 0.02
-    adam_lr: float = 0.003
+    code_tokens: int = 2048  # in one optimizer step
+    dialogues: int = 64  # in one optimizer step
+    sequence_length: int = 512  # tokens
+    long_sequence_length: int = 1024  # tokens, towards the end
+    long_fraction: float = 0.3  # of the steps have long sequences
+    muon_lr: float = 0.006
+    adam_lr: float = 0.0015
+    weight_decay: float = 0.1  # of the matrices
     warmup_steps: int = 40
-    decay_fraction: float = (
-        900 / 1300
-    )  # of the steps: the learning rate drops to decay_from, then falls linearly to zero
-    decay_from: float = 0.4
-    long_fraction: float = 0.3  # of the steps: sequences have long_sequence_length
-    copying_from_step: int = 500  # see mixture.batch_at
+    decay_fraction: float = 0.9  # of the steps: the learning rate falls linearly to zero
+    practise_copying: bool = True  # see mixture.code_batch
     seed: int = 0
 
     def is_decay(self, step: int) -> bool:
@@ -51,19 +62,18 @@ class TrainingPlan:
     def lr_factor(self, step: int) -> float:
         """What the learning rates are multiplied by at a step (counted from 0).
 
-        >>> plan = TrainingPlan(model="lablm", steps=100, warmup_steps=10, decay_fraction=0.5, decay_from=0.4)
-        >>> [plan.lr_factor(step) for step in (0, 9, 49, 50, 75)]
-        [0.1, 1.0, 1.0, 0.4, 0.2]
+        >>> plan = TrainingPlan(model="lablm", steps=100, warmup_steps=10, decay_fraction=0.5)
+        >>> [plan.lr_factor(step) for step in (0, 9, 49, 75)]
+        [0.1, 1.0, 1.0, 0.5]
         """
-        if self.is_decay(step):
-            return self.decay_from * (self.steps - step) / (self.steps * self.decay_fraction)
-        return min(1.0, (step + 1) / self.warmup_steps)
+        warmup = min(1.0, (step + 1) / self.warmup_steps)
+        return min(warmup, (self.steps - step) / (self.steps * self.decay_fraction))
 
-    def shape_of_batch(self, step: int) -> tuple[int, int]:
-        """(sequences, tokens in each) at a step; the product stays the same."""
-        if step < self.steps * (1 - self.long_fraction):
-            return self.sequences, self.sequence_length
-        return self.sequences * self.sequence_length // self.long_sequence_length, self.long_sequence_length
+    def shape_of_code(self, step: int) -> tuple[int, int]:
+        """(sequences, tokens in each) of a step's code."""
+        is_long = step >= self.steps * (1 - self.long_fraction)
+        length = self.long_sequence_length if is_long else self.sequence_length
+        return self.code_tokens // length, length
 
 
 def prepare(folder: Path, *, model: str, tokenizer_from: Path | None = None, packages: bool = True) -> None:
@@ -92,20 +102,39 @@ def new_model(plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast) -> LlamaFo
     return model
 
 
+@torch.no_grad()
+def take_layers_(model: LlamaForCausalLM, source: LlamaForCausalLM) -> None:
+    """Fills a model with another's weights; a shallower one takes layers at equal distances, first and last too.
+
+    Sanh et al. 2019 (DistilBERT, arXiv:1910.01108) begin a student so.
+    """
+    chosen = torch.linspace(0, len(source.model.layers) - 1, len(model.model.layers)).round().int().tolist()
+    for layer, index in zip(model.model.layers, chosen, strict=True):
+        layer.load_state_dict(source.model.layers[index].state_dict())
+    model.model.embed_tokens.load_state_dict(source.model.embed_tokens.state_dict())
+    model.model.norm.load_state_dict(source.model.norm.state_dict())
+
+
 def optimizers(model: LlamaForCausalLM, plan: TrainingPlan) -> list[torch.optim.Optimizer]:
     """Muon on the decoder's matrices, AdamW on everything else."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     adam = torch.optim.AdamW(others, lr=plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return [Muon(matrices, lr=plan.muon_lr), adam]
+    return [Muon(matrices, lr=plan.muon_lr, weight_decay=plan.weight_decay), adam]
 
 
 class Run:
     """One training run: model, optimizers, step and curve, with its state on disk."""
 
     def __init__(
-        self, plan: TrainingPlan, *, state_dir: Path, packages: bool = True, tokenizer_from: Path | None = None
+        self,
+        plan: TrainingPlan,
+        *,
+        state_dir: Path,
+        packages: bool = True,
+        tokenizer_from: Path | None = None,
+        init_from: Path | None = None,
     ):
         self.plan, self.state_path = plan, state_dir / "state.pt"
         if rank() == 0:
@@ -116,6 +145,8 @@ class Run:
         self.streams = read_streams(state_dir)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = new_model(plan, self.tokenizer).to(self.device)
+        if init_from is not None:
+            take_layers_(self.model, LlamaForCausalLM.from_pretrained(init_from, dtype=torch.float32))
         self.optimizers = optimizers(self.model, plan)
         self.step, self.curve = 0, []
         if self.state_path.is_file():
@@ -147,43 +178,55 @@ class Run:
         torch.save(state, self.state_path.with_suffix(".new"))
         os.replace(self.state_path.with_suffix(".new"), self.state_path)
 
-    def train_step(self, loss_of: Callable, micro_batch: int) -> float:
-        """One optimizer step on this step's batch, shared among ranks; returns the mean loss in nats per token."""
-        sequences, length = self.plan.shape_of_batch(self.step)
-        batch = batch_at(
-            self.streams,
-            step=self.step,
-            sequences=sequences,
-            length=length,
-            seed=self.plan.seed,
-            practise_copying=self.step >= self.plan.copying_from_step,
-        )
-        mine = batch[rank() :: world_size()]
-        rows = max(1, micro_batch // length)
-        total = 0.0
-        for part in mine.split(rows):
-            loss = loss_of(part.to(self.device)) * (len(part) / len(mine))
-            loss.backward()
-            total += loss.item()
-        total = self._average_gradients(total)
+    def train_step(self, code_loss: LossOf, dialogue_loss: LossOf, micro_batch: int) -> tuple[float, float]:
+        """One optimizer step on this step's batch, shared among ranks; returns nats per token of code and dialogues."""
+        code, dialogues = self._my_parts(micro_batch)
+        tokens = sum((labels[:, 1:] != -100).sum().item() for _, labels in code + dialogues)
+        losses = []
+        for loss_of, parts in ((code_loss, code), (dialogue_loss, dialogues)):
+            nats = 0.0
+            for ids, labels in parts:
+                count = (labels[:, 1:] != -100).sum().item()
+                loss = loss_of(ids.to(self.device), labels.to(self.device))
+                (loss * (count / tokens)).backward()
+                nats += loss.item() * count
+            losses.append(nats / sum((labels[:, 1:] != -100).sum().item() for _, labels in parts))
+        self._average_gradients()
         for optimizer, lr in zip(self.optimizers, (self.plan.muon_lr, self.plan.adam_lr), strict=True):
             optimizer.param_groups[0]["lr"] = lr * self.plan.lr_factor(self.step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return total
+        return losses[0], losses[1]
 
-    def _average_gradients(self, loss: float) -> float:
-        """Means of gradients and loss over the ranks, in one message."""
+    def _my_parts(self, micro_batch: int) -> tuple[list[Part], list[Part]]:
+        """This rank's (ids, labels), in parts of about `micro_batch` tokens: code, then dialogues."""
+        plan, mine = self.plan, slice(rank(), None, world_size())
+        sequences, length = plan.shape_of_code(self.step)
+        code = code_batch(
+            self.streams,
+            step=self.step,
+            sequences=sequences,
+            length=length,
+            seed=plan.seed,
+            practise_copying=plan.practise_copying,
+        )
+        code_parts = [(ids, ids) for ids in code[mine].split(max(1, micro_batch // length))]
+        chosen = dialogue_batch(self.streams["service"], step=self.step, count=plan.dialogues, seed=plan.seed)[mine]
+        half = (len(chosen) + 1) // 2
+        pad_id = self.tokenizer.pad_token_id
+        dialogue_parts = [padded(part, pad_id=pad_id) for part in (chosen[:half], chosen[half:]) if part]
+        return code_parts, dialogue_parts
+
+    def _average_gradients(self) -> None:
+        """Means of the gradients over the ranks, in one message."""
         if world_size() == 1:
-            return loss
+            return
         params = [p for p in self.model.parameters() if p.grad is not None]
-        flat = torch.cat([p.grad.flatten() for p in params] + [torch.tensor([loss], device=self.device)])
+        flat = torch.cat([p.grad.flatten() for p in params])
         dist.all_reduce(flat)
-        flat /= world_size()
-        for p, grad in zip(params, flat[:-1].split([p.numel() for p in params]), strict=True):
-            p.grad.copy_(grad.view_as(p))
-        return flat[-1].item()
+        for p, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            p.grad.copy_(grad.view_as(p) / world_size())
 
     def validation_bits_per_byte(self, limit_bytes: int) -> float:
         """Bits per byte on the beginnings of the validation modules."""
@@ -199,17 +242,21 @@ class Run:
 def train(run: Run, *, micro_batch: int, compile_model: bool, save_every: int, log: Callable[[str], None]) -> None:
     """Trains to the plan's last step, saving, validating and reporting on the way."""
 
-    def loss_of(ids):
-        return run.model(input_ids=ids, labels=ids, use_cache=False).loss
+    def loss_of(ids, labels):
+        return run.model(input_ids=ids, labels=labels, use_cache=False).loss
 
-    compiled = torch.compile(loss_of, dynamic=False) if compile_model else loss_of
+    compiled = torch.compile(loss_of, dynamic=False) if compile_model else loss_of  # dialogues differ in length
     run.model.train()
     started, first = time.monotonic(), run.step
     while run.step < run.plan.steps:
-        loss = run.train_step(compiled, micro_batch)
+        code, dialogues = run.train_step(compiled, loss_of, micro_batch)
         done = run.step == run.plan.steps
-        record = {"step": run.step, "loss_nats_per_token": round(loss, 4)}
-        if math.isnan(loss):
+        record = {
+            "step": run.step,
+            "code_nats_per_token": round(code, 4),
+            "dialogue_nats_per_token": round(dialogues, 4),
+        }
+        if math.isnan(code + dialogues):
             raise FloatingPointError(f"the loss must be a number; got nan at step {run.step}")
         if run.step % save_every == 0 or done:
             record["validation_bits_per_byte"] = round(run.validation_bits_per_byte(60_000), 4)
@@ -219,8 +266,8 @@ def train(run: Run, *, micro_batch: int, compile_model: bool, save_every: int, l
         if rank() == 0 and (run.step % 10 == 0 or done):
             elapsed = time.monotonic() - started
             left = elapsed / (run.step - first) * (run.plan.steps - run.step)
-            tokens = run.plan.sequences * run.plan.sequence_length * (run.step - first)
-            log(f"{json.dumps(record)} {tokens / elapsed:.0f} tokens/s, {left / 60:.0f} min left")
+            seconds = elapsed / (run.step - first)
+            log(f"{json.dumps(record)} {seconds:.2f} s a step, {left / 60:.0f} min left")
 
 
 def rank() -> int:

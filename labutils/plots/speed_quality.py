@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from labutils.measurement.ledger import Record, check_drawable
 from labutils.plots.style import series_style
@@ -88,7 +89,8 @@ def finding(records: Sequence[Record], quality: Quality = BITS_PER_BYTE) -> str:
     ratio = fastest.tokens_per_s / best.tokens_per_s
     cost = abs(quality.of(fastest) - quality.of(best))
     unit = "bits per byte" if quality.lower_is_better else "score"
-    return f"{fastest.technique} is {ratio:.2g}x as fast as {best.technique} and costs {cost:.2g} {unit}"
+    where = "" if fastest.device == best.device else f" ({fastest.device} against {best.device})"
+    return f"{fastest.technique} is {ratio:.2g}x as fast as {best.technique}{where} and costs {cost:.2g} {unit}"
 
 
 def front_of(records: Sequence[Record], quality: Quality = BITS_PER_BYTE) -> list[int]:
@@ -111,7 +113,7 @@ def draw_speed_quality(
         ValueError: See `drawable_records`.
     """
     records = drawable_records(records, quality)
-    ax = ax or Figure(figsize=(8.5, 5.2), layout="constrained").subplots()
+    ax = ax or Figure(figsize=(8.5, 6.0), layout="constrained").subplots()
     labels = list(dict.fromkeys(legend_label(r) for r in records))
     front = front_of(records, quality)
     ax.plot(
@@ -130,10 +132,13 @@ def draw_speed_quality(
     ax.margins(0.12, 0.15)
     if _spread(records) > 10:
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_locator(NullLocator())
     if quality.lower_is_better:
         ax.invert_yaxis()
     ax.grid(alpha=0.25)
-    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     return ax.get_figure()
 
 
@@ -170,7 +175,7 @@ def _draw_series(ax: Axes, records: Sequence[Record], quality: Quality, label: s
         speeds, [quality.of(r) for r in records], xerr=errors, fmt="none", ecolor=style["color"], capsize=4, zorder=2
     )
     ax.scatter(
-        speeds, [quality.of(r) for r in records], s=60, label=label, edgecolor="white", linewidth=0.8, zorder=3, **style
+        speeds, [quality.of(r) for r in records], s=80, label=label, edgecolor="white", linewidth=0.8, zorder=3, **style
     )
 
 

@@ -185,7 +185,8 @@ import matplotlib.pyplot as plt
 
 from labutils.plots.speed_quality import draw_speed_quality
 
-figure = draw_speed_quality([record])
+figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+draw_speed_quality([record], ax=axes)
 plt.show()
 
 # %% [markdown]

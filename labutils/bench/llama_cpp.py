@@ -1,0 +1,54 @@
+"""llama.cpp as a peer, on the same weights: exported by us, decoded by its own kernels."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from labutils.bench.subject import Subject
+from labutils.measurement.threads import available_cores
+from labutils.models.gguf import BLOCK, FORMATS, export_gguf
+
+INSTALL = "not installed: pip install llama-cpp-python (compiles for about a quarter of an hour)"
+
+
+def llama_cpp_techniques(subject: Subject, new_tokens: int, folder: Path, technique: Callable) -> list:
+    """One technique for each format of our export; without llama-cpp-python they say how to install it."""
+    names = {f"llama.cpp {name}": name for name in FORMATS}
+    if importlib.util.find_spec("llama_cpp") is None:
+        return [technique(name, missing=INSTALL) for name in names]
+    found = []
+    for name, quantization in names.items():
+        path = folder / f"{quantization}.gguf"
+        export_gguf(subject.model, subject.tokenizer, path, format=quantization)
+        bytes_per_weight = FORMATS[quantization].block_bytes / BLOCK
+        run = llama_cpp_run(path, subject.token_ids, new_tokens + 1)
+        found.append(technique(name, run, bytes_per_weight=bytes_per_weight))
+    return found
+
+
+def llama_cpp_run(path: Path, token_ids: Tensor, count: int) -> Callable[[object], Tensor]:
+    """Returns a function of a clock that decodes greedily; its threads follow PyTorch's current count."""
+    from llama_cpp import Llama
+
+    prompt = token_ids[0].tolist()
+    loaded: dict[int, Llama] = {}
+
+    def run(clock) -> Tensor:
+        threads = torch.get_num_threads() if torch.get_num_threads() <= available_cores() else available_cores()
+        if threads not in loaded:
+            settings = {"n_ctx": len(prompt) + count + 1, "n_threads": threads, "n_threads_batch": threads}
+            loaded[threads] = Llama(str(path), verbose=False, **settings)
+        llama = loaded[threads]
+        llama.reset()
+        tokens = []
+        for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
+            clock.tick()
+            tokens.append(token)
+            if len(tokens) == count:
+                return torch.tensor([prompt + tokens])
+        raise RuntimeError(f"llama.cpp must make {count} tokens; got {len(tokens)}")
+
+    return run

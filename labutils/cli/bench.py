@@ -1,0 +1,61 @@
+"""`python -m labutils bench NAME`: measure and compare on this machine."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+HELP = "measure and compare: `bench decode` decodes with every path, with transformers and with llama.cpp"
+NEEDS_ENVIRONMENT = True
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("name", choices=("decode",), help="what to measure")
+    parser.add_argument(
+        "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one object per row to this file")
+    parser.add_argument("--ledger", action="store_true", help="append the rows that have a quality to your ledger")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small random model instead of the 0.2B one, fewer tokens"
+    )
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to decode (32)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved repeats, at least 5")
+    parser.add_argument("--threads", type=int, help="use this many threads (default: the best, found by measuring)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute")
+    parser.add_argument("--no-speed-model", action="store_true", help="only the trained model")
+
+
+def run(args: Namespace) -> int:
+    """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
+    from labutils.bench.decode import REFERENCE, Settings, as_record, bench_decode
+    from labutils.bench.subject import speed_subject, trained_subject
+    from labutils.bench.table import as_table, write_json
+    from labutils.measurement import ledger
+    from labutils.models.load import LoadError
+
+    settings = Settings(8 if args.quick else args.new_tokens, args.rounds, args.threads, not args.no_compile)
+    small = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
+    makers = [lambda: trained_subject(args.model)]
+    if not args.no_speed_model:
+        makers.append(lambda: speed_subject(**(small if args.quick else {})))
+    print(ledger.host_line())
+    rows = []
+    for make in makers:
+        try:
+            subject = make()
+        except LoadError as error:
+            print(f"labutils: {error}")
+            return 1
+        print(
+            f"\n{subject.name}: {subject.weight_bytes / 1e6:.0f} MB read per token, prompt {subject.token_ids.shape[1]}"
+        )
+        found = bench_decode(subject, settings, say=lambda line: print(line, flush=True))
+        print(f"\ngreedy, {settings.new_tokens} tokens timed, {settings.rounds} interleaved rounds after 1 warm-up")
+        print(as_table(found, reference=REFERENCE))
+        rows += found
+        if args.ledger:
+            for row in (r for r in found if r.samples and r.quality is not None):
+                ledger.append(as_record(row, subject, settings))
+    if args.json:
+        write_json(rows, args.json)
+    return 0

@@ -1,0 +1,210 @@
+"""The decode benchmark on tiny models: rows, ticks, shares, JSON; never a speed."""
+
+import json
+import sys
+from argparse import ArgumentParser
+
+import pytest
+import torch
+from tiny_models import random_ids, tiny_model
+
+from labutils.bench import decode, llama_cpp
+from labutils.bench.decode import Clock, Settings, Technique, agreement, as_record, bench_decode
+from labutils.bench.subject import Subject, speed_subject
+from labutils.bench.table import Row, as_table, write_json
+from labutils.cli import bench
+from labutils.measurement import ledger
+
+QUICK = Settings(new_tokens=4, rounds=5, threads=1, compile=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_cache():
+    """Probes of 16 MB instead of 256: the numbers mean nothing here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "last_level_cache_bytes", lambda: 2**21)
+        yield
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return Subject("tiny", tiny_model("llama-gqa-tied"), None, random_ids(6), bits_per_byte=2.5)
+
+
+@pytest.fixture(scope="module")
+def rows(subject):
+    return bench_decode(subject, QUICK, say=lambda line: None)
+
+
+def test_every_path_makes_the_tokens_of_transformers(rows):
+    ours = [row for row in rows if not row.technique.startswith("llama.cpp")]
+    assert [row.technique for row in ours] == [
+        "no cache",
+        "growing KV cache",
+        "static KV cache",
+        "left-padded batch",
+        "plain fp32, numpy matvec",
+        "plain fp32, torch matvec",
+        "transformers.generate",
+    ]
+    assert {row.agreement for row in ours} == {1.0}
+    assert {row.quality for row in ours} == {2.5}
+    assert all(len(row.samples) == 5 and row.threads == 1 and row.time_to_first_token_s > 0 for row in ours)
+
+
+def test_llama_cpp_is_listed_even_where_it_is_not_installed(rows, monkeypatch, subject, tmp_path):
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
+    missing = llama_cpp.llama_cpp_techniques(subject, 4, tmp_path, Technique)
+    assert [t.name for t in missing] == ["llama.cpp F32", "llama.cpp Q8_0", "llama.cpp Q4_0"]
+    assert all("pip install" in t.missing and t.run is None for t in missing)
+    assert {t.name for t in missing} <= {row.technique for row in rows}
+
+
+def test_a_technique_that_fails_becomes_a_row_that_says_why():
+    def broken(clock):
+        raise RuntimeError("no C++ compiler\nmore")
+
+    proved = decode._proved(Technique("x", broken), lambda line: None)
+    assert proved.missing == "RuntimeError: no C++ compiler"
+
+
+def fill(ticks, *, batch=1, weight_bytes=100e6, peak=1e9, bytes_per_weight=4.0, same=True):
+    class Heavy:
+        model, bits_per_byte = tiny_model("llama-gqa-tied"), 2.0
+
+    Heavy.weight_bytes = weight_bytes
+    tokens = torch.zeros(batch, 3, dtype=torch.long)
+    outputs = {"x": tokens, decode.REFERENCE: torch.zeros(1, 3, dtype=torch.long) if same else torch.ones(1, 3)}
+    row = Row(technique="x", model="m", threads=1, batch=batch)
+    technique = Technique("x", batch=batch, bytes_per_weight=bytes_per_weight)
+    return decode._filled(row, technique, ticks, outputs, peak, Heavy)
+
+
+def test_ticks_become_speeds_by_hand():
+    ticks = [[10.0, 12.0, 12.5, 13.0]] * 5  # prefill 2 s, then two tokens in 1 s
+    row = fill(ticks)
+    assert row.samples == (2.0,) * 5
+    assert row.time_to_first_token_s == 2.0
+    cached = 3 * 2 * 3 * 2 * 8 * 4  # positions, K and V, layers, KV heads, head size, bytes
+    assert row.bytes_per_token == 100e6 + cached
+    assert row.bandwidth_share == pytest.approx(2.0 * (100e6 + cached) / 1e9)
+    assert fill(ticks, batch=2).samples == (4.0,) * 5
+    assert fill(ticks, batch=2).bytes_per_token == 50e6 + cached
+    assert fill(ticks, bytes_per_weight=1.0).bytes_per_token == 25e6 + cached
+
+
+def test_shares_that_mean_nothing_are_left_out_with_a_reason():
+    ticks = [[0.0, 1.0, 1.5, 2.0]] * 5
+    assert fill(ticks, weight_bytes=1e6).bandwidth_share is None
+    assert "fit into the cache" in fill(ticks, weight_bytes=1e6).note
+    assert fill(ticks, peak=1e8).bandwidth_share is None
+    assert "probe error" in fill(ticks, peak=1e8).note
+
+
+def test_quality_is_claimed_only_for_exact_tokens_of_exact_weights():
+    ticks = [[0.0, 1.0, 1.5, 2.0]] * 5
+    assert fill(ticks).quality == 2.0
+    assert fill(ticks, same=False).quality is None
+    assert fill(ticks, bytes_per_weight=1.0).quality is None
+
+
+def test_clock_ticks_at_each_token_of_ours_and_of_transformers(subject):
+    for technique in decode.our_techniques(subject, QUICK):
+        clock = Clock()
+        tokens = technique.run(clock)
+        assert len(clock.ticks) == 5
+        assert clock.ticks == sorted(clock.ticks)
+        assert tokens.shape == (technique.batch, 6 + 5)
+
+
+def test_agreement_by_hand():
+    assert agreement(torch.tensor([[1, 2, 3, 4], [1, 2, 0, 0]]), torch.tensor([[1, 2, 3, 4]])) == 0.75
+    with pytest.raises(ValueError, match="got 2 and 3"):
+        agreement(torch.zeros(1, 2), torch.zeros(1, 3))
+
+
+def test_table_and_json_hold_every_row(rows, tmp_path):
+    text = as_table(rows, reference=decode.REFERENCE)
+    assert len(text.splitlines()) == len(rows) + 1
+    assert "1.00x [1.00, 1.00]" in next(line for line in text.splitlines() if line.startswith(decode.REFERENCE))
+    write_json(rows, tmp_path / "rows.json")
+    objects = json.loads((tmp_path / "rows.json").read_text())
+    wanted = {"technique", "model", "threads", "tokens_per_s", "samples", "bandwidth_share", "quality", "host"}
+    assert len(objects) == len(rows) and all(wanted <= o.keys() for o in objects)
+    assert objects[0]["tokens_per_s"] == sorted(objects[0]["samples"])[2]
+    with pytest.raises(ValueError, match="reference technique 'abacus'"):
+        as_table(rows, reference="abacus")
+
+
+def test_rows_with_quality_become_drawable_records(rows, subject):
+    record = as_record(rows[0], subject, QUICK)
+    assert record.drawable and record.tokens_per_s == rows[0].tokens_per_s
+
+
+def test_best_threads_are_measured_where_none_are_given(monkeypatch):
+    monkeypatch.setattr(decode, "available_cores", lambda: 2)
+    said = []
+    calls = Technique("x", lambda clock: None)
+    assert decode._best_threads(calls, said.append) in (1, 2)
+    assert "x: " in said[0] and "1:" in said[0] and "2:" in said[0]
+
+
+def test_speed_subject_says_that_its_weights_are_random():
+    small = speed_subject(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=64, num_attention_heads=2
+    )
+    assert small.name.endswith("B Llama, random weights")
+    assert small.bits_per_byte is None and small.tokenizer is None
+
+
+def test_bench_command_prints_tables_writes_json_and_appends_to_the_ledger(
+    monkeypatch, tmp_path, capsys, subject, rows
+):
+    monkeypatch.setattr("labutils.bench.decode.bench_decode", lambda subject, settings, say: rows)
+    monkeypatch.setattr("labutils.bench.subject.trained_subject", lambda name: subject)
+    monkeypatch.setattr("labutils.bench.subject.speed_subject", lambda **sizes: subject)
+    monkeypatch.setenv("LABUTILS_HOME", str(tmp_path))
+    parser = ArgumentParser()
+    bench.add_arguments(parser)
+    path = tmp_path / "rows.json"
+    options = [
+        "decode",
+        "--quick",
+        "--no-compile",
+        "--no-speed-model",
+        "--threads",
+        "1",
+        "--ledger",
+        "--json",
+        str(path),
+    ]
+    assert bench.run(parser.parse_args(options)) == 0
+    out = capsys.readouterr().out
+    assert ledger.host_line() in out and "no cache" in out and "5 interleaved rounds" in out
+    measured = [o for o in json.loads(path.read_text()) if o["quality"] is not None]
+    assert [r.technique for r in ledger.read()] == [o["technique"] for o in measured]
+
+
+def test_bench_bad_input_states_the_rule(subject):
+    with pytest.raises(ValueError, match="new_tokens must be at least 2; got 1"):
+        bench_decode(subject, Settings(new_tokens=1))
+    with pytest.raises(ValueError, match="at least 5 repeats; got 3"):
+        bench_decode(
+            subject, Settings(new_tokens=2, rounds=3, threads=1, compile=False, peers=False), say=lambda line: None
+        )
+
+
+def test_llama_cpp_writes_the_same_greedy_tokens(subject):
+    pytest.importorskip("llama_cpp")
+    found = bench_decode(subject, QUICK, say=lambda line: None)
+    row = next(r for r in found if r.technique == "llama.cpp F32")
+    assert row.agreement == 1.0, row.note
+
+
+def test_command_modules_import_only_the_standard_library_at_their_top():
+    import ast
+    from pathlib import Path
+
+    for node in ast.parse(Path(bench.__file__).read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            assert node.module.split(".")[0] in sys.stdlib_module_names

@@ -1,0 +1,188 @@
+"""A real JupyterLab in a headless Chromium: a learner answers wrongly, sees the hint, then answers rightly.
+
+Set LABUTILS_CHROMIUM to a browser that is not on PATH. Screenshots go to ``artifacts/``.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+from hand_ins import STEM, cell_of, demo_course
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[1]
+ARTIFACTS = ROOT / "artifacts"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+WAIT_MS = int(os.environ.get("LABUTILS_WAIT_S", "300")) * 1000  # generous: a busy machine is slow
+SETTINGS = {  # all cells in the page, and no question about news
+    "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
+    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+
+
+def browser_path():
+    names = [os.environ.get("LABUTILS_CHROMIUM", ""), *BROWSERS]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The demonstration course in a running JupyterLab: its folder and its address."""
+    folder = tmp_path_factory.mktemp("browser")
+    root = demo_course(folder)
+    for name, content in SETTINGS.items():
+        path = folder / "settings" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content), encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    with open(folder / "server.log", "wb") as log:
+        server = subprocess.Popen(
+            server_command(root, folder, port),
+            cwd=root,
+            env=server_environment(root, folder),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_for(f"{address}/api/status", server, folder / "server.log")
+        yield root, address
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def server_command(root, folder, port):
+    options = ["--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1"]
+    options += [
+        f"--ServerApp.root_dir={root}",
+        "--IdentityProvider.token=",
+        f"--LabApp.user_settings_dir={folder}/settings",
+    ]
+    return [sys.executable, "-m", "jupyter", "lab", *options]
+
+
+def server_environment(root, folder):
+    private = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    private["IPYTHONDIR"] = str(folder / "ipython")
+    return {**os.environ, **private, "PYTHONPATH": str(root), "LABUTILS_HOME": str(folder / "learner")}
+
+
+def wait_for(url, server, log):
+    end = time.monotonic() + 2 * WAIT_MS / 1000
+    while time.monotonic() < end:
+        assert server.poll() is None, log.read_text(encoding="utf-8", errors="replace")
+        try:
+            with urllib.request.urlopen(url, timeout=10) as reply:
+                return reply.status
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"JupyterLab did not start: {log.read_text(encoding='utf-8', errors='replace')}")
+
+
+@pytest.fixture
+def page(lab):
+    """A page of the browser; afterwards: no error in its console, no request beyond this machine."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if browser_path() is None:
+        pytest.skip("no Chromium on PATH; on Debian: apt-get install chromium")
+    errors, beyond = [], []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path(), args=list(FLAGS))
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(WAIT_MS)
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: beyond.append(request.url) if is_beyond(request.url) else None)
+        yield page
+        ARTIFACTS.mkdir(exist_ok=True)
+        page.screenshot(path=str(ARTIFACTS / "browser-last.png"))
+        browser.close()
+    assert errors == []
+    assert beyond == []
+
+
+def is_beyond(url):
+    parts = urlparse(url)
+    return parts.scheme in {"http", "https", "ws", "wss"} and parts.hostname not in {"127.0.0.1", "localhost"}
+
+
+def cell(page, first_line):
+    return page.locator(".jp-CodeCell", has=page.locator(".cm-content", has_text=first_line)).first
+
+
+def answer(page, name, *lines):
+    """Type an answer in place of an exercise's cell, run it and its check by keyboard."""
+    cell(page, f"# EXERCISE {name}").locator(".cm-content").click()
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.press("Delete")
+    for line in (f"# EXERCISE {name}", *lines):  # the editor indents after a colon and closes brackets
+        page.keyboard.type(line)
+        page.keyboard.press("Enter")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.press("Shift+Enter")
+
+
+def test_a_learner_answers_wrongly_then_rightly(lab, page):
+    root, address = lab
+    page.goto(f"{address}/lab/tree/notebooks/{STEM}.ipynb")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()  # before, JupyterLab asks for a kernel
+    page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
+    page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
+    progress = cell(page, "progress()").locator(".jp-OutputArea")
+    progress.get_by_text("0 of 3 exercises passed").first.wait_for()  # a blank has stopped nothing
+    check = cell(page, "# CHECK tokens_per_second").locator(".jp-OutputArea")
+    assert "still blank" in check.inner_text()
+
+    answer(page, "tokens_per_second", "def tokens_per_second(tokens, seconds):", "return seconds / tokens")
+    check.get_by_text("upside down").wait_for()
+    assert "Traceback" not in check.inner_text()
+    shot(page, check, "browser-hint.png")
+
+    answer(page, "tokens_per_second", "def tokens_per_second(tokens, seconds):", "return tokens / seconds")
+    check.get_by_text("✓ 90.1 tokens_per_second").wait_for()
+    shot(page, check, "browser-tick.png")
+    live = progress.locator(".jupyter-widgets pre")
+    live.get_by_text("1 of 3 exercises passed").wait_for()
+    shot(page, live, "browser-progress.png")
+
+    page.keyboard.press("ControlOrMeta+s")
+    stored = wait_for_text(root / "notebooks" / f"{STEM}.ipynb", "return tokens / seconds")
+    assert "return tokens / seconds" in "".join(cell_of(stored, "EXERCISE", "tokens_per_second")["source"])
+
+
+def shot(page, locator, name):
+    ARTIFACTS.mkdir(exist_ok=True)
+    locator.scroll_into_view_if_needed()
+    page.screenshot(path=str(ARTIFACTS / name))
+
+
+def wait_for_text(path, words):
+    for _ in range(100):
+        text = path.read_text(encoding="utf-8")
+        if words in text:
+            return json.loads(text)
+        time.sleep(0.5)
+    raise AssertionError(f"{words!r} was not saved")

@@ -1,0 +1,290 @@
+"""The command line: the overview, dispatch, and the two commands that a learner starts with."""
+
+import ast
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from argparse import ArgumentParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from labutils import __version__
+from labutils.cli import environment, lab, main
+from labutils.cli import test as suite
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESENT = [name for name in main.COMMANDS if main.exists(name)]
+
+
+def arguments(module, *argv):
+    parser = ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Puts a command of the test's own in the place of `doctor`; its `calls` record what ran."""
+    fake = SimpleNamespace(HELP="a fake", NEEDS_ENVIRONMENT=True, add_arguments=lambda parser: None, calls=[])
+    fake.run = lambda args: fake.calls.append(args) or 5
+    monkeypatch.setattr(main.importlib, "import_module", lambda name: fake)
+    monkeypatch.setattr(main.environment, "enter", lambda root, argv, cuda: fake.calls.append((argv, cuda)))
+    return fake
+
+
+# --- overview and dispatch ---------------------------------------------------------------------------------------
+
+
+def test_overview_names_every_command_in_ten_lines(capsys):
+    assert main.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 10 and max(map(len, lines)) <= 110
+    named = {name.strip() for line in lines[1:] for name in line[:26].split(",")}
+    assert named == set(PRESENT)
+
+
+def test_overview_and_commands_name_the_same():
+    assert sorted(name for names, _ in main.OVERVIEW for name in names) == sorted(main.COMMANDS)
+
+
+def test_main_prints_its_version(capsys):
+    assert main.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"labutils {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("tset", "did you mean 'test'?"), ("zzz", "lists them all"), ("main", "no command")]
+)
+def test_main_suggests_the_nearest_command(capsys, name, hint):
+    assert main.main([name]) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_main_enters_the_environment_then_runs_and_returns_the_status(command):
+    assert main.main(["doctor"]) == 5
+    assert command.calls[0] == (["doctor"], False)
+    assert command.calls[1].rest == []
+
+
+def test_main_needs_no_environment_for_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main.main(["doctor", "--help"])
+    assert caught.value.code == 0 and command.calls == []
+    assert "a fake" in capsys.readouterr().out
+
+
+def test_main_refuses_unknown_arguments_unless_the_command_passes_them_on(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main.main(["doctor", "--nonsense"])
+    assert caught.value.code == 2 and command.calls == []
+    command.PASSES_ON = True
+    main.main(["doctor", "-k", "quantize", "--nonsense"])
+    assert command.calls[1].rest == ["-k", "quantize", "--nonsense"]
+
+
+def raises(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (environment.SetupError("connect, then go on"), 1, "labutils: connect, then go on\n"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_main_ends_in_one_sentence_without_a_traceback(command, capsys, error, status, words):
+    command.run = raises(error)
+    assert main.main(["doctor"]) == status
+    shown = capsys.readouterr().err
+    assert words in shown and "Traceback" not in shown
+
+
+def test_main_repairs_an_environment_that_lost_a_package(command, capsys, monkeypatch):
+    command.run = raises(ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn"))
+    condemned = []
+    monkeypatch.setattr(main.environment, "condemn", lambda root, package: condemned.append(package) or True)
+    assert main.main(["doctor"]) == 1
+    assert condemned == ["torch"]
+    assert "run the same command again" in capsys.readouterr().err
+
+
+def test_main_hides_no_error_of_an_optional_package(command):
+    command.run = raises(ModuleNotFoundError("No module named 'triton'", name="triton"))
+    with pytest.raises(ModuleNotFoundError, match="triton"):
+        main.main(["doctor"])
+
+
+# --- before the environment stands -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESENT)
+def test_command_keeps_the_protocol(name):
+    module = main.importlib.import_module(f"labutils.cli.{name}")
+    assert module.HELP and isinstance(module.NEEDS_ENVIRONMENT, bool)
+    assert callable(module.add_arguments) and callable(module.run)
+
+
+def test_every_help_works_with_the_standard_library_alone():
+    code = (
+        "import sys; from labutils.cli.main import COMMANDS, exists, main\n"
+        "for name in filter(exists, COMMANDS):\n"
+        "    try: main([name, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0, name\n"
+        "print(sorted(name for name in sys.modules if name in ('numpy', 'torch', 'yaml')))"
+    )
+    command = [sys.executable, "-S", "-c", code]  # -S: no site-packages
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("[]\n")
+    assert "\x1b" not in result.stdout
+
+
+@pytest.mark.parametrize("name", ["labutils/__init__.py", "labutils/__main__.py"])
+def test_what_runs_first_can_be_read_by_an_old_python(name):
+    ast.parse((ROOT / name).read_text(encoding="ascii"), feature_version=(3, 4))
+
+
+def test_wrong_python_gets_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 2))
+    code = compile((ROOT / "labutils/__main__.py").read_text(encoding="utf-8"), "__main__.py", "exec")
+    with pytest.raises(SystemExit, match=r"needs Python 3\.11 or newer, and this one is 3\.10: install") as caught:
+        exec(code, {"__name__": "__main__"})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["python3.8", "python3.9", "python3.10"])
+def test_wrong_python_for_real(name):
+    python = shutil.which(name)
+    command = [python or name, "-m", "labutils", "lab"]
+    result = python and subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=60)
+    if not result or "labutils" not in result.stderr:
+        pytest.skip(f"{name} is not here")
+    assert result.returncode == 1
+    assert result.stderr.startswith("labutils: this course needs Python 3.11") and result.stderr.count("\n") == 1
+
+
+def test_output_in_a_pipe_has_no_colour_and_asks_nothing(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    monkeypatch.setattr(main.os, "environ", dict(os.environ))
+    main.main([])
+    assert main.os.environ["NO_COLOR"] == "1"
+
+
+# --- test --------------------------------------------------------------------------------------------------------
+
+
+def test_suite_runs_everything_with_doctests_and_coverage():
+    command = suite.pytest_command([], fast=False)
+    assert command[:3] == [sys.executable, "-m", "pytest"] and "-m" not in command[3:]
+    assert {"--doctest-modules", "--cov=labutils", "tests", "labutils"} <= set(command)
+
+
+def test_suite_leaves_out_what_is_slow_when_asked():
+    command = suite.pytest_command([], fast=True)
+    assert command[command.index("-m", 2) + 1] == "not slow and not browser"
+
+
+def test_suite_runs_only_what_is_named():
+    command = suite.pytest_command(["tests/test_cli.py::test_x", "-x"], fast=False)
+    assert command == [sys.executable, "-m", "pytest", "tests/test_cli.py::test_x", "-x"]
+    assert "tests" in suite.pytest_command(["-k", "quantize"], fast=False)
+
+
+def test_suite_runs_on_one_thread_unless_told_otherwise():
+    assert suite.one_thread_each({})["OMP_NUM_THREADS"] == "1"
+    assert suite.one_thread_each({"OMP_NUM_THREADS": "4"})["OMP_NUM_THREADS"] == "4"
+
+
+@pytest.mark.parametrize(("pytest_status", "ruff_status", "expected"), [(0, 0, 0), (0, 1, 1), (3, 0, 3), (3, 1, 3)])
+def test_suite_returns_the_status_of_what_failed(monkeypatch, pytest_status, ruff_status, expected):
+    monkeypatch.setattr(
+        suite, "run_attached", lambda command, **_: pytest_status if "pytest" in command else ruff_status
+    )
+    assert suite.run(SimpleNamespace(rest=[], fast=True)) == expected
+
+
+# --- lab ---------------------------------------------------------------------------------------------------------
+
+
+def test_jupyter_command_opens_chapter_00_of_this_folder_and_stays_on_this_machine(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / lab.FIRST).touch()
+    command = lab.jupyter_command(arguments(lab), tmp_path)
+    assert f"--ServerApp.root_dir={tmp_path}" in command
+    assert "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb" in command
+    assert "--ServerApp.ip=127.0.0.1" in command
+    assert "--no-browser" not in command
+
+
+def test_jupyter_command_serves_a_remote_machine(tmp_path):
+    command = lab.jupyter_command(arguments(lab, "--no-browser", "--port", "9000"), tmp_path)
+    assert "--no-browser" in command and "--ServerApp.port=9000" in command
+    assert "--LabApp.default_url=/lab" in command  # no chapter 00 in that folder
+
+
+@pytest.mark.parametrize(("user", "expected"), [(0, True), (1000, False)])
+def test_jupyter_command_allows_root_only_to_root(tmp_path, monkeypatch, user, expected):
+    monkeypatch.setattr(os, "geteuid", lambda: user, raising=False)
+    assert ("--allow-root" in lab.jupyter_command(arguments(lab), tmp_path)) is expected
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def served():
+    """`python -m labutils lab` on a port of its own; yields the port and ends the server as Ctrl-C twice would."""
+    port = free_port()
+    environ = {**os.environ, environment.NO_VENV: "1", "JUPYTER_TOKEN": "a-test"}
+    command = [sys.executable, "-m", "labutils", "lab", "--no-browser", "--port", str(port)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=ROOT, env=environ, **pipes)
+    yield port, process
+    process.terminate()
+    process.wait(timeout=30)
+
+
+def fetch(port, path, process):
+    deadline = time.monotonic() + 300
+    while True:
+        assert process.poll() is None, "the server has ended"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+                return answer.read().decode("utf-8")
+        except OSError:
+            assert time.monotonic() < deadline, "the server never answered"
+            time.sleep(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="ends the server with a POSIX signal")
+def test_lab_serves_this_folder_and_asks_nothing_of_the_network(served):
+    port, process = served
+    page = fetch(port, "/lab?token=a-test", process)
+    settings = json.loads(
+        page.partition('<script id="jupyter-config-data" type="application/json">')[2].partition("</script>")[0]
+    )
+    assert lab.ANNOUNCEMENTS in settings["disabledExtensions"]
+    assert settings["news"] == {"disabled": True}
+    assert settings["extensionManager"]["can_install"] is False
+    names = {item["name"] for item in json.loads(fetch(port, "/api/contents?token=a-test", process))["content"]}
+    assert {"notebooks", "labutils", "pyproject.toml"} <= names
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)

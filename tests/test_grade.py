@@ -1,0 +1,214 @@
+"""`grade`: a class of hand-ins of every kind; none spoils another's grade."""
+
+import csv
+import os
+import sys
+import time
+from argparse import ArgumentParser
+
+import psutil
+import pytest
+from hand_ins import RIGHT, SPEED, demo_course, kinds, learner, save, unusable
+
+from labutils.cli import grade as command
+from labutils.course import grade as module
+from labutils.course.contained import TOKEN, Limits, folder_bytes, run_contained
+from labutils.course.grade import COLUMNS, Options, find_hand_ins, grade, rows, summary, write_csv
+
+LIMITS = Limits(time_s=600, memory_bytes=1 << 30, processes=20)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return demo_course(tmp_path_factory.mktemp("grade"))
+
+
+def read_csv(path):
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def make_class(root, folder, names):
+    """Hand-ins of the named kinds, all unusable ones and a link; the verdicts that they deserve."""
+    every, expected = kinds(root), {}
+    for number, name in enumerate(names):
+        path = save(every[name][0], folder / f"learner_{number:02d}_{name}" / "90_demo.ipynb")
+        expected[path.relative_to(folder).as_posix()] = every[name][1]
+    for path in unusable(folder / "odd"):
+        expected[path.relative_to(folder).as_posix()] = ("unusable",)
+    if hasattr(os, "symlink") and sys.platform != "win32":
+        (folder / "odd" / "link.ipynb").symlink_to("/etc/passwd")
+        expected["odd/link.ipynb"] = ("unusable",)
+    return expected
+
+
+def assert_table(table, expected):
+    found: dict[str, tuple] = {}
+    for row in table:
+        found[row["hand_in"]] = (*found.get(row["hand_in"], ()), row["verdict"])
+    assert found == expected
+    assert all((row["verdict"] == "right") == (int(row["points"]) == 1) for row in table)
+
+
+def test_grade_a_small_class(root, tmp_path):
+    """Eight hand-ins: two run, six are unusable; then again, which runs nothing."""
+    folder, out = tmp_path / "class", tmp_path / "out"
+    expected = make_class(root, folder, ["cheated", "partly"])
+    options = Options(root, timeout_s=60, limits=LIMITS, jobs=2)
+    assert_table(grade(folder, out, options, say=lambda _: None), expected)
+    table = read_csv(out / "grades.csv")
+    assert_table(table, expected)
+    assert tuple(table[0]) == COLUMNS
+    cheats = [row for row in table if "cheated" in row["hand_in"]]
+    assert "upside down" in cheats[0]["hint"]
+    assert ["deleted or changed" in row["note"] for row in cheats] == [True, True, False]
+    text = (out / "summary.md").read_text(encoding="utf-8")
+    assert "| learner_00_cheated/90_demo.ipynb | 90_demo | 1 | 3 | 90.1 wrong, 90.2 wrong | check deleted" in text
+    assert "1 × 90.1 tokens_per_second: upside down" in text
+
+
+@pytest.mark.slow
+def test_grade_a_class_of_thirty(root, tmp_path):
+    folder, out = tmp_path / "class", tmp_path / "out"
+    names = [*kinds(root), "right", "right", "blank", "wrong", "partly", "bits"]
+    expected = make_class(root, folder, names)
+    assert len(expected) == 30
+    begin, before = time.monotonic(), {p.pid for p in psutil.process_iter()}
+    table = grade(folder, out, Options(root, timeout_s=20, limits=LIMITS), say=print)
+    print(f"thirty hand-ins: {time.monotonic() - begin:.0f} s")
+    assert_table(table, expected)
+    assert not [p for p in psutil.process_iter() if p.pid not in before and bears_token(p)]
+
+
+def bears_token(process):
+    try:
+        return TOKEN in process.environ() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def fake_result(path, options):
+    return {"chapter": "90_demo", "verdicts": [verdict("right")], "notes": [], "seconds": 1.0}
+
+
+def verdict(word, hint="", note=""):
+    return {"exercise": "90.1 a", "verdict": word, "hint": hint, "details": "", "note": note}
+
+
+def test_grade_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        save(learner(root, tokens_per_second=SPEED + f"    return '{name}'"), tmp_path / "class" / f"{name}.ipynb")
+    ran = []
+
+    def stops(path, options):
+        ran.append(path.stem)
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return fake_result(path, options)
+
+    monkeypatch.setattr(module, "check_contained", stops)
+    options = Options(root)
+    with pytest.raises(KeyboardInterrupt):
+        grade(tmp_path / "class", tmp_path / "out", options, say=lambda _: None)
+    done = list(ran)
+    table = grade(tmp_path / "class", tmp_path / "out", options, say=lambda _: None)
+    assert len(table) == 3 and done[:2] == ["a", "b"]
+    assert "a" not in ran[len(done) :] and "b" in ran[len(done) :]
+    ran.clear()
+    grade(tmp_path / "class", tmp_path / "out", options, say=lambda _: None)
+    assert ran == []
+
+
+def test_grade_runs_again_what_changed(root, tmp_path, monkeypatch):
+    path = save(learner(root), tmp_path / "class" / "a.ipynb")
+    ran = []
+    monkeypatch.setattr(module, "check_contained", lambda p, o: ran.append(p.stem) or fake_result(p, o))
+
+    def go(**changes):
+        grade(tmp_path / "class", tmp_path / "out", Options(root, **changes), say=lambda _: None)
+        return len(ran)
+
+    assert (go(), go()) == (1, 1)
+    save(learner(root, **RIGHT), path)
+    assert go() == 2
+    assert go(timeout_s=7) == 3
+    next((tmp_path / "out" / "results").iterdir()).write_text("{", encoding="utf-8")
+    for file in (tmp_path / "out" / "results").iterdir():
+        file.write_text("half a fi", encoding="utf-8")
+    assert go() == 4
+
+
+def test_find_hand_ins_leaves_out_checkpoints_links_and_its_own_folder(tmp_path):
+    for name in ("a/x.ipynb", "b/.ipynb_checkpoints/x.ipynb", "out/x.ipynb", "a/notes.txt", "B.IPYNB"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    if sys.platform != "win32":
+        (tmp_path / "loop").symlink_to(tmp_path)
+    found = [path.relative_to(tmp_path).as_posix() for path in find_hand_ins(tmp_path, tmp_path / "out")]
+    assert found == ["B.IPYNB", "a/x.ipynb"]
+
+
+def test_csv_holds_no_formula_and_no_control_characters(tmp_path):
+    result = {"chapter": "90_demo", "verdicts": [verdict("wrong", "=HYPERLINK(1)\n\x1b[31mred", "@x")]}
+    write_csv(tmp_path / "grades.csv", rows("-evil.ipynb", result))
+    row = read_csv(tmp_path / "grades.csv")[0]
+    assert (row["hand_in"], row["hint"], row["note"]) == ("'-evil.ipynb", "'=HYPERLINK(1) | red", "'@x")
+
+
+def test_summary_of_a_name_with_a_bar_stays_a_table():
+    text = summary(rows("a|b.ipynb", {"chapter": "90_demo", "verdicts": [verdict("right")]}))
+    assert "a\\|b.ipynb" in text
+
+
+def test_command_without_hand_ins(tmp_path, capsys):
+    parser = ArgumentParser()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args([str(tmp_path)])) == 2
+    assert "holds .ipynb files" in capsys.readouterr().err
+    assert "RUNS AS CODE" in command.HELP
+
+
+def contained(tmp_path, code, **limits):
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    return run_contained([sys.executable, "-S", "-c", code], folder=tmp_path, env=env, limits=Limits(**limits))
+
+
+def test_contained_gives_status_and_output(tmp_path):
+    ended = contained(tmp_path, "print('hello'); raise SystemExit(3)")
+    assert (ended.status, ended.reason) == (3, "")
+    assert (tmp_path / "output.txt").read_text(encoding="utf-8").strip() == "hello"
+
+
+@pytest.mark.parametrize(
+    ("code", "limits", "reason"),
+    [
+        ("while True: pass", {"time_s": 1.0}, "time"),
+        ("x = bytearray(300_000_000); import time; time.sleep(60)", {"memory_bytes": 200 << 20}, "memory"),
+        ("while True: print('x' * 100_000)", {"disk_bytes": 1_000_000}, "disk"),
+        (
+            "import subprocess, sys, time\n"
+            "all = [subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)']) for _ in range(9)]\n"
+            "time.sleep(60)",
+            {"processes": 5},
+            "processes",
+        ),
+    ],
+)
+def test_contained_ends_what_goes_beyond_a_limit(tmp_path, code, limits, reason):
+    assert contained(tmp_path, code, **{"time_s": 60.0, **limits}).reason == reason
+    assert not [process for process in psutil.process_iter() if bears_token(process)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sessions are POSIX")
+def test_contained_ends_a_detached_grandchild(tmp_path):
+    child = "import time; time.sleep(60)"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', {child!r}], start_new_session=True)"
+    contained(tmp_path, code)
+    assert not [process for process in psutil.process_iter() if bears_token(process)]
+
+
+def test_folder_bytes_follows_no_link(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    if sys.platform != "win32":
+        (tmp_path / "link").symlink_to("/usr")
+    assert 5 <= folder_bytes(tmp_path) < 200

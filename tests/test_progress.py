@@ -1,0 +1,105 @@
+"""Progress: in the kernel, on disk, as text and as a widget."""
+
+import json
+import threading
+
+import pytest
+
+from labutils import checks
+from labutils.checks import core
+from labutils.course import progress as module
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("LABUTILS_HOME", str(tmp_path / "learner"))
+    for name, value in (("RESULTS", {}), ("LISTENERS", []), ("EXERCISES", ["9.1 a", "9.2 b", "8.1 c"])):
+        monkeypatch.setattr(core, name, value)
+        monkeypatch.setattr(checks, name, value)
+    monkeypatch.setattr(module, "_VIEWS", [])
+    monkeypatch.setattr(module, "_CHAPTER", {"number": ""})
+    return tmp_path / "learner"
+
+
+def test_standing_counts_only_the_chapter():
+    module.begin("09_name")
+    core._record("9.1 a", True)
+    core._record("9.2 b", False)
+    assert module.standing() == {"9.1 a": True, "9.2 b": False}
+    assert module.summary().splitlines()[0] == "1 of 2 exercises passed"
+    assert module.standing("8") == {"8.1 c": None}
+
+
+def test_progress_is_kept_for_the_next_kernel(home):
+    module.begin("09_name")
+    core._record("9.1 a", True)
+    core.RESULTS.clear()
+    assert module.standing()["9.1 a"] is True
+    assert json.loads((home / "progress.json").read_text(encoding="utf-8"))["9.1 a"]["passed"] is True
+
+
+def test_what_was_passed_before_begin_is_kept_too(home):
+    core._record("9.1 a", True)
+    module.begin("09_name")
+    assert module.load()["9.1 a"]["passed"] is True
+
+
+def test_a_later_failure_shows_but_does_not_undo_the_kept_pass():
+    module.begin("09_name")
+    core._record("9.1 a", True)
+    core._record("9.1 a", False)
+    assert module.standing()["9.1 a"] is False
+    assert module.load()["9.1 a"]["passed"] is True
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"9.1 a": 3}', '{"9.1 a": {"passed": "yes"}}', "{"])
+def test_a_broken_file_is_as_none(home, content):
+    home.mkdir()
+    (home / "progress.json").write_text(content, encoding="utf-8")
+    module.begin("09_name")
+    assert module.standing() == {"9.1 a": None, "9.2 b": None}
+    core._record("9.1 a", True)
+    assert module.load()["9.1 a"]["passed"] is True
+
+
+def test_a_folder_that_cannot_be_written_stops_nobody(home):
+    home.write_text("a file, not a folder", encoding="utf-8")
+    module.begin("09_name")
+    core._record("9.1 a", True)
+    assert module.standing()["9.1 a"] is True
+
+
+def test_two_kernels_never_leave_half_a_file(home):
+    home.mkdir()
+    threads = [threading.Thread(target=module._store, args=(f"9.{i} x", True)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert json.loads((home / "progress.json").read_text(encoding="utf-8"))
+    assert [path.name for path in home.iterdir()] == ["progress.json"]
+
+
+def test_progress_prints_text_and_the_widget_follows(capsys):
+    pytest.importorskip("ipywidgets")
+    module.begin("09_name")
+    widget = module._widget("")
+    bar, listing = widget.children
+    assert (bar.value, bar.max) == (0, 2)
+    core._record("9.2 b", True)
+    assert bar.value == 1
+    assert "✓ 9.2 b" in listing.value
+    module.progress()
+    assert "1 of 2 exercises passed" in capsys.readouterr().out
+
+
+def test_begin_twice_listens_once():
+    module.begin("09_name")
+    module.begin("09_name")
+    assert len(core.LISTENERS) == 1
+
+
+def test_home_is_beside_labutils_by_default(monkeypatch):
+    monkeypatch.delenv("LABUTILS_HOME")
+    assert module.home().name == "learner"
+    assert (module.home().parent / "labutils").is_dir()

@@ -1,0 +1,402 @@
+# %% WRONG layer_flop | multiplications
+# EXERCISE layer_flop
+def layer_flop(length, width):
+    return 8 * length * width**2, 4 * length * width**2 + 2 * length**2 * width
+
+
+# %% WRONG layer_flop | four gates
+# EXERCISE layer_flop
+def layer_flop(length, width):
+    return 2 * 2 * length * width**2, 4 * 2 * length * width**2 + 4 * length**2 * width
+
+
+# %% WRONG layer_flop | the token and the hidden state
+# EXERCISE layer_flop
+def layer_flop(length, width):
+    return 4 * 2 * length * width**2, 4 * 2 * length * width**2 + 4 * length**2 * width
+
+
+# %% WRONG layer_flop | mix the values
+# EXERCISE layer_flop
+def layer_flop(length, width):
+    return 16 * length * width**2, 8 * length * width**2 + 2 * length**2 * width
+
+
+# %% WRONG layer_flop | length squared
+# EXERCISE layer_flop
+def layer_flop(length, width):
+    return 16 * length * width**2, 8 * length * width**2 + 4 * length * width
+
+
+# %% WRONG layer_flop | projections are missing
+# EXERCISE layer_flop
+def layer_flop(length, width):
+    return 16 * length * width**2, 2 * 2 * length**2 * width
+
+
+# %% WRONG causal_attention | the mask is missing
+# EXERCISE causal_attention
+def causal_attention(query, key, value):
+    return (query @ key.T / query.shape[1] ** 0.5).softmax(dim=1) @ value
+
+
+# %% WRONG causal_attention | the scale is missing
+# EXERCISE causal_attention
+def causal_attention(query, key, value):
+    scores = query @ key.T
+    return scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf")).softmax(dim=1) @ value
+
+
+# %% WRONG causal_attention | by its square root
+# EXERCISE causal_attention
+def causal_attention(query, key, value):
+    scores = query @ key.T / query.shape[1]
+    return scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf")).softmax(dim=1) @ value
+
+
+# %% WRONG causal_attention | masked after the softmax
+# EXERCISE causal_attention
+def causal_attention(query, key, value):
+    shares = (query @ key.T / query.shape[1] ** 0.5).softmax(dim=1)
+    return shares.masked_fill(torch.ones_like(shares).triu(1).bool(), 0) @ value
+
+
+# %% WRONG causal_attention | exp(0) is 1
+# EXERCISE causal_attention
+def causal_attention(query, key, value):
+    scores = query @ key.T / query.shape[1] ** 0.5
+    return scores.masked_fill(torch.ones_like(scores).triu(1).bool(), 0).softmax(dim=1) @ value
+
+
+# %% WRONG causal_attention | wrong axis
+# EXERCISE causal_attention
+def causal_attention(query, key, value):
+    scores = query @ key.T / query.shape[1] ** 0.5
+    return scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf")).softmax(dim=0) @ value
+
+
+# %% WRONG causal_attention | must see itself
+# EXERCISE causal_attention
+def causal_attention(query, key, value):
+    scores = query @ key.T / query.shape[1] ** 0.5
+    return scores.masked_fill(torch.ones_like(scores).triu().bool(), float("-inf")).softmax(dim=1) @ value
+
+
+# %% WRONG greedy_naive | only the new tokens
+# EXERCISE greedy_naive
+def greedy_naive(model, token_ids, new_tokens):
+    start = token_ids.shape[1]
+    for _ in range(new_tokens):
+        logits = model(input_ids=token_ids).logits
+        token_ids = torch.cat([token_ids, logits[:, -1:].argmax(dim=-1)], dim=1)
+    return token_ids[:, start:]
+
+
+# %% WRONG greedy_naive | after the first token
+# EXERCISE greedy_naive
+def greedy_naive(model, token_ids, new_tokens):
+    for _ in range(new_tokens):
+        logits = model(input_ids=token_ids).logits
+        token_ids = torch.cat([token_ids, logits[:, :1].argmax(dim=-1)], dim=1)
+    return token_ids
+
+
+# %% WRONG greedy_naive | saw only the last token
+# EXERCISE greedy_naive
+def greedy_naive(model, token_ids, new_tokens):
+    for _ in range(new_tokens):
+        logits = model(input_ids=token_ids[:, -1:]).logits
+        token_ids = torch.cat([token_ids, logits[:, -1:].argmax(dim=-1)], dim=1)
+    return token_ids
+
+
+# %% WRONG greedy_naive | the same token every time
+# EXERCISE greedy_naive
+def greedy_naive(model, token_ids, new_tokens):
+    text = token_ids
+    for _ in range(new_tokens):
+        logits = model(input_ids=token_ids).logits
+        text = torch.cat([text, logits[:, -1:].argmax(dim=-1)], dim=1)
+    return text
+
+
+# %% WRONG greedy_naive | one token too few
+# EXERCISE greedy_naive
+def greedy_naive(model, token_ids, new_tokens):
+    for _ in range(1, new_tokens):
+        logits = model(input_ids=token_ids).logits
+        token_ids = torch.cat([token_ids, logits[:, -1:].argmax(dim=-1)], dim=1)
+    return token_ids
+
+
+# %% WRONG layer_cache | only the new ones
+# EXERCISE layer_cache
+class LayerCache:
+    def __init__(self):
+        self.keys = self.values = None
+
+    def update(self, keys, values):
+        if self.keys is None:
+            self.keys, self.values = keys, values
+        else:
+            self.keys = torch.cat([self.keys, keys], dim=2)
+            self.values = torch.cat([self.values, values], dim=2)
+        return keys, values
+
+
+# %% WRONG layer_cache | not stored
+# EXERCISE layer_cache
+class LayerCache:
+    def __init__(self):
+        self.keys = self.values = None
+
+    def update(self, keys, values):
+        if self.keys is None:
+            self.keys, self.values = keys, values
+            return keys, values
+        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+
+
+# %% WRONG layer_cache | the old come first
+# EXERCISE layer_cache
+class LayerCache:
+    def __init__(self):
+        self.keys = self.values = None
+
+    def update(self, keys, values):
+        if self.keys is not None:
+            keys = torch.cat([keys, self.keys], dim=2)
+            values = torch.cat([values, self.values], dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+# %% WRONG layer_cache | positions are dim 2
+# EXERCISE layer_cache
+class LayerCache:
+    def __init__(self):
+        self.keys = self.values = None
+
+    def update(self, keys, values):
+        if self.keys is not None:
+            keys = torch.cat([self.keys, keys], dim=1)
+            values = torch.cat([self.values, values], dim=1)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+# %% WRONG layer_cache | copies of the keys
+# EXERCISE layer_cache
+class LayerCache:
+    def __init__(self):
+        self.keys = None
+
+    def update(self, keys, values):
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=2)
+        return self.keys, self.keys
+
+
+# %% WRONG greedy_cached | every pass read the whole text
+# EXERCISE greedy_cached
+def greedy_cached(model, token_ids, new_tokens):
+    for _ in range(new_tokens):
+        logits = prefill(model, token_ids, KVCache())
+        token_ids = torch.cat([token_ids, logits.argmax(dim=-1)[:, None]], dim=1)
+    return token_ids
+
+
+# %% WRONG greedy_cached | holds it already
+# EXERCISE greedy_cached
+def greedy_cached(model, token_ids, new_tokens):
+    cache = KVCache()
+    for _ in range(new_tokens):
+        logits = prefill(model, token_ids, cache)
+        token_ids = torch.cat([token_ids, logits.argmax(dim=-1)[:, None]], dim=1)
+    return token_ids
+
+
+# %% WRONG greedy_cached | one pass too many
+# EXERCISE greedy_cached
+def greedy_cached(model, token_ids, new_tokens):
+    cache = KVCache()
+    logits = prefill(model, token_ids, cache)
+    for _ in range(new_tokens):
+        next_ids = logits.argmax(dim=-1)
+        token_ids = torch.cat([token_ids, next_ids[:, None]], dim=1)
+        logits = decode_one_token(model, next_ids, cache)
+    return token_ids
+
+
+# %% WRONG greedy_cached | read twice
+# EXERCISE greedy_cached
+def greedy_cached(model, token_ids, new_tokens):
+    cache = KVCache()
+    prefill(model, token_ids, cache)
+    for _ in range(new_tokens):
+        logits = decode_one_token(model, token_ids[:, -1], cache)
+        token_ids = torch.cat([token_ids, logits.argmax(dim=-1)[:, None]], dim=1)
+    return token_ids
+
+
+# %% WRONG greedy_cached | forgets the text
+# EXERCISE greedy_cached
+def greedy_cached(model, token_ids, new_tokens):
+    logits = prefill(model, token_ids, KVCache())
+    for i in range(new_tokens):
+        next_ids = logits.argmax(dim=-1)
+        token_ids = torch.cat([token_ids, next_ids[:, None]], dim=1)
+        if i < new_tokens - 1:
+            logits = decode_one_token(model, next_ids, KVCache())
+    return token_ids
+
+
+# %% WRONG kv_cache_bytes | count kv_heads
+# EXERCISE kv_cache_bytes
+def kv_cache_bytes(layers, heads, kv_heads, head_dim, positions, element_bytes):
+    return 2 * layers * heads * head_dim * positions * element_bytes
+
+
+# %% WRONG kv_cache_bytes | half of it is missing
+# EXERCISE kv_cache_bytes
+def kv_cache_bytes(layers, heads, kv_heads, head_dim, positions, element_bytes):
+    return layers * kv_heads * head_dim * positions * element_bytes
+
+
+# %% WRONG kv_cache_bytes | those are bits
+# EXERCISE kv_cache_bytes
+def kv_cache_bytes(layers, heads, kv_heads, head_dim, positions, element_bytes):
+    return 2 * layers * kv_heads * head_dim * positions * element_bytes * 8
+
+
+# %% WRONG kv_cache_bytes | one layer
+# EXERCISE kv_cache_bytes
+def kv_cache_bytes(layers, heads, kv_heads, head_dim, positions, element_bytes):
+    return 2 * kv_heads * head_dim * positions * element_bytes
+
+
+# %% WRONG flop_per_byte | multiplies and adds
+# EXERCISE flop_per_byte
+def flop_per_byte(parameters, tokens, bytes_per_parameter, cache_bytes):
+    return parameters * tokens / (parameters * bytes_per_parameter + cache_bytes)
+
+
+# %% WRONG flop_per_byte | once a pass
+# EXERCISE flop_per_byte
+def flop_per_byte(parameters, tokens, bytes_per_parameter, cache_bytes):
+    return 2 * parameters * tokens / (parameters * bytes_per_parameter * tokens + cache_bytes)
+
+
+# %% WRONG flop_per_byte | upside down
+# EXERCISE flop_per_byte
+def flop_per_byte(parameters, tokens, bytes_per_parameter, cache_bytes):
+    return (parameters * bytes_per_parameter + cache_bytes) / (2 * parameters * tokens)
+
+
+# %% WRONG flop_per_byte | the cache is read too
+# EXERCISE flop_per_byte
+def flop_per_byte(parameters, tokens, bytes_per_parameter, cache_bytes):
+    return 2 * tokens / bytes_per_parameter
+
+
+# %% WRONG flop_per_byte | that is one token
+# EXERCISE flop_per_byte
+def flop_per_byte(parameters, tokens, bytes_per_parameter, cache_bytes):
+    return 2 * parameters / (parameters * bytes_per_parameter + cache_bytes)
+
+
+# %% WRONG speedup | you timed the launch
+# EXERCISE speedup
+def speedup(baseline, candidate, warmup, rounds, wait, clock):
+    slow, fast = [], []
+    for _ in range(warmup):
+        baseline()
+        candidate()
+    for _ in range(rounds):
+        for function, samples in ((baseline, slow), (candidate, fast)):
+            start = clock()
+            function()
+            samples.append(clock() - start)
+    return statistics.median(slow) / statistics.median(fast)
+
+
+# %% WRONG speedup | call each function `warmup` times untimed
+# EXERCISE speedup
+def speedup(baseline, candidate, warmup, rounds, wait, clock):
+    slow, fast = [], []
+    for _ in range(rounds):
+        for function, samples in ((baseline, slow), (candidate, fast)):
+            wait()
+            start = clock()
+            function()
+            wait()
+            samples.append(clock() - start)
+    return statistics.median(slow) / statistics.median(fast)
+
+
+# %% WRONG speedup | slowed down between the two
+# EXERCISE speedup
+def speedup(baseline, candidate, warmup, rounds, wait, clock):
+    medians = []
+    for function in (baseline, candidate):
+        for _ in range(warmup):
+            function()
+        samples = []
+        for _ in range(rounds):
+            wait()
+            start = clock()
+            function()
+            wait()
+            samples.append(clock() - start)
+        medians.append(statistics.median(samples))
+    return medians[0] / medians[1]
+
+
+# %% WRONG speedup | drags the mean along
+# EXERCISE speedup
+def speedup(baseline, candidate, warmup, rounds, wait, clock):
+    slow, fast = [], []
+    for _ in range(warmup):
+        baseline()
+        candidate()
+    for _ in range(rounds):
+        for function, samples in ((baseline, slow), (candidate, fast)):
+            wait()
+            start = clock()
+            function()
+            wait()
+            samples.append(clock() - start)
+    return statistics.mean(slow) / statistics.mean(fast)
+
+
+# %% WRONG speedup | luckiest
+# EXERCISE speedup
+def speedup(baseline, candidate, warmup, rounds, wait, clock):
+    slow, fast = [], []
+    for _ in range(warmup):
+        baseline()
+        candidate()
+    for _ in range(rounds):
+        for function, samples in ((baseline, slow), (candidate, fast)):
+            wait()
+            start = clock()
+            function()
+            wait()
+            samples.append(clock() - start)
+    return min(slow) / min(fast)
+
+
+# %% WRONG speedup | upside down
+# EXERCISE speedup
+def speedup(baseline, candidate, warmup, rounds, wait, clock):
+    slow, fast = [], []
+    for _ in range(warmup):
+        baseline()
+        candidate()
+    for _ in range(rounds):
+        for function, samples in ((baseline, slow), (candidate, fast)):
+            wait()
+            start = clock()
+            function()
+            wait()
+            samples.append(clock() - start)
+    return statistics.median(fast) / statistics.median(slow)
