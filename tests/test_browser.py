@@ -164,9 +164,9 @@ def test_a_learner_answers_wrongly_then_rightly(lab, page):
     answer(page, "tokens_per_second", "def tokens_per_second(tokens, seconds):", "return tokens / seconds")
     check.get_by_text("✓ 90.1 tokens_per_second").wait_for()
     shot(page, check, "browser-tick.png")
-    live = progress.locator(".jupyter-widgets pre")
-    live.get_by_text("1 of 3 exercises passed").wait_for()
-    shot(page, live, "browser-progress.png")
+    progress.get_by_text("1 of 3 exercises passed").wait_for()
+    progress.locator(".jupyter-widgets .progress-bar").wait_for()
+    shot(page, progress, "browser-progress.png")
 
     page.keyboard.press("ControlOrMeta+s")
     stored = wait_for_text(root / "notebooks" / f"{STEM}.ipynb", "return tokens / seconds")

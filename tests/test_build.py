@@ -103,6 +103,12 @@ def test_changed_code_executes_again_or_is_an_error(built, monkeypatch, tmp_path
     assert build(root).executed == [STEM] and ran == [1]
 
 
+def test_a_solution_that_never_ran_is_executed(monkeypatch, tmp_path):
+    root = demo_course(tmp_path)  # its solution has the right code and no outputs
+    monkeypatch.setattr(module, "execute", lambda notebook, root: notebook)
+    assert build(root).executed == [STEM]
+
+
 def test_build_without_write_changes_no_file(tmp_path):
     root = tmp_path / "course"
     shutil.copytree(DEMO, root)

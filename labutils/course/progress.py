@@ -5,6 +5,7 @@ import datetime
 import importlib
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -86,33 +87,42 @@ def summary(chapter: str = "") -> str:
 
 
 def progress(chapter: str = "") -> None:
-    """Show which exercises are passed: a bar that follows the checks, or plain text without widgets.
+    """Show which exercises are passed: in a notebook a text and a bar that follow the checks.
 
     Args:
         chapter: Its number, such as "2"; by default that of this notebook.
     """
-    print(summary(chapter))
+    if not _in_notebook():
+        print(summary(chapter))
+        return
+    from IPython.display import display
+
+    text = display({"text/plain": summary(chapter)}, raw=True, display_id=True)
+    _watch(lambda: text.update({"text/plain": summary(chapter)}, raw=True))
     with contextlib.suppress(ImportError):
-        from IPython.display import display
-
-        display(_widget(chapter))
+        display(_bar(chapter))
 
 
-def _widget(chapter: str):
-    """A bar and the list, redrawn at each check; made of what ipywidgets 7.7 and 8 share."""
-    import html
+def _in_notebook() -> bool:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
 
+
+def _watch(draw) -> None:
+    """Draw again at each check; only the newest views live on."""
+    _VIEWS[:] = [*_VIEWS[-7:], draw]
+
+
+def _bar(chapter: str):
+    """A bar that follows the checks; made of what ipywidgets 7.7 and 8 share."""
     import ipywidgets
 
-    state = standing(chapter)
-    bar = ipywidgets.IntProgress(value=0, min=0, max=max(len(state), 1), description="passed")
-    listing = ipywidgets.HTML()
+    bar = ipywidgets.IntProgress(value=0, min=0, max=1, description="passed")
 
     def draw() -> None:
-        now = standing(chapter)
-        bar.max, bar.value = max(len(now), 1), sum(1 for value in now.values() if value)
-        listing.value = f"<pre>{html.escape(summary(chapter))}</pre>"
+        state = standing(chapter)
+        bar.max, bar.value = max(len(state), 1), sum(1 for value in state.values() if value)
 
     draw()
-    _VIEWS[:] = [*_VIEWS[-7:], draw]
-    return ipywidgets.VBox([bar, listing])
+    _watch(draw)
+    return bar
