@@ -23,7 +23,8 @@ places = [here, *here.parents, here / "course"]
 root = next((place for place in places if (place / "labutils" / "course").is_dir()), None)
 if root is None and importlib.util.find_spec("labutils") is None:
     root = here / "course"
-    url = os.environ.get("COURSE_REPO", "https://github.com/{repository}")
+    home = "https://github.com/{repository}"
+    url = os.environ.get("COURSE_REPO", home)
     fetch = ["fetch", "-q", "--depth", "1", url, os.environ.get("COURSE_REF", "HEAD")]
     subprocess.run(["git", "init", "-q", str(root)], check=True)
     for step in (fetch, ["checkout", "-q", "FETCH_HEAD"]):
