@@ -99,7 +99,7 @@ def break_config(root):
 
 
 def change_python(root):
-    change_stamp(root, python="3.10")
+    change_stamp(root, python="3.10", fingerprint="older pins, so that the environment is looked at")
 
 
 def change_folder(root):
@@ -120,7 +120,7 @@ def change_stamp(course, **fields):
     [
         (break_python, "is broken"),
         (break_config, "is broken"),
-        (change_python, "made with Python 3.10"),
+        (change_python, "which has become"),
         (change_folder, "moved or copied"),
         (lose_stamp_in_installation, "stopped halfway"),
     ],
@@ -135,6 +135,22 @@ def test_ensure_environment_builds_a_damaged_one_anew(root, installs, capsys, da
     assert not (environment.venv_path(root) / "remains").exists()
     assert not list((root / "build").glob("discarded*"))
     assert sentence in capsys.readouterr().err
+
+
+def test_ensure_environment_keeps_a_sound_one_whichever_python_asks(root, installs, monkeypatch):
+    environment.ensure_environment(root)
+    monkeypatch.setattr(environment, "OUR_PYTHON", "3.99")
+    environment.ensure_environment(root)
+    assert len(installs) == 1
+
+
+def test_ensure_environment_notices_inside_that_its_own_python_has_changed(root, installs, monkeypatch):
+    environment.ensure_environment(root)
+    monkeypatch.setattr(sys, "prefix", str(environment.venv_path(root)))
+    monkeypatch.setattr(environment, "OUR_PYTHON", "3.99")
+    monkeypatch.setattr(environment, "python_inside", lambda root: "3.99")
+    environment.ensure_environment(root)
+    assert [plan.fresh for plan in installs] == [True, True]
 
 
 def raising(error, *, after=None):

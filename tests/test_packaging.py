@@ -73,6 +73,11 @@ def test_constraints_pin_what_the_requirements_bring_along():
     }
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the pins were frozen on Linux")
+def test_constraints_pin_nothing_that_strayed_in():
+    assert set(PINS) <= installed_closure()
+
+
 def test_constraints_are_sorted_exact_and_name_no_host_or_path():
     names = [re.split(r"==", line)[0].lower() for line in PIN_LINES]
     assert names == sorted(names) and len(set(names)) == len(names)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from labutils.measurement import timing
+from labutils.measurement import threads, timing
 from labutils.measurement.threads import available_cores, best_thread_count, thread_candidates, thread_count
 
 
@@ -28,6 +28,14 @@ def test_best_thread_count_picks_the_fastest_and_restores_the_old_count(monkeypa
     assert torch.get_num_threads() == before
     assert seen[6:12] == [1, 1, 2, 2, 3, 3] and seen[12:14] == [2, 2]  # warm-up of 3 x 2, then rotating rounds
     assert "2: 2e+03 ms" in str(choice)
+
+
+def test_thread_count_comes_back_without_threadpoolctl(monkeypatch):
+    monkeypatch.setattr(threads, "_blas_limits", lambda count: None)
+    before = torch.get_num_threads()
+    with thread_count(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
 
 
 def test_best_thread_count_restores_the_old_count_after_an_error():

@@ -3,7 +3,8 @@
 Two files inside it say how it stands. `labutils-building` is there from the first moment of an installation, and
 `labutils-stamp.json`, written last, says for which pins, Python and folder it was completed. An environment with the
 first and without the second was never finished: the next call builds it anew. One with neither is somebody's own: it is
-completed, never removed, unless it does not run at all. Standard library only.
+completed, never removed, unless it does not run at all. Which Python asks does not matter: a sound environment is never
+given up because somebody called it with another one. Standard library only.
 """
 
 import hashlib
@@ -68,7 +69,8 @@ def read_stamp(root: Path) -> dict:
 
 def write_stamp(root: Path, extras: str, cuda: bool) -> None:
     """Declares the environment complete, in one step that cannot be seen half done."""
-    stamp = {"fingerprint": fingerprint(root, extras), "python": OUR_PYTHON, "root": str(root), "cuda": cuda}
+    python = python_inside(root)
+    stamp = {"fingerprint": fingerprint(root, extras), "python": python, "root": str(root), "cuda": cuda}
     draft = venv_path(root) / (STAMP + ".draft")
     draft.write_text(json.dumps(stamp), encoding="utf-8")
     draft.replace(venv_path(root) / STAMP)
@@ -98,7 +100,7 @@ def is_ready(root: Path, extras: str, cuda: bool) -> bool:
     return (
         stands(root)
         and stamp.get("fingerprint") == pins
-        and stamp.get("python") == OUR_PYTHON
+        and (stamp.get("python") == OUR_PYTHON or not is_inside(root))
         and made_here(stamp, root)
         and (stamp.get("cuda", False) or not cuda)
     )
@@ -131,14 +133,14 @@ def why_rebuild(root: Path) -> str | None:
     if stamp and not made_here(stamp, root):
         return "The course's folder was moved or copied"
     version = python_inside(root)
-    if stamp and stamp.get("python") != OUR_PYTHON:
-        return f"The environment was made with Python {stamp.get('python')}, and this is Python {OUR_PYTHON}"
-    if stamp and version != OUR_PYTHON:
+    if stamp and version is None:
         return "The environment in .venv no longer runs"
-    if version != OUR_PYTHON:
+    if stamp and version != stamp.get("python"):
+        return f"The environment was made with Python {stamp.get('python')}, which has become {version}"
+    if version is None or tuple(map(int, version.split("."))) < (3, 11):
         raise SetupError(
-            f".venv was made by somebody else, with {'Python ' + version if version else 'no pip'}, while this is "
-            f"Python {OUR_PYTHON}: move the folder .venv away, {AGAIN}"
+            f".venv was made by somebody else, with {'Python ' + version if version else 'no pip'}: move the folder "
+            f".venv away, {AGAIN}"
         )
     return None
 
