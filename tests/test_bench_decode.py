@@ -32,8 +32,10 @@ def subject():
 
 
 @pytest.fixture(scope="module")
-def rows(subject):
-    return bench_decode(subject, QUICK, say=lambda line: None)
+def rows(subject, small_cache):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "sets_numpy_threads", lambda: True)
+        return bench_decode(subject, QUICK, say=lambda line: None)
 
 
 def test_every_path_makes_the_tokens_of_transformers(rows):
@@ -108,7 +110,14 @@ def test_quality_is_claimed_only_for_exact_tokens_of_exact_weights():
     assert fill(ticks, bytes_per_weight=1.0).quality is None
 
 
-def test_clock_ticks_at_each_token_of_ours_and_of_transformers(subject):
+def test_a_thread_count_that_cannot_be_set_is_not_stated(subject, monkeypatch):
+    monkeypatch.setattr(decode, "sets_numpy_threads", lambda: False)
+    (numpy,) = [t for t in decode.our_techniques(subject, QUICK) if "numpy" in t.name]
+    assert numpy.run is None and "pip install threadpoolctl" in numpy.missing
+
+
+def test_clock_ticks_at_each_token_of_ours_and_of_transformers(subject, monkeypatch):
+    monkeypatch.setattr(decode, "sets_numpy_threads", lambda: True)
     for technique in decode.our_techniques(subject, QUICK):
         clock = Clock()
         tokens = technique.run(clock)

@@ -155,6 +155,34 @@ def test_header_by_hand(tmp_path):
     assert len(raw) % 32 == 0
 
 
+def offsets(raw: bytes) -> dict[str, tuple[int, int]]:
+    """Type and offset of every tensor, read by the specification alone; metadata is skipped by searching the index."""
+    at = raw.index(ours.string("token_embd.weight"))
+    found = {}
+    while raw[at : at + 8] != b"\0" * 8 and len(found) < struct.unpack("<Q", raw[8:16])[0]:
+        (length,) = struct.unpack("<Q", raw[at : at + 8])
+        name = raw[at + 8 : at + 8 + length].decode()
+        (dimensions,) = struct.unpack("<I", raw[at + 8 + length : at + 12 + length])
+        at += 12 + length + 8 * dimensions
+        found[name] = struct.unpack("<IQ", raw[at : at + 12])
+        at += 12
+    return found | {"data": (0, at + -at % 32)}
+
+
+def test_every_tensor_lies_at_its_offset_even_behind_one_of_an_odd_size(tmp_path):
+    model = tiny_model("llama-gqa-tied")  # 97 rows of one block of 18 bytes: no multiple of 32
+    ours.export_gguf(model, None, tmp_path / "model.gguf", format="Q4_0")
+    raw = (tmp_path / "model.gguf").read_bytes()
+    index = offsets(raw)
+    _, start = index.pop("data")
+    for name, tensor in ours.named_tensors(model):
+        kind, offset = index[name]
+        array = tensor.detach().numpy()
+        stored = (ours.encode_q4_0 if kind == 2 else ours.encode_f32)(array).tobytes()
+        assert kind == (2 if array.ndim == 2 else 0) and offset % 32 == 0
+        assert raw[start + offset : start + offset + len(stored)] == stored
+
+
 def test_typed_values_by_hand():
     assert ours.typed(True) == b"\x07\0\0\0\x01"
     assert ours.typed(258) == b"\x04\0\0\0\x02\x01\0\0"

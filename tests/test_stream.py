@@ -49,6 +49,16 @@ def test_pieces_of_any_bytes_join_to_the_tokenizers_decoding(ids):
     assert "".join(pieces_of(ids)) == TOKENIZER.decode(ids)
 
 
+def test_pieces_keep_the_spaces_of_a_tokenizer_that_drops_the_first_one():
+    words = ["\u2581a", "\u2581b", "c", "\u2581d"]
+
+    def decode(ids):
+        return "".join(words[i] for i in ids).replace("\u2581", " ").removeprefix(" ")
+
+    pieces = TextPieces(decode)
+    assert [pieces.push(i) for i in range(4)] == ["a", " b", "c", " d"] and decode([0, 1, 2, 3]) == "a bc d"
+
+
 def test_flush_shows_an_unfinished_character_as_the_tokenizer_does():
     ids = TOKENIZER.encode("ok🙂")[:-1]
     assert "".join(pieces_of(ids)) == TOKENIZER.decode(ids) == "ok\ufffd"

@@ -21,7 +21,13 @@ from labutils.generation.sampling import greedy
 from labutils.measurement.ledger import Record
 from labutils.measurement.resources import kv_bytes_per_position
 from labutils.measurement.roofline import ProbeError, bandwidth_probes, last_level_cache_bytes, share_of_peak
-from labutils.measurement.threads import available_cores, best_thread_count, thread_candidates, thread_count
+from labutils.measurement.threads import (
+    available_cores,
+    best_thread_count,
+    sets_numpy_threads,
+    thread_candidates,
+    thread_count,
+)
 from labutils.measurement.timing import measure_interleaved, quantile
 
 REFERENCE = "transformers.generate"
@@ -120,6 +126,7 @@ def our_techniques(subject: Subject, settings: Settings) -> list[Technique]:
     if model.config.model_type in SUPPORTED:
         fast = FastLlama(model, max_length=ids.shape[1] + count, matvec=MATVECS[0])
         found += [Technique(f"plain fp32, {m} matvec", lambda c, m=m: _plain(fast, m, ids, count, c)) for m in MATVECS]
+    found = [_with_known_threads(t) for t in found]
     return [*found, Technique(REFERENCE, lambda c: _transformers(subject, count, c))]
 
 
@@ -143,6 +150,13 @@ def as_record(row: Row, subject: Subject, settings: Settings) -> Record:
         baseline_bits_per_byte=subject.bits_per_byte,
         chapter="bench decode",
     )
+
+
+def _with_known_threads(technique: Technique) -> Technique:
+    """A thread count that cannot be set cannot be stated either."""
+    if "numpy" not in technique.name or sets_numpy_threads():
+        return technique
+    return replace(technique, run=None, missing="NumPy's threads cannot be set: pip install threadpoolctl")
 
 
 def _plain(fast: FastLlama, matvec: str, ids: Tensor, count: int, clock: Clock) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,6 +94,11 @@ def best_thread_count(
         )
     by_count = {n: timings[str(n)] for n in counts}
     return ThreadChoice(min(counts, key=lambda n: by_count[n].median_s), by_count)
+
+
+def sets_numpy_threads() -> bool:
+    """Tells whether `thread_count` reaches NumPy's BLAS; otherwise that keeps its own count, unknown to PyTorch."""
+    return importlib.util.find_spec("threadpoolctl") is not None
 
 
 def _blas_limits(threads: int):
