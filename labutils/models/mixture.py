@@ -136,16 +136,31 @@ def _drawn(index: int, population: int, seed: tuple[int, ...]) -> int:
     return int(np.random.default_rng((*seed, epoch)).permutation(population)[place])
 
 
-def padded(dialogues: list[Int[Tensor, " n"]], *, pad_id: int) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
-    """Ids and labels of dialogues, padded on the right; labels of padding are −100, which the loss leaves out.
+def reply_labels(ids: Int[Tensor, " n"], *, roles: dict[str, int]) -> Int[Tensor, " n"]:
+    """Labels of one dialogue: the assistant's tokens, its `<|end|>` included; −100 (left out of the loss) elsewhere.
 
-    >>> padded([torch.tensor([5]), torch.tensor([6, 7])], pad_id=1)
-    (tensor([[5, 1],
-            [6, 7]]), tensor([[   5, -100],
-            [   6,    7]]))
+    Names and order numbers in a query cannot be foreseen; learning from them would drown what a reply teaches.
+
+    >>> reply_labels(torch.tensor([7, 20, 2, 8, 30, 31, 2]), roles={"user": 7, "assistant": 8}).tolist()
+    [-100, -100, -100, -100, 30, 31, 2]
     """
+    is_marker = torch.isin(ids, torch.tensor(list(roles.values())))
+    last_marker = torch.where(is_marker, torch.arange(len(ids)), 0).cummax(0).values
+    return torch.where((ids[last_marker] == roles["assistant"]) & ~is_marker, ids, -100)
+
+
+def padded(
+    dialogues: list[Int[Tensor, " n"]], *, pad_id: int, roles: dict[str, int]
+) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
+    """Ids and `reply_labels` of dialogues, padded on the right.
+
+    >>> ids, labels = padded([torch.tensor([8, 5]), torch.tensor([8, 6, 2])], pad_id=1, roles={"assistant": 8})
+    >>> ids.tolist(), labels.tolist()
+    ([[8, 5, 1], [8, 6, 2]], [[-100, 5, -100], [-100, 6, 2]])
+    """
+    labels = [reply_labels(ids, roles=roles) for ids in dialogues]
     ids = pad_sequence(dialogues, batch_first=True, padding_value=pad_id)
-    return ids, pad_sequence(dialogues, batch_first=True, padding_value=-100)
+    return ids, pad_sequence(labels, batch_first=True, padding_value=-100)
 
 
 def repeated(row: Int[Tensor, " n"], *, period: int) -> Int[Tensor, " n"]:

@@ -60,3 +60,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, max_positions: int
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def role_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """The token that opens each role's turn: {"system": 3, "user": 4, "assistant": 5} in LabLM's tokenizer."""
+    return {role: tokenizer.convert_tokens_to_ids(f"<|{role}|>") for role in ROLES}

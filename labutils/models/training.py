@@ -30,7 +30,7 @@ from labutils.models.mixture import (
     write_streams,
 )
 from labutils.models.optimizer import Muon
-from labutils.models.tokenizer import train_tokenizer
+from labutils.models.tokenizer import role_ids, train_tokenizer
 
 Part = tuple[torch.Tensor, torch.Tensor]  # ids and labels, each (sequences, tokens)
 LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -43,7 +43,7 @@ class TrainingPlan:
     model: str
     steps: int
     code_tokens: int = 2048  # in one optimizer step
-    dialogues: int = 64  # in one optimizer step
+    dialogues: int = 96  # in one optimizer step
     sequence_length: int = 512  # tokens
     long_sequence_length: int = 1024  # tokens, towards the end
     long_fraction: float = 0.3  # of the steps have long sequences
@@ -214,8 +214,9 @@ class Run:
         code_parts = [(ids, ids) for ids in code[mine].split(max(1, micro_batch // length))]
         chosen = dialogue_batch(self.streams["service"], step=self.step, count=plan.dialogues, seed=plan.seed)[mine]
         half = (len(chosen) + 1) // 2
-        pad_id = self.tokenizer.pad_token_id
-        dialogue_parts = [padded(part, pad_id=pad_id) for part in (chosen[:half], chosen[half:]) if part]
+        pad_id, roles = self.tokenizer.pad_token_id, role_ids(self.tokenizer)
+        parts = [part for part in (chosen[:half], chosen[half:]) if part]
+        dialogue_parts = [padded(part, pad_id=pad_id, roles=roles) for part in parts]
         return code_parts, dialogue_parts
 
     def _average_gradients(self) -> None:
