@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "labutils"
 FLOORS = [
-    {"paths", "measurement"},
-    {"generation"},  # topics; quantization, pruning, … will stand here
+    {"paths", "measurement", "layers"},
+    {"generation", "quantization", "pruning"},  # topics
     {"models", "data"},
     {"checks", "plots", "widgets", "course"},
     {"cli", "bench"},
