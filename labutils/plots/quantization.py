@@ -86,7 +86,7 @@ def draw_quantized_layer(layer: QuantizedLayer, *, figure: Figure | None = None)
     limit = layer.weight.abs().max().item()
     for index, (values, label) in enumerate(((layer.weight, "before"), (layer.back, "after"))):
         style = {"color": PALETTE[index], "linestyle": "-" if index else "--"}
-        left.hist(values.flatten().numpy(), 201, (-limit, limit), histtype="step", label=label, **style)
+        left.hist(values.flatten().numpy(), bins=201, range=(-limit, limit), histtype="step", label=label, **style)
     left.set(yscale="log", xlabel="weight", ylabel="how many (log scale)", title="Values before and after")
     left.legend()
     image = right.imshow((layer.back - layer.weight).abs().numpy(), cmap="cividis", interpolation="nearest")
