@@ -132,9 +132,9 @@ def test_quantize_rounds_ties_to_even():
 
 
 def test_quantize_holds_unsigned_bytes():
-    """The source article's network, rounded properly: 127.5 and 76.5 are ties."""
-    network = torch.tensor([[0.5, 0.3], [0.4, 0.2], [0.6, 0.4]])
-    codes = quantize(network, QParams(torch.tensor(1 / 255), torch.tensor(0), 0, 255))
+    """The source article's network, rounded properly: 127.5 and 76.5 are ties (in float64; float32 has 127.49999)."""
+    network = torch.tensor([[0.5, 0.3], [0.4, 0.2], [0.6, 0.4]], dtype=torch.float64)
+    codes = quantize(network, QParams(torch.tensor(1 / 255, dtype=torch.float64), torch.tensor(0), 0, 255))
     assert codes.tolist() == [[128, 76], [102, 51], [153, 102]] and codes.dtype == torch.int32
 
 

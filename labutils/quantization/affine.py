@@ -175,7 +175,7 @@ def quantize(
     >>> quantize(torch.tensor([0.5, 1.5, -9.0]), QParams(torch.tensor(1.0), torch.tensor(0), -7, 7))
     tensor([ 0,  2, -7], dtype=torch.int8)
     """
-    ratio = grouped(x.float(), qparams.group_size) / qparams.scale
+    ratio = grouped(x.to(torch.promote_types(x.dtype, torch.float32)), qparams.group_size) / qparams.scale
     if ratio.isnan().any():
         raise ValueError("NaN has no code; got NaN in x")
     if rounding == "nearest-even":
