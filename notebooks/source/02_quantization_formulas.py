@@ -48,11 +48,12 @@ def article_quantize(x, scale=1, quant_bit=2**8):
 numbers = torch.tensor([-0.9, 0.0, 0.5, 1.0, 100.0, 127.0, 129.0, 1e6])
 print("numbers       ", numbers.tolist())
 print("as printed    ", article_quantize(numbers).tolist())
-print("its own 0.5   ", article_quantize(torch.tensor(0.5), scale=256).item(), "with 256 where the scale was")
+print("its own 0.5   ", article_quantize(torch.tensor(0.5), scale=256).item(), "with 256 where the scale was: a tie")
 print("LabLM's layer ", article_quantize(weight).unique().tolist(), "are all the codes it gets")
 
 # %% [markdown]
-# Every |x| below 128 becomes 0, and a million leaves 8 bits. Four things are wrong: it *multiplies* by the scale; 256 is
+# Every |x| up to 128 becomes 0, and a million leaves 8 bits. (Its 0.5 becomes 1 only with 256 in the place of the scale,
+# and .5 rounded up.) Four things are wrong: it *multiplies* by the scale; 256 is
 # the number of *levels*, not of bits; nothing keeps codes in range; nothing leads back. The formula that works
 # (Jacob et al. 2017, arXiv:1712.05877, equation 1):
 #
@@ -264,22 +265,24 @@ from labutils.quantization.packing import bits_per_weight
 from labutils.quantization.theory import sqnr_db
 
 PARTS = {"tensor": {}, "channel": {}, "group of 64": {"group_size": 64}, "group of 16": {"group_size": 16}}
-figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-at_four_bits = {}
-for index, (name, size) in enumerate(PARTS.items()):
+curves = {}
+for name, size in PARTS.items():
     fields = {"granularity": name.split()[0], "scale_dtype": torch.float16, **size}
     schemes = [Scheme(bits=bits, **fields) for bits in range(2, 9)]
     costs = [bits_per_weight(tuple(weight.shape), scheme) for scheme in schemes]
-    ratios = [sqnr_db(weight, fake_quantize(weight, scheme)) for scheme in schemes]
+    curves[name] = costs, [sqnr_db(weight, fake_quantize(weight, scheme)) for scheme in schemes]
+    print(f"4 bits, one scale per {name}: {curves[name][1][2]:.1f} dB at {costs[2]:.3f} bits per weight")
+
+# %%
+figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+for index, (name, (costs, ratios)) in enumerate(curves.items()):
     axes.plot(costs, ratios, label=f"one scale per {name}", **series_style(index))
-    at_four_bits[name] = (costs[2], ratios[2])
-gain = at_four_bits["channel"][1] - at_four_bits["tensor"][1]
+gain = curves["channel"][1][2] - curves["tensor"][1][2]
 axes.set(xlabel="bits per weight, scales included", ylabel="SQNR (dB)")
 axes.set_title(f"At 4 bits, a scale per channel is worth {gain:.1f} dB over one per tensor")
 axes.grid(alpha=0.25)
 axes.legend()
 plt.show()
-print({name: f"{cost:.3f} bits, {ratio:.1f} dB" for name, (cost, ratio) in at_four_bits.items()})
 
 # %% [markdown]
 # *The figure shows the SQNR of one LabLM layer (k_proj of the last layer, symmetric, scales in float16) over its true
@@ -496,6 +499,17 @@ plt.show()
 #
 # **Tiny numbers:** + − + + and + + − +: two of four differ, 4 − 2·2 = 0.
 
+# %%
+from labutils.quantization.binary import POPCOUNT, pack_signs
+
+left, right = (torch.tensor(signs) for signs in ([1, -1, 1, 1], [1, 1, -1, 1]))
+left_bits, right_bits = pack_signs(left), pack_signs(right)
+print(f"bits, lowest first: {left_bits.item():04b} and {right_bits.item():04b}", end=", ")
+print(f"different: {(left_bits ^ right_bits).item():04b}, that is {POPCOUNT[(left_bits ^ right_bits).int()].item()}")
+print(
+    "product:", 4 - 2 * POPCOUNT[(left_bits ^ right_bits).int()].item(), "and in floats:", (left * right).sum().item()
+)
+
 # %% [markdown]
 # ## Exercise 2.7: xnor_product
 #
@@ -505,9 +519,6 @@ plt.show()
 #
 # <details><summary>Hint 1</summary>Every row meets every output: <code>x_bits[:, None]</code> and <code>weight_bits[None]</code>. Do padding bits differ?</details>
 # <details><summary>Hint 2</summary><code>POPCOUNT[(x_bits[:, None] ^ weight_bits[None]).int()].sum(dim=-1)</code> counts the different bits.</details>
-
-# %%
-from labutils.quantization.binary import POPCOUNT
 
 
 # %%
@@ -871,7 +882,7 @@ WAYS = {
 from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
 from labutils.plots.quantization import BitsPoint, bits_quality_table, draw_bits_quality
 
-documents = held_out_documents(limit_bytes=700)
+documents = held_out_documents(limit_bytes=1000)
 baseline = bits_by_document(model, tokenizer, documents)
 points = []
 for way_name, way in WAYS.items():
