@@ -159,7 +159,7 @@ left.legend()
 steps = (back - x) / qparams.scale
 right.plot(x, steps, color=series_style(1)["color"])
 inside = steps[(x > back.min()) & (x < back.max())].abs().max().item()
-right.set(xlabel="x", ylabel="error (steps)", title=f"Inside the range at most {inside:.2f} steps, outside no limit")
+right.set(xlabel="x", ylabel="error (steps)", title=f"Inside at most {inside:.2f} steps, outside no limit")
 plt.show()
 
 # %% [markdown]
@@ -303,13 +303,13 @@ plt.show()
 
 # %%
 one = QParams(torch.tensor(1.0), torch.tensor(0), qmin=-10_000, qmax=10_000)
-print("ties:", torch.round(torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5])).tolist())
+print("ties:", torch.round(torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5])).int().tolist())
 for rounding in ("nearest-even", "stochastic"):
-    total, generator = torch.zeros(1), torch.Generator().manual_seed(0)
+    total, generator = torch.zeros(100), torch.Generator().manual_seed(0)
     for _ in range(1000):
         codes = quantize(total + 0.1, one, rounding=rounding, generator=generator)
         total = dequantize(codes, one)
-    print(f"{rounding:12} after 1000 times +0.1: {total.item():.0f}")
+    print(f"{rounding:12} after 1000 times +0.1: {total.mean():.1f} on average of 100 numbers, std {total.std():.1f}")
 stochastic = fake_quantize(weight, Scheme(bits=4), rounding="stochastic", generator=torch.Generator().manual_seed(0))
 nearest = fake_quantize(weight, Scheme(bits=4))
 print(f"one weight layer: nearest {sqnr_db(weight, nearest):.1f} dB, stochastic {sqnr_db(weight, stochastic):.1f} dB")
@@ -609,19 +609,21 @@ ways = {
 }
 
 # %%
+bins = x.unflatten(0, (40, 100))[:, 0]
+errors = {name: ((back - x) / x).abs().unflatten(0, (40, 100)).amax(dim=1) for name, back in ways.items()}
+int8_error, e4m3_error, _ = errors.values()
+crossing = bins[int8_error < e4m3_error].min().item()
 figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-for index, (name, back) in enumerate(ways.items()):
-    error = ((back - x) / x).abs().unflatten(0, (40, 100)).amax(dim=1)  # the largest in each of 40 bins
-    axes.loglog(x.unflatten(0, (40, 100))[:, 0], error, label=name, markevery=4, **series_style(index))
-better = x[((ways["E4M3, scaled to 448"] - x).abs() < (ways["int8, step 1/127"] - x).abs())].max().item()
+for index, (name, error) in enumerate(errors.items()):
+    axes.loglog(bins, error, label=name, markevery=4, **series_style(index))
 axes.set(xlabel="|x| as a share of the largest", ylabel="largest relative error")
-axes.set_title(f"E4M3 can beat int8 only below {better:.2f} of the largest number")
+axes.set_title(f"int8 is the more exact one only above {crossing:.2f} of the largest number")
 axes.grid(alpha=0.25)
 axes.legend()
 plt.show()
 
 # %% [markdown]
-# *The figure shows the largest relative error of numbers of a given size, for three 8-bit formats scaled so that 1 is the
+# *The figure shows the largest relative error of numbers of a given size (40 bins), for three 8-bit formats scaled so that 1 is the
 # largest number. Floats keep their relative error over a wide range and lose it in the subnormals; int8's grows from the
 # start.*
 #
@@ -664,8 +666,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# *The figure shows how often each level of NF4 and of int4 is used in our layer, blocks of 64. The outermost levels are busy
-# because each block's largest weight lands there.*
+# *The figure shows how often each level of NF4 and of int4 is used in our layer, blocks of 64. Each block's largest weight lands
+# on an outermost level, so neither curve falls to 0.*
 
 # %% [markdown]
 # ## Exercise 2.9: nf4_codes
@@ -814,6 +816,9 @@ print(f"x {tuple(x_codes.shape)} {x_codes.dtype}, weight {integer_layer.weight.d
 print(f"first output: M = {integer_layer.multiplier[0]} / 2^{integer_layer.shift[0]}; 0.25 is {fixed_point(0.25)}")
 print(f"against the float twin: at most {steps_off:.3f} output steps off (half a step is the rounding of the output)")
 print(f"against the unquantized layer: SQNR {sqnr_db(x @ weight.T, y):.1f} dB")
+tokenwise = fake_quantize(x, Scheme(symmetric=False, granularity="token"))
+print(f"the inputs alone: one scale {sqnr_db(x, dequantize(x_codes, x_qparams)):.1f} dB, ", end="")
+print(f"a scale per token {sqnr_db(x, tokenwise):.1f} dB")
 
 # %% [markdown]
 # ## 12 · What a bit buys
