@@ -5,24 +5,30 @@ import importlib.util
 import sys
 
 import pytest
+from aside import install_aside
 from jaxtyping import install_import_hook
 
 install_import_hook("labutils", "shapes.checked")
 
-TORCHAO = "torchao==0.18.0"
+ASIDE = {"torchao": "torchao==0.18.0", "gguf": "gguf==0.19.0"}
 
 
 @pytest.fixture(scope="session")
-def torchao(tmp_path_factory):
-    """Imports a module of torchao by name, such as `torchao("quantization.quant_primitives")`.
+def library_aside(tmp_path_factory):
+    """Imports a module of a library that only tests need, such as `library_aside("torchao.quantization.utils")`.
 
-    torchao is installed aside: where it stands in the environment, transformers imports it at every start, which takes
-    seconds and logs warnings into learners' notebooks.
+    They are installed aside. Where torchao stands in the environment, transformers imports it at every start, which
+    takes seconds and logs warnings into learners' notebooks.
     """
-    if importlib.util.find_spec("torchao") is None:
-        from aside import install_aside
+    folder = tmp_path_factory.mktemp("aside")
+    sys.path.append(str(folder))
 
-        folder = tmp_path_factory.mktemp("torchao")
-        install_aside(folder, [TORCHAO])
-        sys.path.append(str(folder))
-    return lambda name: importlib.import_module(f"torchao.{name}")
+    def load(name):
+        package = name.partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            install_aside(folder, [ASIDE[package]])
+            importlib.invalidate_caches()
+        return importlib.import_module(name)
+
+    yield load
+    sys.path.remove(str(folder))
