@@ -1,7 +1,7 @@
 """One bit: signs and one scale a row, multiplied by counting equal bits (XNOR-Net)."""
 
 import torch
-from jaxtyping import Float, Int8, Int32, UInt8
+from jaxtyping import Float, Int, Int8, Int32, UInt8
 from torch import Tensor
 
 from labutils.quantization.packing import pack
@@ -25,7 +25,7 @@ def binarize(x: Float[Tensor, "*rows n"]) -> tuple[Int8[Tensor, "*rows n"], Floa
     return torch.where(x < 0, -1, 1).to(torch.int8), x.float().abs().mean(dim=-1, keepdim=True)
 
 
-def pack_signs(signs: Int8[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows bytes"]:
+def pack_signs(signs: Int[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows bytes"]:
     """Eight signs a byte: bit 1 for +1, bit 0 for −1 and for the padding."""
     return pack((signs > 0).int(), bits=1)
 
