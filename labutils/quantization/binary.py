@@ -12,7 +12,7 @@ POPCOUNT = torch.tensor([code.bit_count() for code in range(256)], dtype=torch.i
 def binarize(x: Float[Tensor, "*rows n"]) -> tuple[Int8[Tensor, "*rows n"], Float[Tensor, "*rows 1"]]:
     """Signs B in {−1, +1} (0 counts as +1) and α = mean |x| of each row: no other α·B is nearer to x.
 
-    Rastegari et al. 2016 (arXiv:1603.05279), equation 6.
+    Rastegari et al. 2016 (arXiv:1603.05279).
 
     Raises:
         ValueError: for an empty row, infinity or NaN.
