@@ -122,6 +122,9 @@ def _end(process, seen: dict, token: str) -> None:
             break
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(10)
+    end = time.monotonic() + 10  # killed is not yet gone, least of all on a busy machine
+    while time.monotonic() < end and any(_lives(member) for member in seen.values()):
+        time.sleep(POLL_S)
 
 
 def _kill(process: psutil.Process) -> None:
@@ -129,11 +132,17 @@ def _kill(process: psutil.Process) -> None:
         process.kill()
 
 
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def _bearers(token: str) -> list[psutil.Process]:
     """The living processes that carry the token: also those whose parents have ended."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.status() != psutil.STATUS_ZOMBIE and token in process.environ().get(TOKEN, ""):
+            if _lives(process) and token in process.environ().get(TOKEN, ""):
                 found.append(process)
     return found
