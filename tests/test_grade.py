@@ -199,6 +199,21 @@ def test_grade_runs_again_what_changed(root, tmp_path, monkeypatch):
     assert go() == 4
 
 
+def test_grade_is_of_what_was_handed_in_though_another_hand_in_overwrites_it(root, tmp_path, monkeypatch):
+    first, second = (save(learner(root), tmp_path / "class" / f"{name}.ipynb") for name in ("a", "b"))
+    before, graded, said = second.read_bytes(), {}, []
+
+    def overwrite(name, content, options):
+        graded[name] = content
+        second.write_text("gone", encoding="utf-8")
+        return fake_result()
+
+    monkeypatch.setattr(module, "check_contained", overwrite)
+    grade(tmp_path / "class", tmp_path / "out", Options(root), say=said.append)
+    assert graded == {"a.ipynb": first.read_bytes(), "b.ipynb": before}
+    assert [line for line in said if "was changed while grading" in line][0].startswith("warning: b.ipynb")
+
+
 def test_grade_stops_when_the_course_itself_was_changed(tmp_path, monkeypatch):
     root = demo_course(tmp_path)
     save(learner(root), tmp_path / "class" / "a.ipynb")
@@ -271,6 +286,14 @@ def test_contained_gives_status_and_output(tmp_path):
 )
 def test_contained_ends_what_goes_beyond_a_limit(tmp_path, code, limits, reason):
     assert contained(tmp_path, code, **{"time_s": 300.0, **limits}).reason == reason
+
+
+def test_contained_gives_an_inner_limit_the_time_to_act_first(tmp_path):
+    """Over the limit for a moment is no end with a grace; over it for longer is."""
+    pile = "x = bytearray(300_000_000); import time; time.sleep({}); x = None; time.sleep(2)"
+    limits = {"memory_bytes": 200 << 20, "grace_s": 120.0}
+    assert contained(tmp_path, pile.format(1.5), **limits).reason == ""
+    assert contained(tmp_path, pile.format(600), **limits | {"grace_s": 1.0}).reason == "memory"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sessions are POSIX")

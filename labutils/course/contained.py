@@ -18,12 +18,13 @@ TOKEN = "LABUTILS_CONTAINED"
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use; checked a few times a second, on every platform."""
+    """What one run may use, and for how long it may use more; checked a few times a second, on every platform."""
 
     time_s: float = 1800.0
     memory_bytes: int = 8 << 30
     processes: int = 48
     disk_bytes: int = 1 << 30
+    grace_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,32 @@ def _own_group() -> dict:
 
 def _watch(process, folder: Path, limits: Limits, seen: dict) -> str:
     """Wait for the end, or for a limit; return the limit's name."""
-    end, polls = time.monotonic() + limits.time_s, 0
+    begin = within = time.monotonic()
+    used_bytes, polls = 0, 0
     while process.poll() is None:
         family = _family(process.pid)
         seen.update({member.pid: member for member in family})
-        if time.monotonic() > end:
-            return "time"
-        if len(family) > limits.processes:
-            return "processes"
-        if sum(map(_memory, family)) > limits.memory_bytes:
-            return "memory"
-        if polls % DISK_EVERY == 0 and folder_bytes(folder) > limits.disk_bytes:
-            return "disk"
+        if polls % DISK_EVERY == 0:
+            used_bytes = folder_bytes(folder)
+        reason, now = _beyond(limits, time.monotonic() - begin, family, used_bytes), time.monotonic()
+        within = within if reason else now
+        if reason and now - within >= limits.grace_s:
+            return reason
         polls += 1
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(POLL_S)
     return ""
+
+
+def _beyond(limits: Limits, seconds: float, family: list[psutil.Process], used_bytes: int) -> str:
+    """The limit that is passed, or ""."""
+    if seconds > limits.time_s:
+        return "time"
+    if len(family) > limits.processes:
+        return "processes"
+    if sum(map(_memory, family)) > limits.memory_bytes:
+        return "memory"
+    return "disk" if used_bytes > limits.disk_bytes else ""
 
 
 def _family(pid: int) -> list[psutil.Process]:
