@@ -489,6 +489,22 @@ plt.show()
 # **Few bits:** numbers much smaller than a step all become 0, and the error is the number itself, not uniform.
 
 # %% [markdown]
+# **Repair the theory.** For normal numbers (σ = 1) clipped at c, with Δ = 2c/2^bits, φ the density and Q its upper tail,
+# add what the cut tails lose (Banner et al. 2018, arXiv:1810.05723, weigh the same two terms):
+#
+# $$\text{noise}(c) = \frac{\Delta^2}{12}\,(1 - 2Q(c)) + 2\left[(1 + c^2)\,Q(c) - c\,\varphi(c)\right]$$
+#
+# Its minimum says where to clip without trying. LabLM's weights are nearly normal: does it find section 6's best shares?
+
+# %%
+sigma = weight.std().item()
+for bits, (share, _) in best.items():
+    found = share * weight.abs().max().item() / sigma
+    predicted = max((c / 50 for c in range(25, 400)), key=lambda c: theory.gaussian_sqnr_db(bits, c))
+    at_best = theory.gaussian_sqnr_db(bits, predicted)
+    print(f"{bits} bits: clip at {predicted:.2f} σ predicted ({at_best:.1f} dB), at {found:.2f} σ found by search")
+
+# %% [markdown]
 # ## 8 · One bit
 #
 # The article also names *binary* formats. XNOR-Net (Rastegari et al. 2016, arXiv:1603.05279) keeps a sign for each weight
