@@ -494,7 +494,8 @@ plt.show()
 #
 # $$\text{noise}(c) = \frac{\Delta^2}{12}\,(1 - 2Q(c)) + 2\left[(1 + c^2)\,Q(c) - c\,\varphi(c)\right]$$
 #
-# Its minimum says where to clip without trying. LabLM's weights are nearly normal: does it find section 6's best shares?
+# Its minimum says where to clip without trying. **Predict:** does it find section 6's best shares for LabLM's
+# layer?
 
 # %%
 sigma = weight.std().item()
@@ -505,6 +506,9 @@ for bits, (share, _) in best.items():
     print(f"{bits} bits: clip at {predicted:.2f} σ predicted ({at_best:.1f} dB), at {found:.2f} σ found by search")
 
 # %% [markdown]
+# Near, not equal. The layer's tails are heavier than a normal's, because its rows differ in spread: with many codes they
+# deserve more room. And at 2 bits our symmetric range uses three codes of the four that the formula counts.
+#
 # ## 8 · One bit
 #
 # The article also names *binary* formats. XNOR-Net (Rastegari et al. 2016, arXiv:1603.05279) keeps a sign for each weight
