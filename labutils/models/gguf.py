@@ -295,7 +295,7 @@ def _format(tensor: torch.Tensor | PackedRows, chosen: str) -> Format:
     return FORMATS[chosen if tensor.ndim == 2 else "F32"]
 
 
-def _encoded(tensor: torch.Tensor | PackedRows, chosen: str) -> UInt8[np.ndarray, "rows bytes"]:
+def _encoded(tensor: torch.Tensor | PackedRows, chosen: str) -> UInt8[np.ndarray, "..."]:
     return tensor.encode() if isinstance(tensor, PackedRows) else _format(tensor, chosen).encode(_array(tensor))
 
 
