@@ -112,6 +112,15 @@ def test_clipping_saturates():
     torch.testing.assert_close(per_row.scale, torch.tensor([[1.0], [2.0]]) / 127)
 
 
+def test_scales_can_be_stored_in_half_precision():
+    x = torch.tensor([[0.1, -1.0], [1e-9, 0.0]])
+    half = choose_qparams(x, Scheme(scale_dtype=torch.float16))
+    assert half.scale.dtype == torch.float32 and torch.equal(half.scale, half.scale.half().float())
+    assert half.scale[1] == torch.finfo(torch.float16).tiny  # so small a row has no finer step
+    with pytest.raises(ValueError, match="finite in torch.float16"):
+        choose_qparams(torch.tensor([1e9]), Scheme(scale_dtype=torch.float16))
+
+
 def test_quantize_saturates_infinities():
     q = QParams(torch.tensor(0.5), torch.tensor(3), -8, 7)
     assert quantize(torch.tensor([float("-inf"), float("inf")]), q).tolist() == [-8, 7]
@@ -190,7 +199,7 @@ def test_choose_qparams_equals_torchao(bits, block, symmetric):
         (torch.empty(0, 4), "at least one number"),
         (torch.tensor([1.0, float("nan")]), "finite"),
         (torch.tensor([1.0, float("inf")]), "finite"),
-        (torch.tensor([FLOAT32_MAX, -FLOAT32_MAX]), "distance"),
+        (torch.tensor([FLOAT32_MAX, -FLOAT32_MAX]), "finite in torch.float32"),
     ],
 )
 def test_choose_qparams_rejects(x, words):

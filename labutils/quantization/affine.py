@@ -30,6 +30,7 @@ class Scheme:
         group_size: numbers in a group; it must divide the last axis.
         full_range: whether a symmetric scheme also uses the lowest code (−128 of int8), which has no opposite. The
             step is max |x| / qmax all the same, so min–max scaling never reaches that code; clipping may.
+        scale_dtype: in what the scales are stored; float16 halves what they cost.
 
     >>> Scheme(bits=4).qmin, Scheme(bits=4).qmax, Scheme(bits=4, symmetric=False).qmin
     (-7, 7, -8)
@@ -40,6 +41,7 @@ class Scheme:
     granularity: Literal["tensor", "channel", "group", "token"] = "channel"
     group_size: int | None = None
     full_range: bool = False
+    scale_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if self.bits not in range(2, 9):
@@ -66,7 +68,8 @@ class QParams:
     """Scale and zero point for every part of a tensor, and the range of the codes.
 
     Attributes:
-        scale: float32, of shape () for the whole tensor, (…, 1) for rows, (…, groups, 1) for groups.
+        scale: float32, rounded to `scale_dtype`; of shape () for the whole tensor, (…, 1) for rows, (…, groups, 1) for
+            groups.
         zero_point: int32, of the same shape.
         qmin: the lowest code.
         qmax: the highest code.
@@ -125,7 +128,7 @@ def choose_qparams(
         symmetric:  S = max(|low|, |high|) / qmax,     Z = 0
         affine:     S = (high − low) / (qmax − qmin),  Z = qmin − round(low / S)
 
-    A part of zeros only gets S = 1. Numbers below float32's smallest normal number have no finer step than it.
+    A part of zeros only gets S = 1; no step is finer than the smallest normal number of the scale's dtype.
 
     Args:
         x: what is to be quantized.
@@ -145,9 +148,10 @@ def choose_qparams(
     high = torch.as_tensor(largest if high is None else high, dtype=torch.float32).expand_as(largest).clamp(min=0)
     qmin, qmax = scheme.qmin, scheme.qmax
     step = torch.maximum(-low, high) / qmax if scheme.symmetric else (high - low) / (qmax - qmin)
+    step = step.to(scheme.scale_dtype).float()
     if not step.isfinite().all():
-        raise ValueError("low, high and their distance must be finite in float32; got inf or nan")
-    scale = torch.where(high - low == 0, 1.0, step.clamp(min=torch.finfo(torch.float32).tiny))
+        raise ValueError(f"the range must give a step that is finite in {scheme.scale_dtype}; got inf or nan")
+    scale = torch.where(high - low == 0, 1.0, step.clamp(min=torch.finfo(scheme.scale_dtype).tiny))
     zero_point = torch.zeros_like(scale) if scheme.symmetric else qmin - torch.round(low / scale)
     return QParams(scale, zero_point.clamp(qmin, qmax).int(), qmin, qmax, scheme.group_size)
 
