@@ -4,11 +4,13 @@ Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Mod
 the many small errors and forgives the few outliers.
 """
 
+from dataclasses import replace
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
-from labutils.quantization.affine import Scheme, choose_qparams, grouped
+from labutils.quantization.affine import QParams, Scheme, choose_qparams, grouped
 
 
 def shrink(x: Float[Tensor, "*shape"], *, p: float, beta: float) -> Float[Tensor, "*shape"]:
@@ -29,10 +31,12 @@ def hqq(
     beta: float = 10.0,
     kappa: float = 1.01,
     iterations: int = 20,
-) -> Float[Tensor, "out n"]:
-    """The weight rounded with zero points z, real numbers here, that minimise |W − S·(Q − z)|^p.
+) -> tuple[Int8[Tensor, "out n"], QParams]:
+    """Codes, and scales with zero points z (real numbers here) that minimise |W − S·(Q − z)|^p.
 
         Q = clamp(round(W / S + z)),   E = shrink(W − S·(Q − z)),   z = mean(Q − (W − E) / S),   β ← κ β
+
+    `dequantize` turns the two into the rounded weight.
 
     Raises:
         ValueError: for a symmetric scheme, which has no zero point to solve for.
@@ -41,14 +45,14 @@ def hqq(
         raise ValueError("HQQ solves for the zero point: the scheme must not be symmetric")
     qparams = choose_qparams(weight, scheme)
     whole, scale, zero = grouped(weight.float(), scheme.group_size), qparams.scale, qparams.zero_point.float()
-    best, least = weight.float(), torch.inf
+    best, least = None, torch.inf
     for _ in range(iterations):
         codes = torch.round(whole / scale + zero).clamp(scheme.qmin, scheme.qmax)
         rounded = scale * (codes - zero)
         error = (whole - rounded).abs().pow(p).mean().item()
         if error >= least:
             break
-        best, least = rounded.reshape(weight.shape), error
+        best, least = (codes.reshape(weight.shape).to(torch.int8), replace(qparams, zero_point=zero)), error
         zero = (codes - (whole - shrink(whole - rounded, p=p, beta=beta)) / scale).mean(dim=-1, keepdim=True)
         beta *= kappa
-    return best.to(weight.dtype)
+    return best

@@ -99,12 +99,13 @@ def use_integers_(
         model: any Hugging Face model.
         bits: of weights and inputs.
         static: calibration statistics that fix one input scale for each layer; None finds a scale for each token.
-        outliers: calibration statistics that say which inputs reach the threshold. LLM.int8 looks anew in every
-            batch and keeps the whole weight in floats to that end; here only the columns found beforehand remain.
+        outliers: calibration statistics that say which inputs reach the threshold, of the layers that are to be
+            split. LLM.int8 looks anew in every batch and keeps the whole weight in floats to that end; here only the
+            columns found beforehand remain.
         threshold: of LLM.int8.
     """
     for name, layer in list(linear_layers(model)):
-        mask = None if outliers is None else outliers[name].absmax >= threshold
+        mask = outliers[name].absmax >= threshold if outliers is not None and name in outliers else None
         absmax = None
         if static is not None:
             kept = static[name].absmax if mask is None else static[name].absmax[~mask]

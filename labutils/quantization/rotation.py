@@ -25,7 +25,7 @@ def hadamard(n: int, *, generator: torch.Generator) -> Float[Tensor, "n n"]:
     odd = n // (n & -n)
     matrix = torch.linalg.qr(torch.randn(odd, odd, generator=generator))[0]
     while len(matrix) < n:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix) / 2**0.5
+        matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)]) / 2**0.5
     signs = torch.randint(0, 2, (n,), generator=generator) * 2 - 1
     return matrix * signs[:, None]
 
@@ -82,7 +82,8 @@ def rotate_(model: nn.Module, *, generator: torch.Generator) -> None:
             layer.weight.copy_(rotation.T @ layer.weight)
             if layer.bias is not None:
                 layer.bias.copy_(layer.bias @ rotation)
-        block.mlp.down_proj = rotated_inputs(block.mlp.down_proj, hadamard(block.mlp.down_proj.in_features, generator=generator))
+        down = block.mlp.down_proj
+        block.mlp.down_proj = rotated_inputs(down, hadamard(down.in_features, generator=generator))
 
 
 @torch.no_grad()
