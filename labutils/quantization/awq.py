@@ -4,7 +4,7 @@ Lin et al. 2023 (arXiv:2306.00978). Both searches measure the layer's own output
 model keeps its function until it is rounded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from labutils.layers.calibration import InputStatistics, layer_error
 from labutils.layers.linears import weight_of
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, fake_quantize, grouped, observed_range
-from labutils.quantization.folding import Fold, folds, rescaled, scale_inputs_
+from labutils.quantization.folding import folds, rescaled, scale_inputs_
 
 ALPHAS = tuple(i / 20 for i in range(20))
 SHRINKS = tuple(1 - i / 20 for i in range(10))  # how far a range may be clipped: down to 55% of it
@@ -21,7 +21,7 @@ UNCLIPPED = ("q_proj", "k_proj", "query", "key", "c_attn")  # their product goes
 
 
 def awq_scale(mean_abs: Float[Tensor, " n"], alpha: float) -> Float[Tensor, " n"]:
-    """s = mean|x|^α, divided by sqrt(max s · min s) so that its extremes lie evenly around 1.
+    """AWQ's scale, s = mean|x|^α, divided by sqrt(max s · min s) so that its extremes lie evenly around 1.
 
     >>> awq_scale(torch.tensor([1.0, 4.0, 16.0]), 0.5)
     tensor([0.5000, 1.0000, 2.0000])
@@ -30,21 +30,18 @@ def awq_scale(mean_abs: Float[Tensor, " n"], alpha: float) -> Float[Tensor, " n"
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def search_scale(
-    fold: Fold, statistics: Mapping[str, InputStatistics], scheme: Scheme
-) -> tuple[Float[Tensor, " n"], dict[float, float]]:
-    """The best scale for the readers of a fold, and for each α the loss Σ ||(W − Q(W·s)/s) X||² / ||W X||².
+def scale_losses(
+    weights: Sequence[Float[Tensor, "out n"]], mean_abs: Float[Tensor, " n"], gram: Float[Tensor, "n n"], scheme: Scheme
+) -> dict[float, float]:
+    """For each α the loss Σ ||(W − Q(W·s)/s) X||² / ||W X||² over the layers that read X.
 
-    α = 0 is plain rounding, so the best loss is never above RTN's on the calibration text.
+    α = 0 is plain rounding, so the least loss is never above RTN's on the calibration text.
     """
-    first = statistics[next(iter(fold.readers))]
-    losses, scales = {}, {}
+    losses = {}
     for alpha in ALPHAS:
-        scales[alpha] = awq_scale(first.mean_abs, alpha)
-        _, scale = fold.spread(scales[alpha])
-        weights = [weight_of(layer) for layer in fold.readers.values()]
-        losses[alpha] = sum(layer_error(w, fake_quantize(w * scale, scheme) / scale, first.gram) for w in weights)
-    return scales[min(losses, key=losses.get)], losses
+        scale = awq_scale(mean_abs, alpha)
+        losses[alpha] = sum(layer_error(w, fake_quantize(w * scale, scheme) / scale, gram) for w in weights)
+    return losses
 
 
 @torch.no_grad()
@@ -57,17 +54,17 @@ def awq_scale_(
     """
     scaled = dict(statistics)
     for fold in folds(model):
-        scale, _ = search_scale(fold, statistics, scheme)
+        first = statistics[next(iter(fold.readers))]
+        _, mean_abs = fold.spread(first.mean_abs.clamp(min=1e-4))
+        losses = scale_losses([weight_of(layer) for layer in fold.readers.values()], mean_abs, first.gram, scheme)
+        scale = awq_scale(mean_abs, min(losses, key=losses.get))
         scale_inputs_(fold, scale)
-        _, of_readers = fold.spread(scale)
-        scaled |= {name: rescaled(statistics[name], 1 / of_readers) for name in fold.readers}
+        scaled |= {name: rescaled(statistics[name], 1 / scale) for name in fold.readers}
     return scaled
 
 
 @torch.no_grad()
-def clipped_qparams(
-    name: str, weight: Float[Tensor, "out n"], gram: Float[Tensor, "n n"], scheme: Scheme
-) -> QParams:
+def clipped_qparams(name: str, weight: Float[Tensor, "out n"], gram: Float[Tensor, "n n"], scheme: Scheme) -> QParams:
     """Scale and zero point after the clip search: for each row and group, the range with the least output error.
 
     The error of a group, dᵀ G d with d = w − ŵ and G its inputs' block of the Gram matrix, is taken by itself, without

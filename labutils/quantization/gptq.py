@@ -9,6 +9,7 @@ from torch import Tensor
 
 from labutils.quantization.affine import QParams, dequantize, grouped, quantize
 
+
 def inverse_factor(gram: Float[Tensor, "n n"], *, damping: float = 0.01) -> Float[Tensor, "n n"]:
     """Upper triangular U with Uᵀ U = (H + λI)⁻¹, where H = 2 XᵀX and λ = damping · mean(diag H).
 

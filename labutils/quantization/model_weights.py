@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
