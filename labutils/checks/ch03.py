@@ -126,7 +126,7 @@ def best_alpha(answer):
     ]
     mistakes = [(lambda s=settings, **case: _best(_losses(**case, **s)), hint) for settings, hint in wrong]
     mistakes.append(
-        (lambda **case: min(_losses(**case).values()), "that is the least loss: return the α it belongs to")
+        (lambda **case: min(_losses(**case).values()), "that is the least loss: return its α")
     )
     mistakes.append((lambda **case: max(_losses(**case), key=_losses(**case).get), "that α has the largest loss"))
     mistakes.append((lambda **case: awq.ALPHAS.index(_best(_losses(**case))), "that is the index of α, not α"))
@@ -198,7 +198,7 @@ def split_product(answer):
             (partial(_split, regular=False), "only the outliers' product came back: add the rounded rest"),
             (
                 partial(_split, keep=True),
-                "the outliers were rounded with the rest and added again: set them to 0 first",
+                "the outliers were rounded and added again: set them to 0 first",
             ),
             (partial(_split, dim=1), "an outlier is a column of x: any(dim=0) over the tokens"),
             (lambda x, weight, threshold: _split(x, weight, threshold + 1e-3), "|x| ≥ threshold: equality counts"),

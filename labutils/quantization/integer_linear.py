@@ -18,7 +18,10 @@ OUTLIER_THRESHOLD = 6.0
 
 
 def integer_product(left: Int8[Tensor, "rows n"], right: Int8[Tensor, "out n"]) -> Int32[Tensor, "rows out"]:
-    """Left · rightᵀ of codes, summed in int32. CUDA asks for at least 17 rows: fewer are padded with zeros."""
+    """The product left · rightᵀ of codes, summed in int32.
+
+    CUDA asks for at least 17 rows: fewer are padded with zeros.
+    """
     rows = left.shape[0]
     if left.is_cuda and rows < 17:
         left = nn.functional.pad(left, (0, 0, 0, 17 - rows))
@@ -28,7 +31,7 @@ def integer_product(left: Int8[Tensor, "rows n"], right: Int8[Tensor, "out n"]) 
 def llm_int8(
     x: Float[Tensor, "rows n"], weight: Float[Tensor, "out n"], *, threshold: float = OUTLIER_THRESHOLD
 ) -> Float[Tensor, "rows out"]:
-    """X · Wᵀ as in LLM.int8: columns of x that reach the threshold in floats, the others by row in int8.
+    """The product x · Wᵀ as in LLM.int8: columns of x that reach the threshold in floats, the others by row in int8.
 
     >>> x, weight = torch.tensor([[100.0, 0.5]]), torch.tensor([[0.01, 1.0]])
     >>> llm_int8(x, weight).item(), round(llm_int8(x, weight, threshold=1e9).item(), 3)
@@ -60,9 +63,7 @@ class IntegerLinear(nn.Module):
     ) -> None:
         super().__init__()
         weight = weight_of(layer).float()
-        outliers = (
-            torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device) if outliers is None else outliers
-        )
+        outliers = weight.new_zeros(weight.shape[1]).bool() if outliers is None else outliers
         self.out_features, self.in_features = weight.shape
         self.input_scheme = Scheme(bits=bits, granularity="token" if input_absmax is None else "tensor")
         self.input_absmax = input_absmax

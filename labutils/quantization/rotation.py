@@ -12,7 +12,7 @@ from labutils.quantization.folding import folds
 
 
 def hadamard(n: int, *, generator: torch.Generator) -> Float[Tensor, "n n"]:
-    """An orthogonal matrix of size n = m·2^k, m odd: Sylvester's Hadamard matrix with random signs, (×) a rotation of m.
+    """An orthogonal matrix of size n = m·2^k, m odd: Sylvester's Hadamard matrix with random signs, ⊗ a rotation.
 
     H_2n = [[H_n, H_n], [H_n, −H_n]] / √2. For m = 1 all entries have the size 1/√n.
 

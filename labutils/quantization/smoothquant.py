@@ -17,7 +17,7 @@ from labutils.quantization.folding import folds, rescaled, scale_inputs_
 def smoothing_scale(
     input_absmax: Float[Tensor, " n"], weight_absmax: Float[Tensor, " n"], alpha: float = 0.5
 ) -> Float[Tensor, " n"]:
-    """S = max|X_j|^α / max|W_j|^(1−α): at α = 0.5 both become sqrt(max|X_j| · max|W_j|).
+    """The scale s = max|X_j|^α / max|W_j|^(1−α): at α = 0.5 both become sqrt(max|X_j| · max|W_j|).
 
     >>> smoothing_scale(torch.tensor([64.0, 1.0]), torch.tensor([1.0, 1.0]))
     tensor([8., 1.])
