@@ -10,10 +10,10 @@ from labutils.quantization import awq, gptq, integer_linear, kv_cache, qat, smoo
 from labutils.quantization.affine import QParams, Scheme, fake_quantize
 
 
-def _layers(count: int = 2):
+def _layers(*sizes: int):
     """Random weights with a rounded copy and the Gram matrix of correlated inputs."""
     make = torch.Generator().manual_seed(0)
-    for n in range(4, 4 + count):
+    for n in sizes:
         weight = torch.randn(3, n, generator=make)
         x = torch.randn(50, n, generator=make) @ torch.randn(n, n, generator=make) * torch.linspace(0.2, 3, n)
         yield weight, fake_quantize(weight, Scheme(bits=3)), x.T @ x
@@ -37,7 +37,7 @@ def output_error(answer):
     expect_function(
         lambda **case: float(answer(**case)),
         lambda weight, rounded, gram: calibration.layer_error(weight, rounded, gram),
-        cases=[dict(zip(("weight", "rounded", "gram"), layer, strict=True)) for layer in _layers()],
+        cases=[dict(zip(("weight", "rounded", "gram"), layer, strict=True)) for layer in _layers(4, 5)],
         rtol=1e-3,
         mistakes=[
             (of_weights, "that is the weight's own error: the Gram matrix says how much each input counts"),
@@ -71,10 +71,10 @@ def _reference_gptq(weight, factor, scale, qmax):
 def gptq_round(answer):
     """Equal to labutils' blocked version."""
     cases = []
-    for weight, _, gram in _layers():
-        factor = gptq.inverse_factor(gram, damping=0.05).float()
-        scale = weight.abs().amax(dim=1) / 4
-        cases.append({"weight": weight, "factor": factor, "scale": scale, "qmax": 3})
+    for weight, _, gram in _layers(12, 16):
+        factor = gptq.inverse_factor(gram / 100, damping=0.05).float()
+        scale = weight.abs().amax(dim=1) / 6
+        cases.append({"weight": weight, "factor": factor, "scale": scale, "qmax": 5})
     expect_function(
         answer,
         _reference_gptq,
@@ -125,9 +125,7 @@ def best_alpha(answer):
         ({"own": True}, "that compares weights: the loss is the output error, layer_error with the Gram matrix"),
     ]
     mistakes = [(lambda s=settings, **case: _best(_losses(**case, **s)), hint) for settings, hint in wrong]
-    mistakes.append(
-        (lambda **case: min(_losses(**case).values()), "that is the least loss: return its α")
-    )
+    mistakes.append((lambda **case: min(_losses(**case).values()), "that is the least loss: return its α"))
     mistakes.append((lambda **case: max(_losses(**case), key=_losses(**case).get), "that α has the largest loss"))
     mistakes.append((lambda **case: awq.ALPHAS.index(_best(_losses(**case))), "that is the index of α, not α"))
     expect_function(answer, _reference_alpha, cases=cases, rtol=0.0, atol=1e-6, mistakes=mistakes)
@@ -169,9 +167,8 @@ def smoothing(answer):
     )
 
 
-def _split(x, weight, threshold, *, dim=0, regular=True, added=True, keep=False, per_tensor=False):
-    outliers = (x.abs() >= threshold).any(dim=dim)
-    outliers = outliers if dim == 0 else torch.zeros(x.shape[1], dtype=torch.bool)
+def _split(x, weight, threshold, *, regular=True, added=True, keep=False, per_tensor=False, signed=False):
+    outliers = ((x if signed else x.abs()) >= threshold).any(dim=0)
     rest_x = x if keep else x.masked_fill(outliers, 0)
     rest_weight = weight if keep else weight.masked_fill(outliers, 0)
     rows = Scheme(granularity="tensor" if per_tensor else "token")
@@ -185,7 +182,7 @@ def split_product(answer):
     make, cases = torch.Generator().manual_seed(0), []
     for rows, n in ((3, 5), (4, 8)):
         x = torch.randn(rows, n, generator=make)
-        x[1, 2], x[0, n - 1] = 40.0, -6.0
+        x[1, 2], x[0, n - 1], x[2, 0] = 40.0, -20.0, 6.0
         cases.append({"x": x, "weight": torch.randn(4, n, generator=make), "threshold": 6.0})
     expect_function(
         answer,
@@ -200,10 +197,12 @@ def split_product(answer):
                 partial(_split, keep=True),
                 "the outliers were rounded and added again: set them to 0 first",
             ),
-            (partial(_split, dim=1), "an outlier is a column of x: any(dim=0) over the tokens"),
             (lambda x, weight, threshold: _split(x, weight, threshold + 1e-3), "|x| ≥ threshold: equality counts"),
-            (lambda x, weight, threshold: _split(x, weight, 1e9), "negative outliers, or all of them, were missed"),
-            (lambda x, weight, threshold: _split(x.clamp(min=-5.9), weight, threshold), "negative outliers count too"),
+            (
+                lambda x, weight, threshold: _split(x, weight, 1e9),
+                "no column was split off: find those with |x| ≥ threshold",
+            ),
+            (partial(_split, signed=True), "negative outliers count too: take |x|"),
             (partial(_split, per_tensor=True), "one scale for each token: granularity 'token' for x"),
         ],
     )
@@ -273,6 +272,6 @@ def straight_through(answer):
             (passes(lambda w, s: w), "the forward pass saw the weight as it was: round it"),
             (passes(lambda w, s: w + fake_quantize(w, s).detach()), "that is the weight plus the rounded one"),
             (passes(lambda w, s: fake_quantize(w.detach(), s) + w - w), "the two gradients cancel: detach one w"),
-            (passes(lambda w, s: 2 * w - fake_quantize(w, s).detach()), "the sign of the error is turned round"),
+            (passes(lambda w, s: w + (w - fake_quantize(w, s)).detach()), "the sign of the error is turned round"),
         ],
     )
