@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
-from labutils.models.evaluate_service import reply, score_task
+from labutils.models.evaluate_service import score_task
 from labutils.models.load import load_model
 from labutils.plots.style import series_style
 
@@ -166,12 +166,14 @@ plt.show()
 
 # %%
 three_bits = changed(lambda _, weight: fake_quantize(weight, scheme_of(3, None)))
-chats = [[{"role": "system", "content": "Translate into English."}, {"role": "user", "content": "请帮我取消订单B73025。"}]]
-code = tokenizer("<|endoftext|>class Stack:\n    def __init__(self", return_tensors="pt", add_special_tokens=False)
+code = tokenizer("<|endoftext|>import os\n\n\ndef read_lines(path):\n    ", return_tensors="pt", add_special_tokens=False)
 for label, variant in (("float32", model), ("3 bits by row", three_bits)):
-    written = variant.generate(code["input_ids"], max_new_tokens=40, do_sample=False, pad_token_id=1)
-    print(f"--- {label}: {reply(variant, tokenizer, chats)[0]!r}")
-    print(tokenizer.decode(written[0], skip_special_tokens=True))
+    written = variant.generate(code["input_ids"], max_new_tokens=32, do_sample=False, pad_token_id=1)
+    print(f"--- {label}:\n{tokenizer.decode(written[0], skip_special_tokens=True)}")
+said = score_task(three_bits, tokenizer, "to_english", count=40)
+wrong = [pair for pair, right in zip(zip(said.references, said.predictions), said.is_right, strict=True) if not right]
+for reference, prediction in wrong[:3]:
+    print(f"--- asked for: {reference}\n--- 3 bits say: {prediction}")
 
 # %% [markdown]
 # ## 3 · GPTQ: let the others make up for it
@@ -275,7 +277,8 @@ labels = [f"{row}\n{table[row][1].difference:+.3f} bits per byte" for row in row
 axes.set_xticks([i + 0.18 for i in range(3)], labels)
 change = 100 * (table["GPTQ 3, code only"][2]["to_english"] - table["RTN 3"][2]["to_english"])
 axes.set(ylabel="exact replies (% of 40)", title=f"Calibrated on code alone: {change:+.0f} points of translation against RTN")
-axes.legend(loc="lower right")
+axes.legend(loc="upper center", ncols=2)
+axes.set_ylim(top=125)
 plt.show()
 
 # %% [markdown]
@@ -414,7 +417,7 @@ ways = {
 
 def protecting(score, share=0.01):
     def change(name, w):
-        rounded, kept = fake_quantize(w, four_bits), score(name, w).topk(max(1, round(share * w.shape[1]))).indices
+        rounded, kept = fake_quantize(w, four_bits), score(name, w).topk(round(share * w.shape[1])).indices
         rounded[:, kept] = w[:, kept]
         return rounded
 
@@ -450,7 +453,7 @@ def draw_costs(qualities, title, axes):
 
 figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
 nothing, by_chance, best = (ladder[k].difference for k in ("protect nothing", "a random 1%", "1% by mean |x|"))
-title = f"Of the loss, a random 1% saves {1 - by_chance / nothing:.0%}, the 1% with the largest inputs {1 - best / nothing:.0%}"
+title = f"A random 1% saves {1 - by_chance / nothing:.0%} of the loss, the largest inputs {1 - best / nothing:.0%}"
 draw_costs(ladder, title, axes)
 plt.show()
 
@@ -591,8 +594,8 @@ W4A4 = {
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
 best8, best4 = (min(rows, key=lambda k, rows=rows: rows[k].difference) for rows in (W8A8, W4A4))
-draw_costs(W8A8, f"W8A8, injected outliers: least loss with {best8}", left)
-draw_costs(W4A4, f"W4A4, injected outliers: least loss with {best4}", right)
+draw_costs(W8A8, f"W8A8: least loss with {best8}", left)
+draw_costs(W4A4, f"W4A4: least loss with {best4}", right)
 right.set_xscale("log")
 plt.show()
 for bits, rows in (("W8A8", W8A8), ("W4A4", W4A4)):
@@ -687,7 +690,7 @@ plt.show()
 # %% [markdown]
 # ## 7 · Training with the rounding in sight
 #
-# At 2 bits, no clever rounding saves LabLM. Quantization-aware training lets the forward pass see rounded weights, and
+# At 2 bits, rounding destroys LabLM. Quantization-aware training lets the forward pass see rounded weights, and
 # adjusts the real ones behind them. But rounding has the gradient 0 almost everywhere. The **straight-through
 # estimator** (Bengio et al. 2013, arXiv:1308.3432) pretends that it is 1:
 #
@@ -729,8 +732,9 @@ look("GPTQ 2", rounded, size_of(two_bits))
 look("QAT 2", trained.eval(), size_of(two_bits))
 
 # %% [markdown]
-# Compare with RTN at 2 bits above. Training buys most back, at the price of training; a real run would take thousands of
-# steps where this one takes seconds, and the tasks show how far it still has to go.
+# Compare with RTN at 2 bits above, and with GPTQ. Training needs gradients, memory for them, and text; a real run takes
+# thousands of steps where this one takes seconds. Both still fail at the tasks: bits per byte came most of the way back,
+# exact translations did not.
 
 # %% [markdown]
 # ## 8 · More bits where they count
@@ -863,8 +867,10 @@ fastest = {n: min(layers, key=lambda label, n=n: timings[label, n].median_s) for
 axes.set(xlabel="tokens in one pass", ylabel="speed, float32 = 1", yscale="log")
 axes.set_xticks(range(3), [str(n) for n in TOKENS])
 axes.set_title(f"Fastest at 1 token: {fastest[1]}; at 256: {fastest[256]}")
+axes.yaxis.set_major_formatter("{x:g}")
+axes.yaxis.set_minor_formatter("{x:g}")
 axes.grid(alpha=0.25, which="both")
-axes.legend()
+axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 print(f"medians of 7 rounds, 3 calls each, 2 warm-up, cpu, {torch.get_num_threads()} threads")
 
@@ -873,8 +879,9 @@ print(f"medians of 7 rounds, 3 calls each, 2 warm-up, cpu, {torch.get_num_thread
 # tokens.*
 #
 # **Explain.** One token waits for memory, so fewer bytes pay. Many tokens share a weight and wait for arithmetic: there
-# float32 has the best-tuned kernels, and bytes no longer matter. Eager W8A8 pays for rounding, masking and scaling in
-# separate calls, each through memory. bfloat16 is fast only where the processor multiplies it in hardware.
+# packed layers have no bytes left to save, and only faster arithmetic helps. bfloat16 has that where the processor
+# multiplies it in hardware (AMX, AVX-512 BF16); on others it can be a hundred times slower than float32. Eager W8A8 pays
+# for rounding, masking and scaling in separate calls; for one token they cost more than the product.
 
 # %% [markdown]
 # ## The one plot

@@ -71,7 +71,7 @@ def gptq_round(weight, factor, scale, qmax):
     return rounded
 
 
-# %% WRONG gptq_round | not its column
+# %% WRONG gptq_round | along row j of U | same
 # EXERCISE gptq_round
 def gptq_round(weight, factor, scale, qmax):
     work, rounded = weight.clone(), torch.zeros_like(weight)
