@@ -131,6 +131,13 @@ def test_quantize_rounds_ties_to_even():
     assert quantize(torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5]), q).tolist() == [-2, 0, 0, 2, 2]
 
 
+def test_quantize_holds_unsigned_bytes():
+    """The source article's network, rounded properly: 127.5 and 76.5 are ties (in float64; float32 has 127.49999)."""
+    network = torch.tensor([[0.5, 0.3], [0.4, 0.2], [0.6, 0.4]], dtype=torch.float64)
+    codes = quantize(network, QParams(torch.tensor(1 / 255, dtype=torch.float64), torch.tensor(0), 0, 255))
+    assert codes.tolist() == [[128, 76], [102, 51], [153, 102]] and codes.dtype == torch.int32
+
+
 def test_stochastic_rounding_is_right_on_average():
     q = QParams(torch.tensor(1.0), torch.tensor(0), -7, 7)
     x = torch.tensor([0.25, -0.75, 2.0]).repeat(20_000, 1)

@@ -3,14 +3,14 @@
     q = clamp(round(x / S) + Z, qmin, qmax),    x̂ = S · (q − Z)
 
 Jacob et al. 2017 (arXiv:1712.05877), equation 1. The scale S is a real number (the width of a step), the zero point Z
-an integer: the code of 0, which is therefore always exact. Codes are signed and fit int8 whatever the bits.
+an integer: the code of 0, which is therefore always exact. A scheme's codes are signed and fit int8.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, Int8, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 GRANULARITIES = ("tensor", "channel", "group", "token")
@@ -162,8 +162,8 @@ def quantize(
     *,
     rounding: Rounding = "nearest-even",
     generator: torch.Generator | None = None,
-) -> Int8[Tensor, "*shape"]:
-    """Codes of x: clamp(round(x / S) + Z, qmin, qmax).
+) -> Int[Tensor, "*shape"]:
+    """Codes of x: clamp(round(x / S) + Z, qmin, qmax), as int8, or int32 where the range needs it.
 
     "nearest-even" rounds a tie to the even neighbour (IEEE 754's default). "stochastic" rounds up with a probability
     equal to the fraction, ⌊x/S + u⌋ with u uniform in [0, 1), so that the mean is right (Gupta et al. 2015,
@@ -175,7 +175,7 @@ def quantize(
     >>> quantize(torch.tensor([0.5, 1.5, -9.0]), QParams(torch.tensor(1.0), torch.tensor(0), -7, 7))
     tensor([ 0,  2, -7], dtype=torch.int8)
     """
-    ratio = grouped(x.float(), qparams.group_size) / qparams.scale
+    ratio = grouped(x.to(torch.promote_types(x.dtype, torch.float32)), qparams.group_size) / qparams.scale
     if ratio.isnan().any():
         raise ValueError("NaN has no code; got NaN in x")
     if rounding == "nearest-even":
@@ -184,7 +184,9 @@ def quantize(
         whole = torch.floor(ratio + torch.rand(ratio.shape, generator=generator, device=ratio.device))
     else:
         raise ValueError(f"rounding must be 'nearest-even' or 'stochastic'; got {rounding!r}")
-    return (whole + qparams.zero_point).clamp(qparams.qmin, qparams.qmax).to(torch.int8).reshape(x.shape)
+    codes = (whole + qparams.zero_point).clamp(qparams.qmin, qparams.qmax)
+    fits_int8 = qparams.qmin >= -128 and qparams.qmax <= 127
+    return codes.to(torch.int8 if fits_int8 else torch.int32).reshape(x.shape)
 
 
 def dequantize(codes: Int[Tensor, "*shape"], qparams: QParams) -> Float[Tensor, "*shape"]:

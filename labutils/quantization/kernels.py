@@ -19,7 +19,7 @@ import torch
 
 from labutils.paths import learner_dir
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "steps.c"))  # compiled as one text
 # No contraction: a product and a sum fused into one rounding would differ between machines.
 COMMON_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
 NATIVE_FLAGS = ("-march=native", "-mcpu=native")  # x86 and most ARM compilers; other ARM compilers
@@ -82,16 +82,24 @@ class Weight(ctypes.Structure):
     ]
 
 
+def read_sources() -> str:
+    """The C text of all kernels."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
+
+
 def load_library(path: Path) -> ctypes.CDLL:
-    """Loads a build of kernels.c and declares its functions."""
+    """Loads a build of `read_sources()` and declares its functions."""
     library = ctypes.CDLL(str(path))
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.packed_linear.argtypes = (ctypes.POINTER(Weight), pointer, pointer, count, count)
+    library.rms_norm.argtypes = (pointer, pointer, pointer, count, ctypes.c_float)
+    library.swiglu.argtypes = (pointer, pointer, count)
+    library.attend.argtypes = (*[pointer] * 7, *[count] * 5)
     return library
 
 
 def instruction_set(library: ctypes.CDLL) -> str:
-    """What a build of kernels.c uses: "AVX2", "AVX2 with VNNI", "NEON with dot products" or "plain C"."""
+    """What a build uses: "AVX2", "AVX2 with VNNI", "NEON with dot products" or "plain C"."""
     return ctypes.c_char_p.in_dll(library, "instruction_set").value.decode()
 
 
@@ -103,7 +111,7 @@ def find_kernels() -> tuple[ctypes.CDLL | None, str]:
     """
     if os.name != "posix":
         return None, "kernels are built on Linux and macOS only"
-    source, reason = SOURCE.read_text(encoding="utf-8"), ""
+    source, reason = read_sources(), ""
     for native in ((flag,) for flag in NATIVE_FLAGS):
         for openmp in (("-fopenmp",), ()):
             try:
