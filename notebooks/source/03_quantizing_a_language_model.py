@@ -177,9 +177,8 @@ for label, variant in (("float32", model), ("3 bits by row", three_bits)):
     written = variant.generate(code["input_ids"], max_new_tokens=32, do_sample=False, pad_token_id=1)
     print(f"--- {label}:\n{tokenizer.decode(written[0], skip_special_tokens=True)}")
 said = score_task(three_bits, tokenizer, "to_english", count=40)
-wrong = [pair for pair, right in zip(zip(said.references, said.predictions), said.is_right, strict=True) if not right]
-for reference, prediction in wrong[:3]:
-    print(f"--- asked for: {reference}\n--- 3 bits say: {prediction}")
+for index in [i for i, right in enumerate(said.is_right) if not right][:3]:
+    print(f"--- asked for: {said.references[index]}\n--- 3 bits say: {said.predictions[index]}")
 
 # %% [markdown]
 # ## 3 · GPTQ: let the others make up for it
@@ -380,7 +379,7 @@ look("AWQ 3", change_weights_(scaled, awq_round), size_of(scheme))
 
 # %% [markdown]
 # Look whether the scale alone helped here. AWQ's idea needs inputs that stick out. In models of billions of parameters a
-# few do, by a factor of 20 and more (Dettmers et al. 2022, arXiv:2208.07339); in a model as small as LabLM they do not.
+# few do, by a factor of up to 20 (Dettmers et al. 2022, arXiv:2208.07339); in a model as small as LabLM they do not.
 #
 # So we **inject outliers**: three channels behind each norm become 30 times as large (norm gain × 30, the next weights'
 # columns ÷ 30). The model computes what it computed. This is a simulation of what large models have by nature.
@@ -624,7 +623,7 @@ for bits, rows in (("W8A8", W8A8), ("W4A4", W4A4)):
 # **Explain, and be fair.** Our injection sits in the norms' gains, so folding the gains *undoes* it: "gains folded" is
 # the control that shows how much is left for the rotation itself. At 4 bits that is real: it spreads the large values
 # that LabLM has by nature, in the inputs of `down_proj`. There |x| ≥ 6 is common (the threshold belongs to the residual
-# stream of large models), so LLM.int8 splits only layers behind a norm here.
+# stream of large models), so LLM.int8 splits only layers behind a norm here, at columns found on the calibration text.
 
 # %% [markdown]
 # ## 6 · The KV cache in few bits
