@@ -25,7 +25,7 @@ from labutils.models.load import load_model
 from labutils.plots.style import series_style
 
 model, tokenizer = load_model("lablm")
-documents = held_out_documents(limit_bytes=800)
+documents = held_out_documents(limit_bytes=1000)
 baseline = bits_by_document(model, tokenizer, documents)
 print(f"{len(documents)} held-out modules, {torch.get_num_threads()} threads, float32 on cpu")
 
@@ -1009,7 +1009,7 @@ draw_speed_quality(records, ax=axes)
 plt.show()
 print(speed_quality_table(records))
 front = {records[index].technique for index in front_of(records)}
-print("\nnobody here should use:", ", ".join(name for name in variants if name not in front))
+print("\nnobody here should use:", "; ".join(name for name in variants if name not in front))
 
 # %% [markdown]
 # *The figure shows generation speed (32 tokens after a prompt of 64, batch 1, 7 interleaved rounds, one warm-up) against
