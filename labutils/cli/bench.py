@@ -3,13 +3,14 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-HELP = "measure and compare: `bench decode` decodes with every path, with transformers and with llama.cpp"
+HELP = "measure and compare: `bench decode` decodes with every path, `bench quantization` with int8 and int4 weights"
 NEEDS_ENVIRONMENT = True
+SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("name", choices=("decode",), help="what to measure")
+    parser.add_argument("name", choices=("decode", "quantization"), help="what to measure")
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
     )
@@ -27,6 +28,28 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
+    return run_quantization(args) if args.name == "quantization" else run_decode(args)
+
+
+def run_quantization(args: Namespace) -> int:
+    """Packed weights against fp32, llama.cpp, torchao and torch, on the random-weight model."""
+    from labutils.bench.decode import Settings
+    from labutils.bench.quantization import bench_quantization
+    from labutils.bench.subject import speed_subject
+    from labutils.bench.table import write_json
+    from labutils.measurement import ledger
+
+    print(ledger.host_line())
+    subject = speed_subject(**(SMALL if args.quick else {}))
+    settings = Settings(8 if args.quick else args.new_tokens, args.rounds, args.threads)
+    rows = bench_quantization(subject, settings, say=lambda line: print(line, flush=True))
+    if args.json:
+        write_json(rows, args.json)
+    return 0
+
+
+def run_decode(args: Namespace) -> int:
+    """Every decoding path, on a trained model and on the random-weight one."""
     from labutils.bench.decode import REFERENCE, Settings, as_record, bench_decode
     from labutils.bench.subject import speed_subject, trained_subject
     from labutils.bench.table import as_table, write_json
@@ -34,10 +57,9 @@ def run(args: Namespace) -> int:
     from labutils.models.load import LoadError
 
     settings = Settings(8 if args.quick else args.new_tokens, args.rounds, args.threads, not args.no_compile)
-    small = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
     makers = [lambda: trained_subject(args.model)]
     if not args.no_speed_model:
-        makers.append(lambda: speed_subject(**(small if args.quick else {})))
+        makers.append(lambda: speed_subject(**(SMALL if args.quick else {})))
     print(ledger.host_line())
     rows = []
     for make in makers:
