@@ -397,6 +397,8 @@ inject_outliers_(injected, channels=3, factor=30.0, generator=seeded())
 injected_statistics = input_statistics(injected, calibration, with_gram=True)
 with torch.no_grad():
     print(f"injected: logits moved by at most {(injected(ids).logits - logits).abs().max():.1e}")
+
+# %%
 figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
 at = "model.layers.2.mlp.gate_proj"
 for index, (label, seen) in enumerate((("LabLM", statistics), ("with injected outliers", injected_statistics))):
@@ -589,6 +591,8 @@ smoothed_statistics = smooth_(smooth, injected_statistics)
 after_norms = {name: seen for name, seen in injected_statistics.items() if not name.endswith(("o_proj", "down_proj"))}
 gains_only = copy.deepcopy(injected)
 fold_gains_(gains_only)
+
+# %%
 W8A8 = {
     "nothing": activations["injected, W8A8 dynamic"],
     "nothing, static scales": activations["injected, W8A8 static"],
@@ -860,6 +864,8 @@ except (ImportError, NotImplementedError, RuntimeError) as error:
 # **Predict:** how many times faster could int8 and int4 be at best?
 
 # %%
+import numpy as np
+
 from labutils.measurement.roofline import bandwidth_probes, last_level_cache_bytes, probe_working_set_bytes
 from labutils.measurement.timing import measure_interleaved
 
@@ -938,9 +944,6 @@ ch03_speed.pack_halves(pack_halves)
 #
 # <details><summary>Hint 1</summary>Widen both to int32 before you multiply; reshape(-1, 2).sum(axis=1) adds neighbours.</details>
 # <details><summary>Hint 2</summary>np.clip to −32768 … 32767, and only then to int16.</details>
-
-# %%
-import numpy as np
 
 
 # %%
@@ -1317,7 +1320,7 @@ print(f"medians of 7 rounds, 3 calls each, 2 warm-up, cpu, {torch.get_num_thread
 # their quality is measured anew, on the very modules that are timed.
 
 # %%
-from labutils.quantization.packed import PackedWeight, pack_model_, replace_packed_
+from labutils.quantization.packed import replace_packed_
 
 
 def packed(codes_of):
@@ -1348,6 +1351,7 @@ def clip_codes(name, w):
     return quantize(w, qparams), qparams
 
 
+# %%
 variants = {
     "float32": model,
     "float32, PyTorch": model,
@@ -1373,10 +1377,7 @@ variants = {
 # packed variants run in PyTorch too, and the legend's numbers tell.
 
 # %%
-from labutils.generation.decode import generate_static
-from labutils.generation.fast_llama import FastLlama
 from labutils.measurement import ledger
-from labutils.models.quantized import fast_packed_llama
 from labutils.quantization.kernels import KernelError
 
 prompt, NEW_TOKENS = calibration[0][:1, :64], 32
