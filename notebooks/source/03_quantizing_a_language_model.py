@@ -7,8 +7,8 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapters 01 and 02 |
-# | Time | 3 hours for you; the cells run in about 3 minutes on two free cores |
-# | Memory, download | under 3 GB; nothing is downloaded |
+# | Time | 3 hours for you; all cells run in about 3 minutes on one free core (measured: 168 s of processor time) |
+# | Memory, download | 3 GB at the most; nothing is downloaded |
 # | Hardware | any computer; a C compiler helps |
 # | Exercises | 10 (3.1 to 3.7 on methods, 3.8 to 3.10 on speed), each checked in the cell below it |
 
@@ -881,8 +881,8 @@ for name, bits in (("float32", 32), ("int8, a scale per 64", 8.5), ("int4, a sca
 # %% [markdown]
 # ### How codes lie in memory
 #
-# A processor multiplies 32 bytes at a time. So the course's kernels (`labutils/quantization/kernels.c`, 230 lines: open it
-# beside this page) let eight rows travel together: a 32-byte vector holds 4 codes of each of 8 rows.
+# A processor multiplies 32 bytes at a time. So the course's kernels (`labutils/quantization/kernels.c`: open it beside this
+# page) let eight rows travel together: a 32-byte vector holds 4 codes of each of 8 rows.
 #
 # ```
 # [row 0: k 0 1 2 3][row 1: k 0 1 2 3] … [row 7: k 0 1 2 3]
@@ -1168,6 +1168,10 @@ axes.set(xlabel="GB of codes read per second", title=gain)
 axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.35))
 plt.show()
 
+# %% [markdown]
+# *The figure shows how many bytes of codes each version gets through in a second, and the bandwidth that the float probes
+# above found.* The same in numbers, with the spread:
+
 # %%
 for name, timing in timings.items():
     low, high = timing.interval_s
@@ -1175,9 +1179,6 @@ for name, timing in timings.items():
 print(f"medians of 7 interleaved rounds, 1 warm-up, cpu; one thread up to step 6, uint8 codes, {ROWS} x {N}")
 
 # %% [markdown]
-# *The figure shows how many bytes of codes each version gets through in a second, and the bandwidth that the float probes
-# above found.*
-#
 # **Explain.** The first steps wait for arithmetic: more numbers per instruction help. The later ones wait for memory, where
 # only asking earlier and looking up less helps. A bar beyond the dashed line is no miracle: the probe read small pages, or
 # part of the matrix sat in the cache (its size is printed at the head of this section; a virtual machine may state its host's).
@@ -1194,8 +1195,8 @@ if kernels:
 # ### A whole model
 #
 # A token is more than its matrices: normalising, attention and gates, a dozen small steps a layer. In NumPy or PyTorch
-# each costs some microseconds *whatever the weights*, and the faster the matrices, the more that counts. `steps.c` (86
-# lines) does them in C; `fast_packed_llama` puts both together. Below, 0.13 billion random weights, decoded in float32,
+# each costs some microseconds *whatever the weights*, and the faster the matrices, the more that counts. `steps.c`
+# does them in C; `fast_packed_llama` puts both together. Below, 0.13 billion random weights, decoded in float32,
 # int8 and int4, in one interleaved run.
 
 # %%
