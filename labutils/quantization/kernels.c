@@ -11,7 +11,7 @@
 //   [r0: k0 k1 k2 k3][r1: k0 k1 k2 k3] ... [r7: k0 k1 k2 k3]
 // so 4 inputs of x, repeated 8 times, meet 8 rows at once, and lane r of the result belongs to row r: nothing is ever
 // summed across lanes, and the weights are read in the order in which they lie. A chunk is 32 inputs of 8 rows:
-//   8 bits: 8 such vectors;   4 bits: 4 vectors, vector i holding inputs 4i.. in its low halves, 4i+16.. in its high ones.
+//   8 bits: 8 such vectors;   4 bits: 4, vector i holding inputs 4i.. in its low halves and 4i+16.. in its high ones.
 // Codes are unsigned (0..255 or 0..15). Rows are padded to 8, inputs to whole blocks, both with zeros.
 
 #include <math.h>
