@@ -95,6 +95,20 @@ def test_a_library_appears_whole_or_not_at_all(monkeypatch, home):
     assert list((home / "kernels").iterdir()) == []
 
 
+def test_a_finished_library_is_renamed_not_copied(monkeypatch):
+    """A reader never meets half a file: the name moves to the finished one."""
+    run, inodes = kernels._run, []
+
+    def noting(command):
+        output = run(command)
+        if "-o" in command:
+            inodes.append(os.stat(command[command.index("-o") + 1]).st_ino)
+        return output
+
+    monkeypatch.setattr(kernels, "_run", noting)
+    assert [compile_c(SEVEN).stat().st_ino] == inodes
+
+
 def test_find_kernels_without_a_compiler_says_so(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert find_kernels.__wrapped__() == (None, "no C compiler: install gcc or clang")

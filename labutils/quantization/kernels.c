@@ -9,9 +9,9 @@
 //
 // Layout. Eight rows travel together (a tile): a 32-byte vector holds 4 inputs of each of 8 rows,
 //   [r0: k0 k1 k2 k3][r1: k0 k1 k2 k3] ... [r7: k0 k1 k2 k3]
-// so 4 inputs of x, repeated 8 times, meet 8 rows at once, and lane r of the result beint64_ts to row r: nothing is ever
+// so 4 inputs of x, repeated 8 times, meet 8 rows at once, and lane r of the result belongs to row r: nothing is ever
 // summed across lanes, and the weights are read in the order in which they lie. A chunk is 32 inputs of 8 rows:
-//   8 bits: 8 such vectors;   4 bits: 4 vectors, vector i holding inputs 4i.. in its low and 4i+16.. in its high halves.
+//   8 bits: 8 such vectors;   4 bits: 4, vector i holding inputs 4i.. in its low halves and 4i+16.. in its high ones.
 // Codes are unsigned (0..255 or 0..15). Rows are padded to 8, inputs to whole blocks, both with zeros.
 
 #include <math.h>
@@ -22,8 +22,8 @@
 typedef float f32x8 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t i32x8 __attribute__((vector_size(32), aligned(4)));
 
-// TOKENS share each weight that is loaded. AHEAD: bytes to fetch from memory before they are needed, found by measuring.
-enum { ROWS = 8, CHUNK = 32, MAX_BLOCK = 64, TOKENS = 4, AHEAD = 2048 };
+// Up to TOKENS share each weight that is loaded; AHEAD: bytes fetched before they are needed. Both found by measuring.
+enum { ROWS = 8, CHUNK = 32, MAX_BLOCK = 64, TOKENS = 8, AHEAD = 2048 };
 
 typedef struct {
     const uint8_t *codes;
@@ -38,6 +38,7 @@ typedef struct {
 } Activations;
 
 // ---- chunk: dot[t][row] += sum over 32 inputs of code[row][k] * x[t][k], for each instruction set -------------------
+// Where signed codes multiply faster, an 8-bit code counts from its middle, CENTRED, here and in the zero point below.
 
 #if defined(__AVX2__) && !defined(SCALAR)
 #include <immintrin.h>
@@ -74,26 +75,30 @@ static inline __attribute__((always_inline)) void chunk(
     }
 }
 #else
-// maddubs multiplies 32 unsigned bytes with 32 signed ones and adds pairs into 16 int16, which SATURATE. A half byte
-// (0..15) times 127, 16 products in a lane: 30480 fits. So a byte is taken as two halves, code = low + 16 high.
+// maddubs multiplies 32 unsigned bytes with 32 signed ones and adds pairs into 16 int16, which SATURATE.
+// 4 bits: a code up to 15 times 127, 16 products in a lane: 30480 fits, so int16 holds a whole chunk.
+// 8 bits: of a centred code the size, up to 128, times x with the code's sign, two products: 32512 just fits.
+#define CENTRED 128
 static inline __attribute__((always_inline)) void chunk(
     i32x8 *dot, const uint8_t *w, const int8_t *x, int64_t stride, const int tokens, const int bits) {
-    const __m256i half = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
-    __m256i low16[TOKENS] = {0}, high16[TOKENS] = {0};
+    const __m256i half = _mm256_set1_epi8(15), centre = _mm256_set1_epi8(-128), one = _mm256_set1_epi16(1);
+    __m256i sums[TOKENS] = {0};
     for (int i = 0; i < bits; i++) {
         __m256i v = _mm256_loadu_si256((const __m256i *)(w + 32 * i));
         __m256i low = v & half, high = _mm256_srli_epi16(v, 4) & half;
+        __m256i code = v ^ centre, size = _mm256_abs_epi8(code);
         for (int t = 0; t < tokens; t++) {
             const int8_t *xt = x + t * stride + 4 * i;
-            low16[t] = _mm256_add_epi16(low16[t], _mm256_maddubs_epi16(low, repeat(xt)));
-            if (bits == 8) high16[t] = _mm256_add_epi16(high16[t], _mm256_maddubs_epi16(high, repeat(xt)));
-            else low16[t] = _mm256_add_epi16(low16[t], _mm256_maddubs_epi16(high, repeat(xt + 16)));
+            if (bits == 8) {  // madd: 16 int16 times 1, pairs added into 8 int32
+                __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(repeat(xt), code));
+                dot[t] += (i32x8)_mm256_madd_epi16(pairs, one);
+            } else {
+                sums[t] = _mm256_add_epi16(sums[t], _mm256_maddubs_epi16(low, repeat(xt)));
+                sums[t] = _mm256_add_epi16(sums[t], _mm256_maddubs_epi16(high, repeat(xt + 16)));
+            }
         }
     }
-    for (int t = 0; t < tokens; t++) {  // madd: 16 int16 times 1 (or 16), pairs added into 8 int32
-        dot[t] += (i32x8)_mm256_madd_epi16(low16[t], one);
-        if (bits == 8) dot[t] += (i32x8)_mm256_madd_epi16(high16[t], sixteen);
-    }
+    for (int t = 0; t < tokens && bits == 4; t++) dot[t] += (i32x8)_mm256_madd_epi16(sums[t], one);
 }
 #endif
 
@@ -101,28 +106,35 @@ static inline __attribute__((always_inline)) void chunk(
 #include <arm_neon.h>
 const char *const instruction_set = "NEON with dot products";
 
-// vdotq_s32 multiplies 16 signed bytes with 16 signed ones and adds groups of 4 into 4 int32: half bytes are in range.
+// vdotq_s32 multiplies 16 signed bytes with 16 signed ones and adds groups of 4 into 4 int32: half a tile.
+#define CENTRED 128
+static inline int8x16_t repeat(const int8_t *x) {  // 4 inputs, 4 times
+    int32_t four;
+    memcpy(&four, x, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}
+
 static inline __attribute__((always_inline)) void chunk(
     i32x8 *dot, const uint8_t *w, const int8_t *x, int64_t stride, const int tokens, const int bits) {
     for (int t = 0; t < tokens; t++) {
-        int32x4_t low32[2] = {vdupq_n_s32(0), vdupq_n_s32(0)}, high32[2] = {low32[0], low32[0]};
+        int32x4_t sums[2];
+        memcpy(sums, dot + t, sizeof sums);
         for (int i = 0; i < bits; i++) {
-            const int8_t *xt = x + t * stride + 4 * i, *other = bits == 8 ? xt : xt + 16;
-            int32_t four, four_high;
-            memcpy(&four, xt, 4);
-            memcpy(&four_high, other, 4);
+            const int8_t *xt = x + t * stride + 4 * i;
             for (int rows = 0; rows < 2; rows++) {
                 uint8x16_t v = vld1q_u8(w + 32 * i + 16 * rows);
-                int8x16_t low = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15)));
-                int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
-                low32[rows] = vdotq_s32(low32[rows], low, vreinterpretq_s8_s32(vdupq_n_s32(four)));
-                high32[rows] = vdotq_s32(high32[rows], high, vreinterpretq_s8_s32(vdupq_n_s32(four_high)));
+                if (bits == 8) {
+                    int8x16_t code = vreinterpretq_s8_u8(veorq_u8(v, vdupq_n_u8(128)));
+                    sums[rows] = vdotq_s32(sums[rows], code, repeat(xt));
+                } else {
+                    int8x16_t low = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15)));
+                    int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
+                    sums[rows] = vdotq_s32(sums[rows], low, repeat(xt));
+                    sums[rows] = vdotq_s32(sums[rows], high, repeat(xt + 16));
+                }
             }
         }
-        int32_t sums[ROWS];
-        for (int rows = 0; rows < 2; rows++)
-            vst1q_s32(sums + 4 * rows, vaddq_s32(low32[rows], vshlq_n_s32(high32[rows], 4 * (bits == 8))));
-        for (int r = 0; r < ROWS; r++) dot[t][r] += sums[r];
+        memcpy(dot + t, sums, sizeof sums);
     }
 }
 
@@ -141,7 +153,11 @@ static inline __attribute__((always_inline)) void chunk(
 }
 #endif
 
-// ---- a tile: 8 rows times 1 or 4 tokens ----------------------------------------------------------------------------
+#ifndef CENTRED
+#define CENTRED 0
+#endif
+
+// ---- a tile: 8 rows times 1, 4 or 8 tokens -------------------------------------------------------------------------
 
 static inline __attribute__((always_inline)) void tile_times_tokens(
     const Weight *w, const Activations *x, float *y, int64_t tile, int64_t token, const int tokens, const int bits) {
@@ -154,6 +170,7 @@ static inline __attribute__((always_inline)) void tile_times_tokens(
         f32x8 scale = *(const f32x8 *)(w->scales + (tile * groups + g) * ROWS);
         f32x8 zero = (f32x8){0} + (bits == 8 ? 128.0f : 8.0f);
         if (w->zeros) zero = *(const f32x8 *)(w->zeros + (tile * groups + g) * ROWS);
+        if (bits == 8) zero -= CENTRED;
         for (; b < blocks && b * w->block < (g + 1) * w->group; b++) {
             i32x8 dot[TOKENS] = {0};
             for (int64_t k = 0; k < w->block; k += CHUNK, codes += CHUNK * bits) {
@@ -174,6 +191,7 @@ static inline __attribute__((always_inline)) void tile_times_all(
     const Weight *w, const Activations *x, float *y, int64_t tile, int64_t tokens, const int bits) {
     int64_t t = 0;
     for (; t + TOKENS <= tokens; t += TOKENS) tile_times_tokens(w, x, y, tile, t, TOKENS, bits);
+    for (; t + 4 <= tokens; t += 4) tile_times_tokens(w, x, y, tile, t, 4, bits);
     for (; t < tokens; t++) tile_times_tokens(w, x, y, tile, t, 1, bits);
 }
 

@@ -72,7 +72,7 @@ static void attend_head(const float *q, const float *keys, const float *values, 
 }
 
 // One token's attention: rotates its queries and keys (in place), stores key and value at `position`, attends to all
-// before and to itself. qkv (heads + 2 kv_heads, dim), keys and values (kv_heads, max_length, dim), dim a multiple of 8.
+// before and to itself. qkv (heads + 2 kv_heads, dim); keys, values (kv_heads, max_length, dim); dim a multiple of 8.
 void attend(float *qkv, const float *cosine, const float *sine, float *keys, float *values, float *out, float *scores,
             int64_t heads, int64_t kv_heads, int64_t dim, int64_t max_length, int64_t position) {
     for (int64_t head = 0; head < heads + kv_heads; head++) rotate(qkv + head * dim, cosine, sine, dim);
