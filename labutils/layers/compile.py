@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from labutils.measurement.ledger import host_description
 from labutils.paths import learner_dir
 
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-shared", "-std=c11")
@@ -29,7 +28,7 @@ def compiled(source: Path) -> ctypes.CDLL:
     if compiler is None:
         raise CompilerMissing("the C kernels need a C compiler: install gcc (Linux) or Xcode's tools (macOS)")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = "\0".join([source.read_text(encoding="utf-8"), *FLAGS, version, str(host_description()["cpu"])])
+    key = "\0".join([source.read_text(encoding="utf-8"), *FLAGS, version])
     library = learner_dir() / "kernels" / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.is_file():
         library.parent.mkdir(parents=True, exist_ok=True)

@@ -40,8 +40,8 @@ def solve_budget(
 ) -> dict[str, float]:
     """A level for each layer so that at least `sparsity` of all weights go and the summed damage is small.
 
-    Greedy: again and again the step to a higher level that costs least damage per weight. Optimal up to the last step where
-    every layer's damage curve bends upwards; damages are taken to add up, which is an approximation.
+    Greedy: again and again the step to a higher level that costs least damage per weight. Optimal up to the last step
+    where every layer's damage curve bends upwards; damages are taken to add up, which is an approximation.
 
     Raises:
         ValueError: when even the highest levels do not reach the sparsity.
@@ -64,6 +64,6 @@ def solve_budget(
             for name, level in chosen.items()
             for higher in range(level + 1, len(levels))
         }
-        name, higher = min(steps, key=steps.__getitem__)
+        name, higher = min(steps, key=lambda step: (float(f"{steps[step]:.6g}"), step[1]))  # on a tie the smaller step
         chosen[name] = higher
     return {name: levels[level] for name, level in chosen.items()}

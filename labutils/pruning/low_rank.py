@@ -24,10 +24,10 @@ def rank_for(kept: float, *, out_features: int, in_features: int) -> int:
 def low_rank(
     weight: Float[Tensor, "out n"], rank: int, *, gram: Float[Tensor, "n n"] | None = None, damping: float = 1e-4
 ) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r n"]]:
-    """Factors L, R with L R ≈ W: the best in ‖W − L R‖ (Eckart and Young 1936), or in ‖(W − L R) X‖ where gram is given.
+    """Factors L, R with L R ≈ W: the best in ‖W − L R‖ (Eckart and Young 1936), with gram the best in ‖(W − L R) X‖.
 
-    Activation-aware: with G + λI = S Sᵀ (Cholesky), the truncated SVD of W S, then R = Vᵀ S⁻¹ (SVD-LLM, Wang et al. 2024,
-    arXiv:2403.07378, section 3.1).
+    Activation-aware: with G + λI = S Sᵀ (Cholesky), the truncated SVD of W S, then R = Vᵀ S⁻¹ (SVD-LLM, Wang et al.
+    2024, arXiv:2403.07378, section 3.1).
 
     Raises:
         ValueError: when rank lies outside 1 … min(out, in).
@@ -80,12 +80,12 @@ def principal_axes(model: nn.Module, batches: Iterable[Int[Tensor, "b positions"
 
 
 def rotated(model: nn.Module, axes: Float[Tensor, "hidden hidden"]) -> nn.Module:
-    """The same function with its residual stream turned by Q: x becomes x Q (SliceGPT, Ashkboos et al. 2024,
-    arXiv:2401.15024, theorem 1).
+    """The same function with its residual stream turned: x becomes x Q.
 
-    Norm gains move into the matrices that read (RMSNorm without gain commutes with a rotation), readers become W Q, writers
-    Qᵀ W. Embeddings and head part ways, since the head takes the last norm's gain. The paper turns every block by a Q of
-    its own and pays with a matrix on each residual connection; one Q for all keeps the model ordinary.
+    SliceGPT, Ashkboos et al. 2024 (arXiv:2401.15024), theorem 1. Norm gains move into the matrices that read (RMSNorm
+    without a gain commutes with a rotation), readers become W Q, writers Qᵀ W. Embeddings and head part ways, since the
+    head takes the last norm's gain. The paper turns every block by a Q of its own and pays with a matrix on each
+    residual connection; one Q for all keeps the model ordinary.
     """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["lm_head.weight"] = state["lm_head.weight"] * state["model.norm.weight"] @ axes

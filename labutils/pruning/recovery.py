@@ -92,7 +92,7 @@ def add_lora_(model: nn.Module, masks: Masks, *, rank: int, generator: torch.Gen
 
 @torch.no_grad()
 def merge_lora_(model: nn.Module) -> None:
-    """Writes the changes into the weights and takes the extra layers out: an ordinary model again, as sparse as before."""
+    """Writes the changes into the weights and takes the extra layers out: an ordinary model, as sparse as before."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):
             module.base.weight.copy_(module.weight)
@@ -101,7 +101,6 @@ def merge_lora_(model: nn.Module) -> None:
 
 
 def rewound_(model: nn.Module, start: dict[str, Tensor], masks: Masks) -> None:
-    """The lottery ticket: every surviving weight back to where training began (Frankle and Carbin 2019,
-    arXiv:1803.03635)."""
+    """The lottery ticket: survivors back to where training began (Frankle and Carbin 2019, arXiv:1803.03635)."""
     model.load_state_dict(start)
     apply_masks_(model, masks)

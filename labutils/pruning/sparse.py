@@ -2,7 +2,7 @@
 
 2:4 packed, fp32: rows in blocks of 8, columns in spans of 32. Of every 4 columns a row keeps 2 weights, so a span holds
 16 a row, each with its place in the four as 2 bits: one 32-bit word a row and span. A weight so costs 32 + 2 bits where
-the dense row spends 64: 8.5 of 16 bytes. (In fp16 it is 36 of 64 bits for 4 weights; sparse tensor cores store just that.)
+the dense row spends 64: 8.5 of 16 bytes. (In fp16: 36 of 64 bits for four weights.)
 CSR: each weight with its 32-bit column, so half of the weights must go before a byte is saved.
 """
 
@@ -58,7 +58,7 @@ def unpack_2_4(packed: Packed24) -> Float[Tensor, "out n"]:
     """The dense matrix again."""
     rows, columns = packed.shape
     words = packed.places.permute(0, 2, 1).reshape(rows, -1, 1)
-    places = (words >> (2 * torch.arange(16)) & 3).view(rows, columns // 4, 2).long()
+    places = (words >> (2 * torch.arange(16)) & 3).reshape(rows, columns // 4, 2).long()
     kept = packed.weights.permute(0, 3, 1, 2).reshape(rows, columns // 4, 2)
     return kept.new_zeros(rows, columns // 4, 4).scatter_(-1, places, kept).view(rows, columns)
 

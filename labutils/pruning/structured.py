@@ -1,4 +1,4 @@
-"""Structured pruning by physical removal: neurons, head groups, layers, hidden width leave, and an ordinary model stays.
+"""Structured pruning by physical removal: neurons, head groups, layers or width leave, an ordinary model stays.
 
 Each function returns a new, smaller Hugging Face model of the same class (`save_pretrained`, `from_pretrained` and
 GGUF export treat it like any other) and leaves the old one as it was. Hugging Face's configuration knows one size for
@@ -110,7 +110,7 @@ def keep_head_groups(model: nn.Module, kept: Sequence[Indices]) -> nn.Module:
 
 
 def _spans(chosen: Indices, width: int) -> Indices:
-    """Positions of whole blocks of `width`: _spans([1], 3) is [3, 4, 5]."""
+    """Positions of whole blocks of that width."""
     return (chosen[:, None] * width + torch.arange(width)).flatten()
 
 
@@ -137,8 +137,8 @@ def keep_layers(model: nn.Module, kept: Sequence[int]) -> nn.Module:
 def keep_channels(model: nn.Module, kept: Indices) -> nn.Module:
     """Keeps these channels of the residual stream: in embeddings, norms, and every matrix that reads or writes it.
 
-    RMSNorm divides by the mean over the width, so its gain takes a factor √(kept / width) and its epsilon its inverse
-    square: the smaller model equals the old one with the other channels held at zero.
+    RMSNorm divides by the mean over the width, so its gain takes a factor √(width / kept) and its epsilon the
+    square of it: the smaller model equals the old one with the other channels held at zero.
 
     Raises:
         ValueError: when a channel does not exist.
@@ -154,7 +154,7 @@ def keep_channels(model: nn.Module, kept: Indices) -> nn.Module:
         _select_(state, name, columns=kept)
     for name, tensor in state.items():
         if name.endswith(("layernorm.weight", "model.norm.weight")):
-            state[name] = tensor[kept] * share**0.5
+            state[name] = tensor[kept] / share**0.5
     return rebuilt(model, state, hidden_size=size, rms_norm_eps=config.rms_norm_eps / share)
 
 
