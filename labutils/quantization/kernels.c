@@ -1,0 +1,224 @@
+// Matrix products with 8- or 4-bit weights on a CPU: y = x W^T + b, W never unpacked into floats.
+//
+//   W[r][k] = scale[r][g] * (code[r][k] - zero[r][g])      g = k / group: each group of inputs has its own scale
+//   x[t][k] ~ xscale[t][b] * xcode[t][k]                   b = k / block: activations are rounded to int8 as they come
+//   y[t][r] = sum over b of (scale * xscale) * (sum over k in b of code * xcode  -  zero * sum over k in b of xcode)
+//
+// The inner sum is one of integers, so its order does not matter: vector units may take it as they like. The outer sum
+// is one of floats, taken block by block, and every ISA, thread count and batch size gets the same bits.
+//
+// Layout. Eight rows travel together (a tile): a 32-byte vector holds 4 inputs of each of 8 rows,
+//   [r0: k0 k1 k2 k3][r1: k0 k1 k2 k3] ... [r7: k0 k1 k2 k3]
+// so 4 inputs of x, repeated 8 times, meet 8 rows at once, and lane r of the result beint64_ts to row r: nothing is ever
+// summed across lanes, and the weights are read in the order in which they lie. A chunk is 32 inputs of 8 rows:
+//   8 bits: 8 such vectors;   4 bits: 4 vectors, vector i holding inputs 4i.. in its low and 4i+16.. in its high halves.
+// Codes are unsigned (0..255 or 0..15). Rows are padded to 8, inputs to whole blocks, both with zeros.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef float f32x8 __attribute__((vector_size(32), aligned(4)));
+typedef int32_t i32x8 __attribute__((vector_size(32), aligned(4)));
+
+enum { ROWS = 8, CHUNK = 32, MAX_BLOCK = 64, TOKENS = 4 };  // TOKENS share each weight that is loaded
+
+typedef struct {
+    const uint8_t *codes;
+    const float *scales, *zeros;              // (tiles, groups, 8); zeros NULL: 128 or 8, the middle
+    const float *bias;                        // (out), or NULL
+    int64_t in, out, padded, group, block, bits;  // padded: inputs in whole blocks; group: a multiple of block
+} Weight;
+
+typedef struct {
+    int8_t *codes;         // (tokens, padded)
+    float *scales, *sums;  // (tokens, blocks)
+} Activations;
+
+// ---- chunk: dot[t][row] += sum over 32 inputs of code[row][k] * x[t][k], for each instruction set -------------------
+
+#if defined(__AVX2__) && !defined(SCALAR)
+#include <immintrin.h>
+const char *const instruction_set =
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define DPBUSD _mm256_dpbusd_epi32
+    "AVX2 with VNNI";
+#elif defined(__AVXVNNI__)
+#define DPBUSD _mm256_dpbusd_avx_epi32
+    "AVX2 with VNNI";
+#else
+    "AVX2";
+#endif
+
+static inline __m256i repeat(const int8_t *x) {  // 4 inputs, 8 times
+    int32_t four;
+    memcpy(&four, x, 4);
+    return _mm256_set1_epi32(four);
+}
+
+#ifdef DPBUSD
+// One instruction multiplies 32 unsigned bytes with 32 signed ones and adds groups of 4 into 8 int32.
+static inline __attribute__((always_inline)) void chunk(
+    i32x8 *dot, const uint8_t *w, const int8_t *x, int64_t stride, const int tokens, const int bits) {
+    const __m256i half = _mm256_set1_epi8(15);
+    for (int i = 0; i < bits; i++) {
+        __m256i v = _mm256_loadu_si256((const __m256i *)(w + 32 * i));
+        __m256i low = v & half, high = _mm256_srli_epi16(v, 4) & half;
+        for (int t = 0; t < tokens; t++) {
+            const int8_t *xt = x + t * stride + 4 * i;
+            dot[t] = (i32x8)DPBUSD((__m256i)dot[t], bits == 8 ? v : low, repeat(xt));
+            if (bits == 4) dot[t] = (i32x8)DPBUSD((__m256i)dot[t], high, repeat(xt + 16));
+        }
+    }
+}
+#else
+// maddubs multiplies 32 unsigned bytes with 32 signed ones and adds pairs into 16 int16, which SATURATE. A half byte
+// (0..15) times 127, 16 products in a lane: 30480 fits. So a byte is taken as two halves, code = low + 16 high.
+static inline __attribute__((always_inline)) void chunk(
+    i32x8 *dot, const uint8_t *w, const int8_t *x, int64_t stride, const int tokens, const int bits) {
+    const __m256i half = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
+    __m256i low16[TOKENS] = {0}, high16[TOKENS] = {0};
+    for (int i = 0; i < bits; i++) {
+        __m256i v = _mm256_loadu_si256((const __m256i *)(w + 32 * i));
+        __m256i low = v & half, high = _mm256_srli_epi16(v, 4) & half;
+        for (int t = 0; t < tokens; t++) {
+            const int8_t *xt = x + t * stride + 4 * i;
+            low16[t] = _mm256_add_epi16(low16[t], _mm256_maddubs_epi16(low, repeat(xt)));
+            if (bits == 8) high16[t] = _mm256_add_epi16(high16[t], _mm256_maddubs_epi16(high, repeat(xt)));
+            else low16[t] = _mm256_add_epi16(low16[t], _mm256_maddubs_epi16(high, repeat(xt + 16)));
+        }
+    }
+    for (int t = 0; t < tokens; t++) {  // madd: 16 int16 times 1 (or 16), pairs added into 8 int32
+        dot[t] += (i32x8)_mm256_madd_epi16(low16[t], one);
+        if (bits == 8) dot[t] += (i32x8)_mm256_madd_epi16(high16[t], sixteen);
+    }
+}
+#endif
+
+#elif defined(__ARM_FEATURE_DOTPROD) && !defined(SCALAR)
+#include <arm_neon.h>
+const char *const instruction_set = "NEON with dot products";
+
+// vdotq_s32 multiplies 16 signed bytes with 16 signed ones and adds groups of 4 into 4 int32: half bytes are in range.
+static inline __attribute__((always_inline)) void chunk(
+    i32x8 *dot, const uint8_t *w, const int8_t *x, int64_t stride, const int tokens, const int bits) {
+    for (int t = 0; t < tokens; t++) {
+        int32x4_t low32[2] = {vdupq_n_s32(0), vdupq_n_s32(0)}, high32[2] = {low32[0], low32[0]};
+        for (int i = 0; i < bits; i++) {
+            const int8_t *xt = x + t * stride + 4 * i, *other = bits == 8 ? xt : xt + 16;
+            int32_t four, four_high;
+            memcpy(&four, xt, 4);
+            memcpy(&four_high, other, 4);
+            for (int rows = 0; rows < 2; rows++) {
+                uint8x16_t v = vld1q_u8(w + 32 * i + 16 * rows);
+                int8x16_t low = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15)));
+                int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
+                low32[rows] = vdotq_s32(low32[rows], low, vreinterpretq_s8_s32(vdupq_n_s32(four)));
+                high32[rows] = vdotq_s32(high32[rows], high, vreinterpretq_s8_s32(vdupq_n_s32(four_high)));
+            }
+        }
+        int32_t sums[ROWS];
+        for (int rows = 0; rows < 2; rows++)
+            vst1q_s32(sums + 4 * rows, vaddq_s32(low32[rows], vshlq_n_s32(high32[rows], 4 * (bits == 8))));
+        for (int r = 0; r < ROWS; r++) dot[t][r] += sums[r];
+    }
+}
+
+#else
+const char *const instruction_set = "plain C";
+
+static inline __attribute__((always_inline)) void chunk(
+    i32x8 *dot, const uint8_t *w, const int8_t *x, int64_t stride, const int tokens, const int bits) {
+    for (int t = 0; t < tokens; t++)
+        for (int k = 0; k < CHUNK; k++)
+            for (int r = 0; r < ROWS; r++) {
+                uint8_t byte = w[k / 4 % bits * 32 + 4 * r + k % 4];
+                int code = bits == 8 ? byte : k < 16 ? byte & 15 : byte >> 4;
+                dot[t][r] += code * x[t * stride + k];
+            }
+}
+#endif
+
+// ---- a tile: 8 rows times 1 or 4 tokens ----------------------------------------------------------------------------
+
+static inline __attribute__((always_inline)) void tile_times_tokens(
+    const Weight *w, const Activations *x, float *y, int64_t tile, int64_t token, const int tokens, const int bits) {
+    const int64_t blocks = w->padded / w->block, groups = (w->padded + w->group - 1) / w->group;
+    const uint8_t *codes = w->codes + tile * w->padded * bits;
+    const int8_t *xcodes = x->codes + token * w->padded;
+    const float *xscales = x->scales + token * blocks, *xsums = x->sums + token * blocks;
+    f32x8 sum[TOKENS] = {0};
+    for (int64_t g = 0, b = 0; g < groups; g++) {
+        f32x8 scale = *(const f32x8 *)(w->scales + (tile * groups + g) * ROWS);
+        f32x8 zero = (f32x8){0} + (bits == 8 ? 128.0f : 8.0f);
+        if (w->zeros) zero = *(const f32x8 *)(w->zeros + (tile * groups + g) * ROWS);
+        for (; b < blocks && b * w->block < (g + 1) * w->group; b++) {
+            i32x8 dot[TOKENS] = {0};
+            for (int64_t k = 0; k < w->block; k += CHUNK, codes += CHUNK * bits)
+                chunk(dot, codes, xcodes + b * w->block + k, w->padded, tokens, bits);
+            for (int t = 0; t < tokens; t++)
+                sum[t] += (scale * xscales[t * blocks + b])
+                        * (__builtin_convertvector(dot[t], f32x8) - zero * xsums[t * blocks + b]);
+        }
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int64_t r = 0; r < ROWS && tile * ROWS + r < w->out; r++)
+            y[(token + t) * w->out + tile * ROWS + r] = sum[t][r] + (w->bias ? w->bias[tile * ROWS + r] : 0);
+}
+
+static inline __attribute__((always_inline)) void tile_times_all(
+    const Weight *w, const Activations *x, float *y, int64_t tile, int64_t tokens, const int bits) {
+    int64_t t = 0;
+    for (; t + TOKENS <= tokens; t += TOKENS) tile_times_tokens(w, x, y, tile, t, TOKENS, bits);
+    for (; t < tokens; t++) tile_times_tokens(w, x, y, tile, t, 1, bits);
+}
+
+// ---- activations ---------------------------------------------------------------------------------------------------
+
+// One token to int8, block by block: scale = max|x| / 127, code = round(x / scale), ties to even.
+// A block with infinity or NaN gets the scale NaN, and so do all results; one below 1e-30 counts as zeros.
+static void quantize_token(const float *x, int64_t in, int64_t block, int8_t *codes, float *scales, float *sums) {
+    for (; in > 0; in -= block, x += block, codes += block) {
+        union { float f[MAX_BLOCK]; int32_t i[MAX_BLOCK]; } v = {{0}};
+        memcpy(v.f, x, (in < block ? in : block) * sizeof(float));
+        union { int32_t i; float f; } largest = {0};  // as integers, |x| sorts with infinity and NaN on top
+        for (int k = 0; k < MAX_BLOCK; k++) {
+            int32_t size = v.i[k] & 0x7fffffff;
+            largest.i = size > largest.i ? size : largest.i;
+        }
+        float inverse = largest.f > 1e-30f ? 127.0f / largest.f : 0.0f;
+        int32_t sum = 0;
+        for (int k = 0; k < MAX_BLOCK; k++) {  // 1.5 * 2^23 has no bits left for a fraction: adding it rounds
+            v.f[k] = v.f[k] * inverse + 12582912.0f;
+            v.i[k] = (int8_t)(v.i[k] - 0x4B400000);
+            sum += v.i[k];
+        }
+        for (int k = 0; k < block; k++) codes[k] = (int8_t)v.i[k];
+        *scales++ = largest.i >= 0x7f800000 ? NAN : largest.f > 1e-30f ? largest.f / 127.0f : 0.0f;
+        *sums++ = (float)sum;
+    }
+}
+
+// ---- the product ---------------------------------------------------------------------------------------------------
+
+// y (tokens, out) = x (tokens, in) W^T + b. Returns 0, or 1 when there was no memory for the activations' codes.
+int packed_linear(const Weight *w, const float *x, float *y, int64_t tokens, int64_t threads) {
+    int64_t blocks = w->padded / w->block, tiles = (w->out + ROWS - 1) / ROWS;
+    float *memory = malloc(tokens * (2 * blocks * sizeof(float) + w->padded) + 1);  // never malloc(0)
+    if (!memory) return 1;
+    Activations q = {(int8_t *)(memory + 2 * tokens * blocks), memory, memory + tokens * blocks};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for
+        for (int64_t t = 0; t < tokens; t++)
+            quantize_token(x + t * w->in, w->in, w->block, q.codes + t * w->padded, q.scales + t * blocks,
+                           q.sums + t * blocks);
+#pragma omp for
+        for (int64_t tile = 0; tile < tiles; tile++)
+            if (w->bits == 8) tile_times_all(w, &q, y, tile, tokens, 8);
+            else tile_times_all(w, &q, y, tile, tokens, 4);
+    }
+    free(memory);
+    return 0;
+}
