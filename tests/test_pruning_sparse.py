@@ -1,6 +1,7 @@
 """Packed weights hold what they should, multiply as the dense ones do, and take the bytes that are claimed."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
 from torch import nn
 
+from labutils.layers.compile import KernelError
+from labutils.measurement.threads import thread_count
 from labutils.pruning import sparse
 from labutils.pruning.masks import apply_masks_, mask_model, mask_n_of_m
 from labutils.pruning.scores import magnitude_scores
@@ -17,6 +20,12 @@ from labutils.pruning.scores import magnitude_scores
 def two_of_four(rows=16, columns=64, seed=0):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     return weight * mask_n_of_m(weight.abs(), 2, 4)
+
+
+def test_the_kernels_say_why_they_cannot_be_built(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(KernelError, match="no C compiler"):
+        sparse.kernels.__wrapped__()
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
@@ -50,6 +59,21 @@ def test_two_of_four_in_fp16_stores_36_of_64_bits():
 def test_matvec_2_4_equals_dense(shape):
     weight, x = two_of_four(*shape), torch.randn(shape[1])
     assert torch.allclose(sparse.matvec_2_4(sparse.pack_2_4(weight), x), weight @ x, atol=1e-4)
+
+
+def test_plain_c_and_vector_units_agree():
+    packed, x, y = sparse.pack_2_4(two_of_four(16, 64)), torch.randn(64), torch.zeros(16)
+    plain = sparse.kernels(("-DSCALAR",))
+    sparse._call(plain.matvec_2_4, (packed.places, packed.weights, x, y), 2, 2)
+    assert torch.allclose(y, sparse.matvec_2_4(packed, x), atol=1e-4)
+
+
+def test_two_threads_give_the_same():
+    packed, csr, x = sparse.pack_2_4(two_of_four()), sparse.to_csr(two_of_four()), torch.randn(64)
+    alone = sparse.matvec_2_4(packed, x), sparse.matvec_csr(csr, x)
+    with thread_count(2):
+        assert torch.equal(sparse.matvec_2_4(packed, x), alone[0])
+        assert torch.equal(sparse.matvec_csr(csr, x), alone[1])
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99, 1.0])

@@ -7,6 +7,8 @@ CSR: each weight with its 32-bit column, so half of the weights must go before a
 """
 
 import ctypes
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from labutils.layers.compile import compiled
+from labutils.layers.compile import build_c
 from labutils.layers.linears import linear_layers, replace_module_
 
 ROWS, COLUMNS = 8, 32
@@ -63,25 +65,33 @@ def unpack_2_4(packed: Packed24) -> Float[Tensor, "out n"]:
     return kept.new_zeros(rows, columns // 4, 4).scatter_(-1, places, kept).view(rows, columns)
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+@functools.cache
+def kernels(flags: tuple[str, ...] = ("-ffast-math",)) -> ctypes.CDLL:
+    """The compiled C of sparse_matvec.c; sums may be reordered.
+
+    Raises:
+        KernelError: when it cannot be built here.
+    """
+    return build_c(SOURCE.read_text(encoding="utf-8"), flags=flags)
+
+
+def _call(function: Callable, tensors: Sequence[Tensor], *counts: int) -> None:
+    """Calls a kernel with addresses, counts, and as many threads as PyTorch has."""
+    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    function(*addresses, *map(ctypes.c_int64, (*counts, torch.get_num_threads())))
 
 
 def matvec_2_4(packed: Packed24, x: Float[Tensor, " n"]) -> Float[Tensor, " out"]:
-    """W x by the C kernel, on one thread.
+    """W x by the C kernel.
 
     Raises:
         ValueError: when x is not a contiguous fp32 vector of the right length.
-        CompilerMissing: when there is no C compiler.
+        KernelError: when the kernel cannot be built here.
     """
     rows, columns = packed.shape
     _check_vector(x, columns)
     y = torch.empty(rows)
-    compiled(SOURCE).matvec_2_4(
-        *map(_pointer, (packed.places, packed.weights, x, y)),
-        ctypes.c_int64(rows // ROWS),
-        ctypes.c_int64(columns // COLUMNS),
-    )
+    _call(kernels().matvec_2_4, (packed.places, packed.weights, x, y), rows // ROWS, columns // COLUMNS)
     return y
 
 
@@ -109,16 +119,15 @@ def to_csr(weight: Float[Tensor, "out n"]) -> Csr:
 
 
 def matvec_csr(csr: Csr, x: Float[Tensor, " n"]) -> Float[Tensor, " out"]:
-    """W x by the C kernel, on one thread.
+    """W x by the C kernel.
 
     Raises:
         ValueError: when x is not a contiguous fp32 vector of the right length.
-        CompilerMissing: when there is no C compiler.
+        KernelError: when the kernel cannot be built here.
     """
     _check_vector(x, csr.shape[1])
     y = torch.empty(csr.shape[0])
-    arguments = map(_pointer, (csr.starts, csr.columns, csr.weights, x, y))
-    compiled(SOURCE).matvec_csr(*arguments, ctypes.c_int64(csr.shape[0]))
+    _call(kernels().matvec_csr, (csr.starts, csr.columns, csr.weights, x, y), csr.shape[0])
     return y
 
 

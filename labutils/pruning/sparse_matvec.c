@@ -1,6 +1,7 @@
-/* Matrix-vector products that skip zeros, for one thread. Layouts are described in sparse.py. */
+/* Matrix-vector products that skip zeros; rows are shared among threads. sparse.py describes the layouts. */
 #include <stdint.h>
-#if defined(__AVX2__) && defined(__FMA__)
+#if defined(__AVX2__) && defined(__FMA__) && !defined(SCALAR)
+#define VECTORS
 #include <immintrin.h>
 #endif
 
@@ -9,10 +10,14 @@
 #define KEPT 16
 
 /* 2:4, fp32. Each block of ROWS rows lies as: for every COLUMNS columns, ROWS words, then KEPT x ROWS weights. */
-void matvec_2_4(const uint32_t *places, const float *weights, const float *x, float *y, int64_t blocks, int64_t spans)
+void matvec_2_4(const uint32_t *all_places, const float *all_weights, const float *x, float *y, int64_t blocks,
+                int64_t spans, int64_t threads)
 {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t block = 0; block < blocks; block++) {
-#if defined(__AVX2__) && defined(__FMA__)
+        const uint32_t *places = all_places + block * spans * ROWS;
+        const float *weights = all_weights + block * spans * KEPT * ROWS;
+#ifdef VECTORS
         __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
         for (int64_t span = 0; span < spans; span++, places += ROWS, weights += KEPT * ROWS) {
             __m256i place = _mm256_loadu_si256((const __m256i *)places);
@@ -40,8 +45,10 @@ void matvec_2_4(const uint32_t *places, const float *weights, const float *x, fl
 }
 
 /* CSR, fp32 weights and 32-bit columns; row r owns entries starts[r] ... starts[r + 1] - 1. */
-void matvec_csr(const int32_t *starts, const int32_t *columns, const float *weights, const float *x, float *y, int64_t rows)
+void matvec_csr(const int32_t *starts, const int32_t *columns, const float *weights, const float *x, float *y, int64_t rows,
+                int64_t threads)
 {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
         float sum = 0;
         for (int32_t i = starts[row]; i < starts[row + 1]; i++) sum += weights[i] * x[columns[i]];
