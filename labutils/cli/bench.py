@@ -3,13 +3,14 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-HELP = "measure and compare: `bench decode` decodes with every path, with transformers and with llama.cpp"
+HELP = "measure and compare: `bench decode` (every path, transformers, llama.cpp), `bench pruning` (which zeros pay)"
 NEEDS_ENVIRONMENT = True
+SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("name", choices=("decode",), help="what to measure")
+    parser.add_argument("name", choices=("decode", "pruning"), help="what to measure")
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
     )
@@ -27,6 +28,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
+    return _pruning(args) if args.name == "pruning" else _decode(args)
+
+
+def _decode(args: Namespace) -> int:
     from labutils.bench.decode import REFERENCE, Settings, as_record, bench_decode
     from labutils.bench.subject import speed_subject, trained_subject
     from labutils.bench.table import as_table, write_json
@@ -34,10 +39,9 @@ def run(args: Namespace) -> int:
     from labutils.models.load import LoadError
 
     settings = Settings(8 if args.quick else args.new_tokens, args.rounds, args.threads, not args.no_compile)
-    small = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
     makers = [lambda: trained_subject(args.model)]
     if not args.no_speed_model:
-        makers.append(lambda: speed_subject(**(small if args.quick else {})))
+        makers.append(lambda: speed_subject(**(SMALL if args.quick else {})))
     print(ledger.host_line())
     rows = []
     for make in makers:
@@ -56,6 +60,28 @@ def run(args: Namespace) -> int:
         if args.ledger:
             for row in (r for r in found if r.samples and r.quality is not None):
                 ledger.append(as_record(row, subject, settings))
+    if args.json:
+        write_json(rows, args.json)
+    return 0
+
+
+def _pruning(args: Namespace) -> int:
+    from labutils.bench.pruning import DENSE, bench_pruning
+    from labutils.bench.subject import speed_subject
+    from labutils.bench.table import as_table, write_json
+    from labutils.layers.compile import KernelError
+    from labutils.measurement.ledger import host_line
+
+    subject = speed_subject(**(SMALL if args.quick else {}))
+    print(host_line())
+    try:
+        rows, bars = bench_pruning(subject, rounds=args.rounds, threads=args.threads or 1)
+    except KernelError as error:
+        print(f"labutils: {error}")
+        return 1
+    print(f"{subject.name}: one decoding step, {args.rounds} interleaved rounds after 2 warm-up")
+    print(as_table(rows, reference=DENSE))
+    print(*bars, sep="\n")
     if args.json:
         write_json(rows, args.json)
     return 0
