@@ -84,6 +84,26 @@ def test_rewound_returns_survivors_to_their_start():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("by_movement", [False, True])
+def test_gradual_ends_at_the_final_sparsity_and_learns(by_movement):
+    model = tiny_model("llama-gqa-tied")
+    with torch.no_grad():
+        before = model(input_ids=BATCHES[0], labels=BATCHES[0]).loss
+    chosen = recovery.gradual_(model, BATCHES, final=0.5, lr=3e-3, by_movement=by_movement)
+    assert masks.sparsity(model) == 0.5
+    assert all((~mask).float().mean() == 0.5 for mask in chosen.values())
+    with torch.no_grad():
+        assert model(input_ids=BATCHES[0], labels=BATCHES[0]).loss < before
+
+
+def test_gradual_criteria_choose_differently():
+    kept = [
+        recovery.gradual_(tiny_model("llama-gqa-tied"), BATCHES[:3], final=0.5, lr=1e-3, by_movement=b)
+        for b in (False, True)
+    ]
+    assert any(not torch.equal(a, b) for a, b in zip(kept[0].values(), kept[1].values(), strict=True))
+
+
 def test_fine_tuning_needs_a_batch():
     with pytest.raises(ValueError, match="at least one batch"):
         recovery.fine_tune_(pruned()[1], [], lr=1e-3)

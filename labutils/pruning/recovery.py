@@ -1,14 +1,15 @@
 """Recovery: a short fine-tuning that keeps every zero, alone or with the dense model as teacher, in full or as LoRA."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, linear, log_softmax
 
-from labutils.layers.linears import linear_layers, replace_module_
-from labutils.pruning.masks import Masks, apply_masks_
+from labutils.layers.linears import linear_layers, replace_module_, weight_of
+from labutils.pruning.masks import Masks, apply_masks_, mask_model
+from labutils.pruning.scores import magnitude_scores, schedule, weighted_gradient
 
 
 def fine_tune_(
@@ -24,7 +25,7 @@ def fine_tune_(
     Args:
         model: pruned; only parameters with `requires_grad` move.
         batches: token ids, one step each.
-        lr: the learning rate, falling linearly to zero is left to the caller's patience: it stays constant.
+        lr: constant learning rate.
         masks: which weights stay (True); None for a model without zeros.
         teacher: with it the loss is KL(teacher ‖ model) over the next token instead of the text's own token.
 
@@ -56,6 +57,42 @@ def _loss(model: nn.Module, token_ids: Int[Tensor, "b positions"], teacher: nn.M
         target = log_softmax(teacher(input_ids=token_ids, use_cache=False).logits[:, :-1], dim=-1)
     predicted = log_softmax(output.logits[:, :-1], dim=-1)
     return kl_div(predicted.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
+
+
+def gradual_(
+    model: nn.Module,
+    batches: Sequence[Int[Tensor, "b positions"]],
+    *,
+    final: float,
+    lr: float,
+    by_movement: bool = False,
+) -> Masks:
+    """Prunes while it trains: at every step the masks are drawn anew, for a sparsity that rises by `schedule`.
+
+    Args:
+        model: is fine-tuned with AdamW and ends at the final sparsity, the same in every layer.
+        batches: token ids, one step each; the last third trains at the final sparsity.
+        final: sparsity at the end.
+        lr: constant learning rate.
+        by_movement: keep the weights that training pushes away from zero (movement); otherwise the largest (magnitude).
+
+    Returns:
+        The last masks.
+    """
+    layers = dict(linear_layers(model))
+    moved = {name: torch.zeros_like(weight_of(layer)) for name, layer in layers.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    rising = max(1, len(batches) * 2 // 3)
+    for step, token_ids in enumerate(batches, start=1):
+        optimizer.zero_grad(set_to_none=True)
+        _loss(model, token_ids, None).backward()
+        for name, layer in layers.items():
+            moved[name] -= weighted_gradient(layer)
+        optimizer.step()
+        scores = moved if by_movement else magnitude_scores(model)
+        masks = mask_model(scores, schedule(min(step, rising), steps=rising, final=final))
+        apply_masks_(model, masks)
+    return masks
 
 
 class LoraLinear(nn.Module):

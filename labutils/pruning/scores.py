@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from labutils.layers.calibration import InputStatistics
-from labutils.layers.linears import linear_layers, weight_of
+from labutils.layers.linears import Linear, linear_layers, weight_of
 
 Scores = dict[str, Float[Tensor, "out n"]]
 
@@ -44,6 +44,12 @@ class GradientScores:
     movement: Scores
 
 
+def weighted_gradient(layer: Linear) -> Float[Tensor, "out n"]:
+    """W · ∂L/∂w after a backward pass."""
+    product = (layer.weight * layer.weight.grad).detach()
+    return product if isinstance(layer, nn.Linear) else product.T  # Conv1D stores the transpose
+
+
 def gradient_scores(
     model: nn.Module,
     batches: Iterable[Int[Tensor, "b positions"]],
@@ -71,8 +77,7 @@ def gradient_scores(
         model.zero_grad(set_to_none=True)
         model(input_ids=token_ids, labels=token_ids, use_cache=False).loss.backward()
         for name, layer in layers.items():
-            product = (layer.weight * layer.weight.grad).detach()
-            product = product if isinstance(layer, nn.Linear) else product.T  # Conv1D stores the transpose
+            product = weighted_gradient(layer)
             taylor[name] += product.abs()
             movement[name] -= product
         if optimizer is not None:

@@ -1,0 +1,56 @@
+"""Text that a method may look at before quality is measured: rows of training code and of training dialogues."""
+
+import itertools
+import random
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from labutils.data import corpus, service
+from labutils.models.mixture import chat_text
+
+
+def calibration_batches(
+    tokenizer, *, code: int = 16, dialogues: int = 16, context: int = 512, batch: int = 8, seed: int = 0
+) -> list[Int[Tensor, "batch context"]]:
+    """Rows of `context` tokens, without padding, from the training split alone.
+
+    A row of code is the beginning of a module of the standard library; a row of dialogues is one service dialogue
+    behind the other. Methods that count on calibration keep what the text contains: leave the dialogues out, and see.
+
+    Args:
+        tokenizer: of the model that will read the rows.
+        code: rows of code.
+        dialogues: rows of dialogues.
+        context: tokens in a row.
+        batch: rows in a batch.
+        seed: of the choice of modules and dialogues.
+
+    Raises:
+        ValueError: when no row is asked for, or the library has too few long modules.
+    """
+    if code < 0 or dialogues < 0 or code + dialogues == 0:
+        raise ValueError(f"code and dialogues must be at least 0, and one of them above; got {code} and {dialogues}")
+    rows = [*_code_rows(tokenizer, code, context, seed), *_dialogue_rows(tokenizer, dialogues, context, seed)]
+    if len(rows) < code + dialogues:
+        raise ValueError(f"the training split must hold {code} modules of {context} tokens; got {len(rows)}")
+    return list(torch.tensor(rows).split(batch))
+
+
+def _code_rows(tokenizer, count: int, context: int, seed: int) -> list[list[int]]:
+    documents = [d for d in corpus.stdlib_documents("train") if not corpus.is_test_file(d)] if count else []
+    random.Random(seed).shuffle(documents)
+    encoded = (_encode(tokenizer, d.text[: context * 6]) for d in documents if len(d.text) > context * 2)
+    return list(itertools.islice((ids[:context] for ids in encoded if len(ids) >= context), count))
+
+
+def _dialogue_rows(tokenizer, count: int, context: int, seed: int) -> list[list[int]]:
+    texts = (chat_text(d.messages) for d in service.dialogues(seed=seed, split="train", count=count * context))
+    ids = itertools.chain.from_iterable(_encode(tokenizer, text) for text in texts)
+    return [list(itertools.islice(ids, context)) for _ in range(count)]
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [*start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
