@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from labutils.layers.calibration import layer_error
-from labutils.pruning.masks import mask_layer
+from labutils.pruning.masks import mask_layer, mask_n_of_m
 from labutils.pruning.scores import magnitude
 from labutils.pruning.similarity import reconstruct
 from labutils.pruning.sparsegpt import inverse_factor, sparsegpt
@@ -81,6 +81,15 @@ def test_uncorrelated_inputs_of_one_strength_leave_the_kept_weights_alone():
     weight, _ = problem()
     pruned = sparsegpt(weight, torch.eye(16), 0.5)
     assert torch.allclose(pruned, weight * mask_layer(weight.abs(), 0.5), atol=1e-6)
+
+
+def test_mask_follows_the_surgeons_error_not_the_size_alone():
+    weight, _ = problem()
+    strengths = torch.logspace(-2, 2, 16)
+    pruned = sparsegpt(weight, torch.diag(strengths), 0.5, damping=0.0)
+    assert torch.equal(pruned != 0, mask_layer(weight**2 * strengths, 0.5))
+    by_four = sparsegpt(weight, torch.diag(strengths), (2, 4), damping=0.0)
+    assert torch.equal(by_four != 0, mask_n_of_m(weight**2 * strengths, 2, 4))
 
 
 def test_joint_pass_lands_on_the_grid_and_beats_rounding_afterwards():
