@@ -5,16 +5,13 @@ they alone need are installed anew; everything else (torch, matplotlib, labutils
 """
 
 import os
-import re
 import subprocess
 import sys
 import sysconfig
 import venv
 from pathlib import Path
 
-import pytest
-
-from labutils.cli.installation import UNREACHABLE, pip_environment
+from aside import install_aside
 
 VERSIONS = {"ipywidgets": "7.7.1", "ipython": "7.34.0", "ipykernel": "6.17.1"}
 NEEDED = (
@@ -34,13 +31,7 @@ def make_colab_environment(folder: Path) -> Path:
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     site = folder / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
     pins = [f"{name}=={version}" for name, version in VERSIONS.items()]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(site)]
-    result = subprocess.run(
-        [*command, *pins, *NEEDED], env=pip_environment(os.environ), capture_output=True, encoding="utf-8", timeout=600
-    )
-    if result.returncode and re.search(UNREACHABLE, result.stderr):
-        pytest.skip("the package index cannot be reached")
-    assert result.returncode == 0, result.stderr
+    install_aside(site, [*pins, *NEEDED])
     borrowed = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
     (site / "borrowed.pth").write_text(borrowed, encoding="utf-8")  # after its own folder, so that Colab's come first
     return python

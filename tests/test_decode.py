@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from shapes import unchecked
 from tiny_models import CONFIGS, random_ids, tiny_model
 
 from labutils.generation.cache import CompiledKVCache, KVCache, StaticKVCache
@@ -108,16 +109,16 @@ def test_batched_greedy_tokens_equal_transformers_generate_and_each_prompt_alone
 def test_compiled_path_is_one_graph_and_equals_transformers_generate(name):
     model, ids = tiny_model(name), random_ids(6)
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with unchecked(), torch._dynamo.config.patch(error_on_recompile=True):
         tokens = generate_compiled(model, ids, NEW, backend="eager")
     assert torch.equal(tokens, reference(model, ids))
 
 
-@pytest.mark.xfail(reason="inductor refuses the cache's inference tensors: known, to be mended", strict=False)
 @pytest.mark.slow
 def test_inductor_equals_transformers_generate(llama):
     ids = random_ids(6)
-    assert torch.equal(generate_compiled(llama, ids, NEW), reference(llama, ids))
+    with unchecked():  # the shape checker would be compiled too
+        assert torch.equal(generate_compiled(llama, ids, NEW), reference(llama, ids))
 
 
 def test_stop_tokens_end_each_row_as_in_transformers(llama):
@@ -167,5 +168,5 @@ def test_sampled_paths_draw_the_same_tokens_from_the_same_seed(llama):
     ],
 )
 def test_decode_bad_input_states_the_rule(llama, call, rule):
-    with pytest.raises(ValueError, match=rule):
+    with unchecked(), pytest.raises(ValueError, match=rule):
         call(llama)

@@ -62,8 +62,8 @@ def test_a_block_of_zeros_stays_zero():
 
 @settings(deadline=None, max_examples=30)
 @given(seeds, st.sampled_from(["Q8_0", "Q4_0"]), st.floats(1e-3, 1e3))
-def test_blocks_equal_the_reference_package(seed, name, spread):
-    gguf = pytest.importorskip("gguf")
+def test_blocks_equal_the_reference_package(library_aside, seed, name, spread):
+    gguf = library_aside("gguf")
     weight = np.float32(spread) * weights(seed)
     kind = gguf.GGMLQuantizationType[name]
     block = ours.FORMATS[name].encode(weight)
@@ -98,8 +98,8 @@ def test_interleaved_heads_rotated_by_neighbours_give_transformers_products(seed
 
 
 @pytest.mark.parametrize("name", list(ours.FORMATS))
-def test_the_reference_reader_finds_every_tensor_and_entry(name, model, tokenizer, tmp_path):
-    gguf = pytest.importorskip("gguf")
+def test_the_reference_reader_finds_every_tensor_and_entry(library_aside, name, model, tokenizer, tmp_path):
+    gguf = library_aside("gguf")
     path = tmp_path / "model.gguf"
     ours.export_gguf(model, None, path, format=name)
     reader = gguf.GGUFReader(path)
@@ -125,8 +125,8 @@ def test_the_reference_reader_finds_every_tensor_and_entry(name, model, tokenize
     assert reader.fields["llama.rope.freq_base"].contents() == 10000.0
 
 
-def test_the_tokenizer_survives(model, tokenizer, tmp_path):
-    gguf = pytest.importorskip("gguf")
+def test_the_tokenizer_survives(library_aside, model, tokenizer, tmp_path):
+    gguf = library_aside("gguf")
     path = tmp_path / "model.gguf"
     ours.export_gguf(model, tokenizer, path)
     fields = {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}

@@ -23,6 +23,7 @@ COMMANDS = (
     "handout",
     "build",
     "bench",
+    "plot",
     "rebadge",
     "train",
     "evaluate",
@@ -35,7 +36,7 @@ OVERVIEW = (
     (("check",), "check the exercises of one notebook"),
     (("grade", "handout"), "check a folder of hand-ins into a table; make the files to hand out"),
     (("build",), "regenerate the notebooks from their sources"),
-    (("bench",), "measure and compare, into the ledger that the plots read"),
+    (("bench", "plot"), "measure and compare; draw a ledger on the one speed-quality plot"),
     (("train", "evaluate", "export"), "train the course's own models, measure them, write them out"),
     (("rebadge",), "point every badge and set-up cell at your own copy, OWNER/NAME"),
 )

@@ -9,7 +9,7 @@ Shapes: keys and values are (batch, kv_heads, positions, head_dim), position on 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from torch import Tensor
 KeyOrValue = Float[Tensor, "batch kv_heads positions head_dim"]
 
 
+@runtime_checkable
 class Cache(Protocol):
     """What a model and the decoding verbs need of a cache."""
 

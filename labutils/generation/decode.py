@@ -19,6 +19,7 @@ from labutils.generation.sampling import greedy
 
 Choose = Callable[[Tensor], Tensor]
 TokenIds = Int[Tensor, "batch positions"]
+LongerIds = Int[Tensor, "batch longer"]  # the prompt and its continuation
 Logits = Float[Tensor, "batch vocab"]
 _compiled_steps: weakref.WeakKeyDictionary[nn.Module, dict[str, Callable]] = weakref.WeakKeyDictionary()
 
@@ -70,7 +71,7 @@ def decode_one_token(
 
 def generate_naive(
     model: nn.Module, token_ids: TokenIds, max_new_tokens: int, *, choose: Choose = greedy, stop: Collection[int] = ()
-) -> TokenIds:
+) -> LongerIds:
     """Generates without a cache: every token reads the whole text again, so n tokens cost O(n^2) positions."""
     text = _Text(token_ids, max_new_tokens, stop)
     while not text.finished:
@@ -80,14 +81,14 @@ def generate_naive(
 
 def generate_cached(
     model: nn.Module, token_ids: TokenIds, max_new_tokens: int, *, choose: Choose = greedy, stop: Collection[int] = ()
-) -> TokenIds:
+) -> LongerIds:
     """Generates with our growing KV cache: every token is read once."""
     return _generate(model, token_ids, max_new_tokens, KVCache(), choose, stop)
 
 
 def generate_static(
     model: nn.Module, token_ids: TokenIds, max_new_tokens: int, *, choose: Choose = greedy, stop: Collection[int] = ()
-) -> TokenIds:
+) -> LongerIds:
     """Generates with preallocated cache buffers: no step copies what came before."""
     cache = static_cache(model, token_ids, max_new_tokens)
     return _generate(model, token_ids, max_new_tokens, cache, choose, stop)
@@ -101,7 +102,7 @@ def generate_batch(
     pad_token_id: int,
     choose: Choose = greedy,
     stop: Collection[int] = (),
-) -> TokenIds:
+) -> LongerIds:
     """Generates for prompts of different lengths at once, padded on the left so that all end together.
 
     The mask hides the padding, and positions count text only, so a row's tokens are those it would get alone.
@@ -120,7 +121,7 @@ def generate_compiled(
     choose: Choose = greedy,
     stop: Collection[int] = (),
     backend: str = "inductor",
-) -> TokenIds:
+) -> LongerIds:
     """Generates with `decode_one_token` compiled into one graph over a static cache; prefill stays eager.
 
     The first call compiles for some seconds; the graph is kept with the model, for each cache length. On a CPU,
@@ -165,14 +166,14 @@ def _forward(model: nn.Module, token_ids: TokenIds, cache: Cache, attention_mask
     if attention_mask is not None:
         positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         extra = {"attention_mask": attention_mask, "position_ids": positions[:, -token_ids.shape[1] :]}
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: inductor refuses to write into its tensors, as a cache has to
         output = model(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
     return output.logits[:, -1]
 
 
 def _generate(
     model, token_ids, max_new_tokens, cache, choose, stop, mask=None, pad_token_id=None, step=decode_one_token
-) -> TokenIds:
+) -> LongerIds:
     text = _Text(token_ids, max_new_tokens, stop, mask, pad_token_id)
     logits = prefill(model, token_ids, cache, attention_mask=mask)
     text.append(choose(logits))

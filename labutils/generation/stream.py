@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from labutils.generation.sampling import greedy
 INCOMPLETE = "\ufffd"
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """Anything that reads a prompt and then one token at a time; `FastLlama` is one as it stands."""
 

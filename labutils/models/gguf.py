@@ -36,7 +36,7 @@ class Format(NamedTuple):
     encode: Callable[[np.ndarray], np.ndarray]
 
 
-def encode_f32(weight: Float[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "rows bytes"]:
+def encode_f32(weight: Float[np.ndarray, "*shape bytes"]) -> UInt8[np.ndarray, "*shape four_bytes"]:
     """Returns the weights' own bytes."""
     return np.ascontiguousarray(weight, dtype="<f4").view(np.uint8)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
@@ -56,8 +56,8 @@ def tokenizer_sample(texts: dict[str, list[str]]) -> Iterator[str]:
 class Stream:
     """One source's token ids in a row, and where each document starts in it."""
 
-    ids: Int[np.ndarray, " n"]
-    starts: Int[np.ndarray, " documents"]
+    ids: Integer[np.ndarray, " n"]
+    starts: Integer[np.ndarray, " documents"]
 
 
 def has_streams(folder: Path) -> bool:
@@ -119,7 +119,7 @@ def code_batch(
     return torch.stack(rows)
 
 
-def dialogue_batch(stream: Stream, *, step: int, count: int, seed: int) -> list[Int[Tensor, " n"]]:
+def dialogue_batch(stream: Stream, *, step: int, count: int, seed: int) -> list[Int[Tensor, " _"]]:
     """A step's dialogues, shortest first, each alone: packed in one row, they would blur which one is meant."""
     dialogues = []
     for index in range(step * count, (step + 1) * count):
@@ -150,7 +150,7 @@ def reply_labels(ids: Int[Tensor, " n"], *, roles: dict[str, int]) -> Int[Tensor
 
 
 def padded(
-    dialogues: list[Int[Tensor, " n"]], *, pad_id: int, roles: dict[str, int]
+    dialogues: list[Int[Tensor, " _"]], *, pad_id: int, roles: dict[str, int]
 ) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
     """Ids and `reply_labels` of dialogues, padded on the right.
 

@@ -1,0 +1,23 @@
+"""Packages installed beside the environment, for one test session: what must not stand in it while learners work."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from labutils.cli.installation import UNREACHABLE, pip_environment
+
+
+def install_aside(folder: Path, pins: Sequence[str]) -> None:
+    """Installs packages without their dependencies into a folder; skips the test where no index can be reached."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
+    result = subprocess.run(
+        [*command, *pins], env=pip_environment(os.environ), capture_output=True, encoding="utf-8", timeout=600
+    )
+    if result.returncode and re.search(UNREACHABLE, result.stderr):
+        pytest.skip("the package index cannot be reached")
+    assert result.returncode == 0, result.stderr

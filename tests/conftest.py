@@ -1,0 +1,34 @@
+"""While tests run, every shape that a signature of `labutils` states is checked; outside them it costs nothing."""
+
+import importlib
+import importlib.util
+import sys
+
+import pytest
+from aside import install_aside
+from jaxtyping import install_import_hook
+
+install_import_hook("labutils", "shapes.checked")
+
+ASIDE = {"torchao": "torchao==0.18.0", "gguf": "gguf==0.19.0"}
+
+
+@pytest.fixture(scope="session")
+def library_aside(tmp_path_factory):
+    """Imports a module of a library that only tests need, such as `library_aside("torchao.quantization.utils")`.
+
+    They are installed aside. Where torchao stands in the environment, transformers imports it at every start, which
+    takes seconds and logs warnings into learners' notebooks.
+    """
+    folder = tmp_path_factory.mktemp("aside")
+    sys.path.append(str(folder))
+
+    def load(name):
+        package = name.partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            install_aside(folder, [ASIDE[package]])
+            importlib.invalidate_caches()
+        return importlib.import_module(name)
+
+    yield load
+    sys.path.remove(str(folder))
