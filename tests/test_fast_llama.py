@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from labutils.generation.decode import forward_logits
-from labutils.generation.fast_llama import FastLlama, check_supported, faster_matvec, rms_norm, rotate, softmax_, swiglu
+from labutils.generation.fast_llama import FastLlama, check_supported, faster_matvec
+from labutils.generation.llama_steps import rms_norm, rotate, softmax_, swiglu
 from labutils.generation.sampling import Sampler
 from labutils.measurement.resources import weight_bytes_read
 

@@ -15,7 +15,7 @@ from labutils.layers.compile import KernelError, compile_c, compiler
 from labutils.layers.linears import linear_layers, weight_of
 from labutils.quantization import packed_ops
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, dequantize, quantize
-from labutils.quantization.kernels import SOURCE, Weight, find_kernels, load_library
+from labutils.quantization.kernels import Weight, find_kernels, load_library, read_sources
 from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWeight, pack_codes, pack_model_
 from labutils.quantization.packed_ops import packed_linear, packed_linear_torch, quantize_tokens, unpack_codes
 
@@ -58,7 +58,7 @@ def build(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LABUTILS_HOME", str(tmp_path_factory.mktemp("home")))
         try:
-            return load_library(compile_c(SOURCE.read_text(encoding="utf-8"), flags=BUILDS[request.param]))
+            return load_library(compile_c(read_sources(), flags=BUILDS[request.param]))
         except KernelError as error:
             pytest.skip(str(error))
 

@@ -112,6 +112,15 @@ def test_clipping_saturates():
     torch.testing.assert_close(per_row.scale, torch.tensor([[1.0], [2.0]]) / 127)
 
 
+def test_scales_can_be_stored_in_half_precision():
+    x = torch.tensor([[0.1, -1.0], [1e-9, 0.0]])
+    half = choose_qparams(x, Scheme(scale_dtype=torch.float16))
+    assert half.scale.dtype == torch.float32 and torch.equal(half.scale, half.scale.half().float())
+    assert half.scale[1] == torch.finfo(torch.float16).tiny  # so small a row has no finer step
+    with pytest.raises(ValueError, match="finite in torch.float16"):
+        choose_qparams(torch.tensor([1e9]), Scheme(scale_dtype=torch.float16))
+
+
 def test_quantize_saturates_infinities():
     q = QParams(torch.tensor(0.5), torch.tensor(3), -8, 7)
     assert quantize(torch.tensor([float("-inf"), float("inf")]), q).tolist() == [-8, 7]
@@ -120,6 +129,13 @@ def test_quantize_saturates_infinities():
 def test_quantize_rounds_ties_to_even():
     q = QParams(torch.tensor(1.0), torch.tensor(0), -128, 127)
     assert quantize(torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5]), q).tolist() == [-2, 0, 0, 2, 2]
+
+
+def test_quantize_holds_unsigned_bytes():
+    """The source article's network, rounded properly: 127.5 and 76.5 are ties (in float64; float32 has 127.49999)."""
+    network = torch.tensor([[0.5, 0.3], [0.4, 0.2], [0.6, 0.4]], dtype=torch.float64)
+    codes = quantize(network, QParams(torch.tensor(1 / 255, dtype=torch.float64), torch.tensor(0), 0, 255))
+    assert codes.tolist() == [[128, 76], [102, 51], [153, 102]] and codes.dtype == torch.int32
 
 
 def test_stochastic_rounding_is_right_on_average():
@@ -190,7 +206,7 @@ def test_choose_qparams_equals_torchao(bits, block, symmetric):
         (torch.empty(0, 4), "at least one number"),
         (torch.tensor([1.0, float("nan")]), "finite"),
         (torch.tensor([1.0, float("inf")]), "finite"),
-        (torch.tensor([FLOAT32_MAX, -FLOAT32_MAX]), "distance"),
+        (torch.tensor([FLOAT32_MAX, -FLOAT32_MAX]), "finite in torch.float32"),
     ],
 )
 def test_choose_qparams_rejects(x, words):

@@ -8,6 +8,8 @@ Decoding one token multiplies every weight matrix by one vector, so its floor is
 * The matrix-vector kernel: on some CPUs PyTorch's BLAS does not use a second core for it, NumPy's does.
   `matvec="auto"` times both on this model's own matrices and keeps the faster.
 
+The fused matrices and the small steps between them are parameters: another chapter passes quantized ones.
+
 NumPy and PyTorch share the memory of every array here; nothing is copied between them.
 """
 
@@ -23,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from labutils.generation.cache import check_truncation
+from labutils.generation.llama_steps import Steps
 from labutils.generation.sampling import greedy
 
 Choose = Callable[[Tensor], Tensor]
@@ -64,6 +67,9 @@ class Linear:
         return y if self.bias is None else np.add(y, self.bias, out=y)
 
 
+Fuse = Callable[..., Linear]  # layers that read the same input -> something that behaves like `Linear`
+
+
 @dataclass(frozen=True)
 class Layer:
     """A decoder layer's weights."""
@@ -76,47 +82,54 @@ class Layer:
     down: Linear
 
     @classmethod
-    def of(cls, layer: nn.Module) -> Layer:
+    def of(cls, layer: nn.Module, fuse: Fuse) -> Layer:
         """Takes over a `transformers` decoder layer."""
         attention, mlp = layer.self_attn, layer.mlp
         return cls(
             attention_gain=_array(layer.input_layernorm.weight),
-            qkv=Linear(attention.q_proj, attention.k_proj, attention.v_proj),
-            output=Linear(attention.o_proj),
+            qkv=fuse(attention.q_proj, attention.k_proj, attention.v_proj),
+            output=fuse(attention.o_proj),
             mlp_gain=_array(layer.post_attention_layernorm.weight),
-            gate_up=Linear(mlp.gate_proj, mlp.up_proj),
-            down=Linear(mlp.down_proj),
+            gate_up=fuse(mlp.gate_proj, mlp.up_proj),
+            down=fuse(mlp.down_proj),
         )
 
 
 class FastLlama:
-    """Decodes one stream of a Llama-architecture model in fp32; the weights are copied once, fused.
+    """Decodes one stream of a Llama-architecture model; by default in fp32, the weights copied once, fused.
 
     Args:
         model: A `LlamaForCausalLM` or `Qwen2ForCausalLM` of `transformers`, on the CPU.
         max_length: Positions to make room for.
         matvec: `numpy`, `torch`, or `auto` to measure which is faster here, with the threads set now.
+        fuse: Makes one matrix of layers that read the same input.
+        steps: What happens between the matrices; by default NumPy.
 
     Raises:
         ValueError: If the model differs from Llama in a way this decoder does not know.
     """
 
-    def __init__(self, model: nn.Module, *, max_length: int, matvec: str = "auto") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_length: int,
+        matvec: str = "auto",
+        fuse: Fuse = Linear,
+        steps: Steps | None = None,
+    ) -> None:
         config = model.config
         check_supported(config, max_length=max_length, matvec=matvec)
         self.max_length, self.length = max_length, 0
-        self.kv_heads, self.groups = (
-            config.num_key_value_heads,
-            config.num_attention_heads // config.num_key_value_heads,
-        )
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.eps = np.float32(config.rms_norm_eps)
-        self.embedding = _array(model.get_input_embeddings().weight)
-        self.layers = [Layer.of(layer) for layer in model.model.layers]
+        self.steps = steps or Steps()
+        self.embedding, self.tied = model.get_input_embeddings(), model.config.tie_word_embeddings
+        self.layers = [Layer.of(layer, fuse) for layer in model.model.layers]
         self.final_gain = _array(model.model.norm.weight)
-        self.head = Linear(model.get_output_embeddings())
+        self.head = fuse(model.get_output_embeddings())
         self.cos, self.sin = _rotary_tables(model, max_length)
-        shape = (len(self.layers), self.kv_heads, max_length, self.head_dim)
+        shape = (len(self.layers), config.num_key_value_heads, max_length, head_dim)
         self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         self.matvec = faster_matvec(self._matrices()) if matvec == "auto" else matvec
 
@@ -124,7 +137,7 @@ class FastLlama:
     def weight_bytes(self) -> int:
         """Bytes of weights one token reads: every matrix and gain, and one row of an untied embedding."""
         gains = (2 * len(self.layers) + 1) * self.final_gain.nbytes
-        row = 0 if np.shares_memory(self.embedding, self.head.array) else self.embedding[0].nbytes
+        row = 0 if self.tied else self.final_gain.nbytes
         return sum(m.nbytes for m in self._matrices()) + gains + row
 
     def prefill(self, token_ids: Int[Tensor, "1 positions"]) -> Float[Tensor, "1 vocab"]:
@@ -171,82 +184,22 @@ class FastLlama:
         start, end = self.length, self.length + len(token_ids)
         if not token_ids or end > self.max_length:
             raise ValueError(f"this decoder holds 1 to max_length={self.max_length} positions; got {start} to {end}")
-        hidden = self.embedding[token_ids]
+        norm, attend_to, gated = self.steps.rms_norm, self.steps.attend, self.steps.swiglu
+        cos, sin = self.cos[start:end], self.sin[start:end]
         with np.errstate(over="ignore"), torch.inference_mode():  # exp(-gate) may overflow to inf: the gate is 0 then
+            hidden = self.embedding(torch.tensor(token_ids)).float().numpy()
             for index, layer in enumerate(self.layers):
-                qkv = layer.qkv(rms_norm(hidden, layer.attention_gain, self.eps), self.matvec)
-                hidden += layer.output(self._attend(qkv, index, start, end), self.matvec)
-                gate_up = layer.gate_up(rms_norm(hidden, layer.mlp_gain, self.eps), self.matvec)
-                hidden += layer.down(swiglu(gate_up), self.matvec)
+                qkv = layer.qkv(norm(hidden, layer.attention_gain, self.eps), self.matvec)
+                mixed = attend_to(qkv, self.keys[index], self.values[index], cos, sin, start)
+                hidden += layer.output(mixed, self.matvec)
+                gate_up = layer.gate_up(norm(hidden, layer.mlp_gain, self.eps), self.matvec)
+                hidden += layer.down(gated(gate_up), self.matvec)
             self.length = end
-            logits = self.head(rms_norm(hidden[-1:], self.final_gain, self.eps), self.matvec)
+            logits = self.head(norm(hidden[-1:], self.final_gain, self.eps), self.matvec)
         return torch.from_numpy(logits)
-
-    def _attend(self, qkv: np.ndarray, index: int, start: int, end: int) -> np.ndarray:
-        """Rotates, stores keys and values, and attends; qkv (positions, heads + 2 kv_heads times head_dim)."""
-        count, heads = end - start, self.kv_heads * self.groups
-        qkv = qkv.reshape(count, -1, self.head_dim)
-        rotated = rotate(qkv[:, : heads + self.kv_heads], self.cos[start:end, None], self.sin[start:end, None])
-        self.keys[index, :, start:end] = rotated[:, heads:].swapaxes(0, 1)
-        self.values[index, :, start:end] = qkv[:, heads + self.kv_heads :].swapaxes(0, 1)
-        query = rotated[:, :heads].reshape(count, self.kv_heads, self.groups, self.head_dim).transpose(1, 2, 0, 3)
-        query = query.reshape(self.kv_heads, self.groups * count, self.head_dim) * np.float32(self.head_dim**-0.5)
-        scores = query @ self.keys[index, :, :end].swapaxes(1, 2)
-        if count > 1:
-            future = np.arange(end) > np.arange(start, end)[:, None]
-            scores += np.tile(np.where(future, np.float32(-np.inf), np.float32(0)), (self.groups, 1))
-        mixed = softmax_(scores) @ self.values[index, :, :end]
-        mixed = mixed.reshape(self.kv_heads, self.groups, count, self.head_dim).transpose(2, 0, 1, 3)
-        return mixed.reshape(count, heads * self.head_dim)
 
     def _matrices(self) -> list[Linear]:
         return [m for layer in self.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)] + [self.head]
-
-
-def rms_norm(x: np.ndarray, gain: np.ndarray, eps: np.float32) -> np.ndarray:
-    """Returns x / sqrt(mean(x^2) + eps) * gain over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4).
-
-    >>> rms_norm(np.array([[2.0, 2.0]]), np.array([1.0, 3.0]), 0.0).tolist()
-    [[1.0, 3.0]]
-    """
-    mean_square = np.einsum("...i,...i->...", x, x)[..., None] / x.shape[-1]
-    return x * (gain / np.sqrt(mean_square + eps))
-
-
-def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Rotates the pairs (x_i, x_{i + d/2}) by their position's angle (RoPE, arXiv:2104.09864, eq. 34).
-
-    >>> rotate(np.array([1.0, 0.0]), np.array([0.0, 0.0]), np.array([1.0, 1.0])).tolist()
-    [0.0, 1.0]
-    """
-    half = x.shape[-1] // 2
-    rotated = x * cos
-    rotated[..., :half] -= x[..., half:] * sin[..., :half]
-    rotated[..., half:] += x[..., :half] * sin[..., half:]
-    return rotated
-
-
-def swiglu(gate_up: np.ndarray) -> np.ndarray:
-    """Returns silu(gate) * up, silu(g) = g / (1 + exp(-g)); gate and up lie side by side (arXiv:2002.05202, eq. 6).
-
-    >>> swiglu(np.array([[0.0, 5.0]])).tolist()
-    [[0.0]]
-    """
-    half = gate_up.shape[-1] // 2
-    gate, up = gate_up[:, :half], gate_up[:, half:]
-    return gate / (1 + np.exp(-gate)) * up
-
-
-def softmax_(scores: np.ndarray) -> np.ndarray:
-    """Turns scores into probabilities over the last axis, in place.
-
-    >>> softmax_(np.array([[0.0, 0.0]])).tolist()
-    [[0.5, 0.5]]
-    """
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(axis=-1, keepdims=True)
-    return scores
 
 
 def faster_matvec(matrices: list[Linear], *, rounds: int = 3) -> str:

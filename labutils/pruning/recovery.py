@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, linear, log_softmax
 
-from labutils.layers.linears import linear_layers, replace_module_, weight_of
+from labutils.layers.linears import linear_layers, replace_module_, set_weight_, weight_of
 from labutils.pruning.masks import Masks, apply_masks_, mask_model
 from labutils.pruning.scores import magnitude_scores, schedule, weighted_gradient
 
@@ -84,14 +84,17 @@ def gradual_(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     rising = max(1, len(batches) * 2 // 3)
     for step, token_ids in enumerate(batches, start=1):
+        scores = moved if by_movement else magnitude_scores(model)
+        masks = mask_model(scores, schedule(min(step, rising), steps=rising, final=final))
+        whole = {name: weight_of(layer).clone() for name, layer in layers.items()}
+        apply_masks_(model, masks)
         optimizer.zero_grad(set_to_none=True)
         _loss(model, token_ids, None).backward()
         for name, layer in layers.items():
+            set_weight_(layer, whole[name])
             moved[name] -= weighted_gradient(layer)
         optimizer.step()
-        scores = moved if by_movement else magnitude_scores(model)
-        masks = mask_model(scores, schedule(min(step, rising), steps=rising, final=final))
-        apply_masks_(model, masks)
+    apply_masks_(model, masks)
     return masks
 
 

@@ -99,7 +99,7 @@ def matvec_2_4(packed: Packed24, x: Float[Tensor, " n"]) -> Float[Tensor, " out"
 class Csr:
     """Compressed sparse rows: row r owns entries starts[r] … starts[r + 1] − 1 of columns and weights."""
 
-    starts: Int[Tensor, " out+1"]
+    starts: Int[Tensor, " boundaries"]
     columns: Int[Tensor, " nonzeros"]
     weights: Float[Tensor, " nonzeros"]
     shape: tuple[int, int]

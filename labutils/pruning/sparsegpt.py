@@ -51,7 +51,7 @@ class _Masker:
 
 def sparsegpt(
     weight: Float[Tensor, "out n"],
-    gram: Float[Tensor, "n n"],
+    gram: Float[Tensor, "inputs inputs"],
     pattern: Pattern,
     *,
     block: int = 128,

@@ -109,7 +109,7 @@ def keep_head_groups(model: nn.Module, kept: Sequence[Indices]) -> nn.Module:
     return rebuilt(model, state, num_attention_heads=size * shared, num_key_value_heads=size)
 
 
-def _spans(chosen: Indices, width: int) -> Indices:
+def _spans(chosen: Indices, width: int) -> Int[Tensor, " positions"]:
     """Positions of whole blocks of that width."""
     return (chosen[:, None] * width + torch.arange(width)).flatten()
 

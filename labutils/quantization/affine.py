@@ -3,14 +3,14 @@
     q = clamp(round(x / S) + Z, qmin, qmax),    x̂ = S · (q − Z)
 
 Jacob et al. 2017 (arXiv:1712.05877), equation 1. The scale S is a real number (the width of a step), the zero point Z
-an integer: the code of 0, which is therefore always exact. Codes are signed and fit int8 whatever the bits.
+an integer: the code of 0, which is therefore always exact. A scheme's codes are signed and fit int8.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, Int8, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 GRANULARITIES = ("tensor", "channel", "group", "token")
@@ -30,6 +30,7 @@ class Scheme:
         group_size: numbers in a group; it must divide the last axis.
         full_range: whether a symmetric scheme also uses the lowest code (−128 of int8), which has no opposite. The
             step is max |x| / qmax all the same, so min–max scaling never reaches that code; clipping may.
+        scale_dtype: in what the scales are stored; float16 halves what they cost.
 
     >>> Scheme(bits=4).qmin, Scheme(bits=4).qmax, Scheme(bits=4, symmetric=False).qmin
     (-7, 7, -8)
@@ -40,6 +41,7 @@ class Scheme:
     granularity: Literal["tensor", "channel", "group", "token"] = "channel"
     group_size: int | None = None
     full_range: bool = False
+    scale_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if self.bits not in range(2, 9):
@@ -66,7 +68,8 @@ class QParams:
     """Scale and zero point for every part of a tensor, and the range of the codes.
 
     Attributes:
-        scale: float32, of shape () for the whole tensor, (…, 1) for rows, (…, groups, 1) for groups.
+        scale: float32, rounded to `scale_dtype`; of shape () for the whole tensor, (…, 1) for rows, (…, groups, 1) for
+            groups.
         zero_point: int32, of the same shape.
         qmin: the lowest code.
         qmax: the highest code.
@@ -125,7 +128,7 @@ def choose_qparams(
         symmetric:  S = max(|low|, |high|) / qmax,     Z = 0
         affine:     S = (high − low) / (qmax − qmin),  Z = qmin − round(low / S)
 
-    A part of zeros only gets S = 1. Numbers below float32's smallest normal number have no finer step than it.
+    A part of zeros only gets S = 1; no step is finer than the smallest normal number of the scale's dtype.
 
     Args:
         x: what is to be quantized.
@@ -145,9 +148,10 @@ def choose_qparams(
     high = torch.as_tensor(largest if high is None else high, dtype=torch.float32).expand_as(largest).clamp(min=0)
     qmin, qmax = scheme.qmin, scheme.qmax
     step = torch.maximum(-low, high) / qmax if scheme.symmetric else (high - low) / (qmax - qmin)
+    step = step.to(scheme.scale_dtype).float()
     if not step.isfinite().all():
-        raise ValueError("low, high and their distance must be finite in float32; got inf or nan")
-    scale = torch.where(high - low == 0, 1.0, step.clamp(min=torch.finfo(torch.float32).tiny))
+        raise ValueError(f"the range must give a step that is finite in {scheme.scale_dtype}; got inf or nan")
+    scale = torch.where(high - low == 0, 1.0, step.clamp(min=torch.finfo(scheme.scale_dtype).tiny))
     zero_point = torch.zeros_like(scale) if scheme.symmetric else qmin - torch.round(low / scale)
     return QParams(scale, zero_point.clamp(qmin, qmax).int(), qmin, qmax, scheme.group_size)
 
@@ -158,8 +162,8 @@ def quantize(
     *,
     rounding: Rounding = "nearest-even",
     generator: torch.Generator | None = None,
-) -> Int8[Tensor, "*shape"]:
-    """Codes of x: clamp(round(x / S) + Z, qmin, qmax).
+) -> Int[Tensor, "*shape"]:
+    """Codes of x: clamp(round(x / S) + Z, qmin, qmax), as int8, or int32 where the range needs it.
 
     "nearest-even" rounds a tie to the even neighbour (IEEE 754's default). "stochastic" rounds up with a probability
     equal to the fraction, ⌊x/S + u⌋ with u uniform in [0, 1), so that the mean is right (Gupta et al. 2015,
@@ -171,7 +175,7 @@ def quantize(
     >>> quantize(torch.tensor([0.5, 1.5, -9.0]), QParams(torch.tensor(1.0), torch.tensor(0), -7, 7))
     tensor([ 0,  2, -7], dtype=torch.int8)
     """
-    ratio = grouped(x.float(), qparams.group_size) / qparams.scale
+    ratio = grouped(x.to(torch.promote_types(x.dtype, torch.float32)), qparams.group_size) / qparams.scale
     if ratio.isnan().any():
         raise ValueError("NaN has no code; got NaN in x")
     if rounding == "nearest-even":
@@ -180,7 +184,9 @@ def quantize(
         whole = torch.floor(ratio + torch.rand(ratio.shape, generator=generator, device=ratio.device))
     else:
         raise ValueError(f"rounding must be 'nearest-even' or 'stochastic'; got {rounding!r}")
-    return (whole + qparams.zero_point).clamp(qparams.qmin, qparams.qmax).to(torch.int8).reshape(x.shape)
+    codes = (whole + qparams.zero_point).clamp(qparams.qmin, qparams.qmax)
+    fits_int8 = qparams.qmin >= -128 and qparams.qmax <= 127
+    return codes.to(torch.int8 if fits_int8 else torch.int32).reshape(x.shape)
 
 
 def dequantize(codes: Int[Tensor, "*shape"], qparams: QParams) -> Float[Tensor, "*shape"]:

@@ -8,7 +8,7 @@ import torch
 
 from labutils.layers.compile import KernelError, build_c
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "steps.c"))  # compiled as one text
 
 
 class Weight(ctypes.Structure):
@@ -19,19 +19,27 @@ class Weight(ctypes.Structure):
     ]
 
 
+def read_sources() -> str:
+    """The C text of all kernels."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
+
+
 def load_library(path: Path) -> ctypes.CDLL:
-    """Loads a build of kernels.c and declares its functions."""
+    """Loads a build of `read_sources()` and declares its functions."""
     return _declared(ctypes.CDLL(str(path)))
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.packed_linear.argtypes = (ctypes.POINTER(Weight), pointer, pointer, count, count)
+    library.rms_norm.argtypes = (pointer, pointer, pointer, count, ctypes.c_float)
+    library.swiglu.argtypes = (pointer, pointer, count)
+    library.attend.argtypes = (*[pointer] * 7, *[count] * 5)
     return library
 
 
 def instruction_set(library: ctypes.CDLL) -> str:
-    """What a build of kernels.c uses: "AVX2", "AVX2 with VNNI", "NEON with dot products" or "plain C"."""
+    """What a build uses: "AVX2", "AVX2 with VNNI", "NEON with dot products" or "plain C"."""
     return ctypes.c_char_p.in_dll(library, "instruction_set").value.decode()
 
 
@@ -42,7 +50,7 @@ def find_kernels() -> tuple[ctypes.CDLL | None, str]:
     Without OpenMP (Apple's compiler has none) they run in one thread.
     """
     try:
-        return _declared(build_c(SOURCE.read_text(encoding="utf-8"))), ""
+        return _declared(build_c(read_sources())), ""
     except KernelError as error:
         return None, str(error)
 

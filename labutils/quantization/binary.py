@@ -1,0 +1,45 @@
+"""One bit: signs and one scale a row, multiplied by counting equal bits (XNOR-Net)."""
+
+import torch
+from jaxtyping import Float, Int8, Int32, UInt8
+from torch import Tensor
+
+from labutils.quantization.packing import pack
+
+POPCOUNT = torch.tensor([code.bit_count() for code in range(256)], dtype=torch.int32)
+
+
+def binarize(x: Float[Tensor, "*rows n"]) -> tuple[Int8[Tensor, "*rows n"], Float[Tensor, "*rows 1"]]:
+    """Signs B in {−1, +1} (0 counts as +1) and α = mean |x| of each row: no other α·B is nearer to x.
+
+    Rastegari et al. 2016 (arXiv:1603.05279), equation 6.
+
+    Raises:
+        ValueError: for an empty row, infinity or NaN.
+
+    >>> binarize(torch.tensor([[3.0, -1.0]]))
+    (tensor([[ 1, -1]], dtype=torch.int8), tensor([[2.]]))
+    """
+    if x.numel() == 0 or not x.isfinite().all():
+        raise ValueError(f"signs need at least one number a row, all finite; got shape {tuple(x.shape)}, inf or nan")
+    return torch.where(x < 0, -1, 1).to(torch.int8), x.float().abs().mean(dim=-1, keepdim=True)
+
+
+def pack_signs(signs: Int8[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows bytes"]:
+    """Eight signs a byte: bit 1 for +1, bit 0 for −1 and for the padding."""
+    return pack((signs > 0).int(), bits=1)
+
+
+def xnor_product(
+    x: UInt8[Tensor, "rows bytes"], weight: UInt8[Tensor, "out_features bytes"], count: int
+) -> Int32[Tensor, "rows out_features"]:
+    """Products of sign vectors of `count` entries, from packed bits: count − 2 · (number of different bits).
+
+    Two signs multiply to +1 where their bits agree (XNOR) and to −1 where they differ (XOR); the padding agrees
+    with itself and is not counted.
+
+    >>> xnor_product(pack_signs(torch.tensor([[1, -1, 1]])), pack_signs(torch.tensor([[1, 1, 1]])), 3)
+    tensor([[1]], dtype=torch.int32)
+    """
+    different = x[:, None] ^ weight[None]
+    return count - 2 * POPCOUNT.to(x.device)[different.int()].sum(dim=-1, dtype=torch.int32)

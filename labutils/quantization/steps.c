@@ -1,0 +1,86 @@
+// What a decoder layer does for one token besides its matrices. Each step is small, but dozens of calls into Python for
+// each of them cost as much as a third of an int4 model's matrices. Compiled together with kernels.c.
+
+static inline f32x8 load8(const float *x, int64_t n, float rest) {  // n numbers, then `rest`
+    f32x8 v = (f32x8){0} + rest;
+    memcpy(&v, x, (n < 8 ? n : 8) * sizeof(float));
+    return v;
+}
+
+static inline void store8(float *x, f32x8 v, int64_t n) { memcpy(x, &v, (n < 8 ? n : 8) * sizeof(float)); }
+
+static inline float sum8(f32x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+// e^x for x <= 0: x = k ln 2 + r, |r| <= ln 2 / 2, e^x = 2^k e^r, and e^r by its series up to r^6 (error below 2e-7).
+static inline f32x8 exp8(f32x8 x) {
+    f32x8 k = x * 1.44269504f + 12582912.0f;  // rounds, as in quantize_token
+    i32x8 power = ((i32x8)k - 0x4B400000 + 127) << 23;
+    k -= 12582912.0f;
+    f32x8 r = x - k * 0.693359375f + k * 2.12194440e-4f;  // ln 2 in two parts: the first times k is exact
+    f32x8 e = 1 + r * (1 + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f))))));
+    return (f32x8)((i32x8)(e * (f32x8)power) & ~(x <= -87.0f));  // so: NaN stays NaN
+}
+
+// y = x / sqrt(mean(x^2) + eps) * gain
+void rms_norm(const float *x, const float *gain, float *y, int64_t n, float eps) {
+    f32x8 squares = {0};
+    for (int64_t i = 0; i < n; i += 8) squares += load8(x + i, n - i, 0) * load8(x + i, n - i, 0);
+    float scale = 1 / sqrtf(sum8(squares) / (float)n + eps);
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] * (gain[i] * scale);
+}
+
+// y = gate / (1 + e^-gate) * up; gate and up lie one behind the other, n numbers each
+void swiglu(const float *gate_up, float *y, int64_t n) {
+    for (int64_t i = 0; i < n; i += 8) {
+        f32x8 gate = load8(gate_up + i, n - i, 0), up = load8(gate_up + n + i, n - i, 0);
+        i32x8 positive = gate > 0;
+        f32x8 e = exp8((f32x8)((i32x8)gate | INT32_MIN));  // e^-|gate|: never overflows
+        f32x8 share = (f32x8)(((i32x8)((f32x8){0} + 1) & positive) | ((i32x8)e & ~positive));
+        store8(y + i, gate * share / (1 + e) * up, n - i);
+    }
+}
+
+static void rotate(float *x, const float *cosine, const float *sine, int64_t dim) {  // pairs (i, i + dim / 2)
+    for (int64_t i = 0, half = dim / 2; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[i + half] = b * cosine[i + half] + a * sine[i + half];
+    }
+}
+
+static void attend_head(const float *q, const float *keys, const float *values, float *out, float *scores, int64_t dim,
+                        int64_t length) {
+    float largest = -INFINITY, scale = 1 / sqrtf((float)dim);
+    for (int64_t j = 0; j < length; j++) {
+        f32x8 dot = {0};
+        for (int64_t i = 0; i < dim; i += 8) dot += load8(q + i, 8, 0) * load8(keys + j * dim + i, 8, 0);
+        scores[j] = sum8(dot) * scale;
+        largest = scores[j] > largest ? scores[j] : largest;
+    }
+    f32x8 sums = {0};
+    for (int64_t j = 0; j < length; j += 8) {
+        f32x8 e = exp8(load8(scores + j, length - j, -INFINITY) - largest);
+        sums += e;
+        store8(scores + j, e, length - j);
+    }
+    float total = sum8(sums);
+    for (int64_t i = 0; i < dim; i += 8) {
+        f32x8 mixed = {0};
+        for (int64_t j = 0; j < length; j++) mixed += scores[j] * load8(values + j * dim + i, 8, 0);
+        store8(out + i, mixed / total, 8);
+    }
+}
+
+// One token's attention: rotates its queries and keys (in place), stores key and value at `position`, attends to all
+// before and to itself. qkv (heads + 2 kv_heads, dim), keys and values (kv_heads, max_length, dim), dim a multiple of 8.
+void attend(float *qkv, const float *cosine, const float *sine, float *keys, float *values, float *out, float *scores,
+            int64_t heads, int64_t kv_heads, int64_t dim, int64_t max_length, int64_t position) {
+    for (int64_t head = 0; head < heads + kv_heads; head++) rotate(qkv + head * dim, cosine, sine, dim);
+    for (int64_t kv = 0; kv < kv_heads; kv++) {
+        float *its_keys = keys + kv * max_length * dim, *its_values = values + kv * max_length * dim;
+        memcpy(its_keys + position * dim, qkv + (heads + kv) * dim, dim * sizeof(float));
+        memcpy(its_values + position * dim, qkv + (heads + kv_heads + kv) * dim, dim * sizeof(float));
+        for (int64_t head = kv * heads / kv_heads; head < (kv + 1) * heads / kv_heads; head++)
+            attend_head(qkv + head * dim, its_keys, its_values, out + head * dim, scores, dim, position + 1);
+    }
+}

@@ -1,0 +1,922 @@
+# %% [markdown]
+# # 02 · Quantization formulas
+#
+# **Goal:** turn numbers into few bits and back, know what that costs before you measure it, and see on the course's own
+# model what a bit buys.
+#
+# | | |
+# | --- | --- |
+# | Prerequisites | chapters 00 and 01; logarithms; a little PyTorch |
+# | Time | 2.5 hours for you; the cells run in about 90 seconds on two free cores |
+# | Memory, download | under 2 GB; nothing is downloaded |
+# | Hardware | any computer; no GPU is needed |
+# | Exercises | 11, each checked in the cell below it; three repair a published article |
+
+# %%
+import math
+
+import matplotlib.pyplot as plt
+import torch
+
+from labutils.layers.linears import linear_layers, set_weight_, weight_of
+from labutils.models.load import load_model
+from labutils.plots.style import series_style
+
+model, tokenizer = load_model("lablm")
+weights = {name: weight_of(layer).clone() for name, layer in linear_layers(model)}
+weight = weights["model.layers.5.self_attn.k_proj"]
+stored = sum(w.numel() for w in weights.values())
+print(f"{stored:,} of {model.num_parameters():,} numbers stand in {len(weights)} linear layers")
+print(f"the layer of our examples: {tuple(weight.shape)}, from {weight.min():.3f} to {weight.max():.3f}")
+
+# %% [markdown]
+# ## 1 · A formula, as printed
+#
+# Decoding waits for the weights to come out of memory (chapter 01). Half the bits, half the wait: that is why we
+# quantize. An article on fast inference gives this formula, with `scale = 1` and `quant_bit = 2^8 = 256`:
+#
+# $$x_{\text{quant}} = \operatorname{round}\left(\frac{x_{\text{float}} \cdot \text{scale}}{\text{quant\_bit}}\right)$$
+#
+# and says that 0.5 becomes 1. Our weights lie between −1 and 1. **Predict:** which codes will they get?
+
+
+# %%
+def article_quantize(x, scale=1, quant_bit=2**8):
+    return torch.round(x * scale / quant_bit).int()
+
+
+numbers = torch.tensor([-0.9, 0.0, 0.5, 1.0, 100.0, 127.0, 129.0, 1e6])
+print("numbers       ", numbers.tolist())
+print("as printed    ", article_quantize(numbers).tolist())
+print("its own 0.5   ", article_quantize(torch.tensor(0.5), scale=256).item(), "with 256 where the scale was")
+print("LabLM's layer ", article_quantize(weight).unique().tolist(), "are all the codes it gets")
+
+# %% [markdown]
+# Every |x| below 128 becomes 0, and a million leaves 8 bits. Four things are wrong: it *multiplies* by the scale; 256 is
+# the number of *levels*, not of bits; nothing keeps codes in range; nothing leads back. The formula that works
+# (Jacob et al. 2017, arXiv:1712.05877, equation 1):
+#
+# $$\begin{aligned} q &= \operatorname{clamp}\left(\operatorname{round}(x / S) + Z,\; q_{\min},\; q_{\max}\right) \\
+# \hat x &= S\,(q - Z) \end{aligned}$$
+#
+# S, the **scale**, is the width of a step; Z, the **zero point**, is the code of 0. **Tiny numbers:** S = 0.5, Z = 1,
+# codes −8 … 7. Then 1.2 → round(2.4) + 1 = 3 → 0.5 · (3 − 1) = 1.0, and 9 → 19 → 7 → 3.0.
+
+# %% [markdown]
+# ## Exercise 2.1: affine_codes
+#
+# **Fix the article.** Write `affine_codes(x, scale, zero_point, qmin, qmax)`: `x` is a tensor of any shape, the rest are
+# numbers; return int32 codes of the same shape. Ties go to the even neighbour. 2 lines, 5 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>How many steps of width <code>scale</code> is x away from 0?</details>
+# <details><summary>Hint 2</summary><code>torch.round</code>, add the zero point, <code>.clamp(qmin, qmax)</code>, <code>.to(torch.int32)</code>, in this order.</details>
+
+
+# %%
+# EXERCISE affine_codes
+def affine_codes(x, scale, zero_point, qmin, qmax):
+    """Integer codes of x."""
+    ### BEGIN SOLUTION
+    codes = torch.round(x / scale) + zero_point
+    return codes.clamp(qmin, qmax).to(torch.int32)
+    ### END SOLUTION
+
+
+# %%
+# CHECK affine_codes
+from labutils.checks import ch02
+
+ch02.affine_codes(affine_codes)
+
+# %% [markdown]
+# Now the article's worked example, a small network with `scale = 1/255`. It prints [127, 102], [102, 127] and
+# [153, 153], after multiplying by 255 where it says that it multiplies by 1/255. With the repaired formula
+# (`labutils.quantization.affine` does what you wrote), Z = 0 and codes 0 … 255:
+
+# %%
+from labutils.quantization.affine import QParams, Scheme, choose_qparams, dequantize, fake_quantize, quantize
+
+network = {"w1": [0.5, 0.3], "w2": [0.4, 0.2], "b": [0.6, 0.4]}
+printed = {"w1": [127, 102], "w2": [102, 127], "b": [153, 153]}
+bytes_of_article = QParams(torch.tensor(1 / 255, dtype=torch.float64), torch.tensor(0), qmin=0, qmax=255)
+for name, values in network.items():
+    as_said = [round(v * (1 / 255)) for v in values]
+    codes = quantize(torch.tensor(values, dtype=torch.float64), bytes_of_article).tolist()
+    print(f"{name:2} {values}: as the text says {as_said}, as printed {printed[name]}, repaired {codes}")
+halves = [value / (1 / 255) for value in (0.5, 0.3)]
+print("two ties:", halves, "; in float32 the first is no tie:", (torch.tensor(0.5) / torch.tensor(1 / 255)).item())
+print("a weight of -0.4:", quantize(torch.tensor([-0.4]), bytes_of_article).tolist())
+
+# %% [markdown]
+# ## 2 · Scale and zero point from the data
+#
+# The last line shows what is left: unsigned codes with Z = 0 have no room for negative weights. Let the data choose.
+# With low = min(x, 0) and high = max(x, 0), so that 0 always has an exact code (padding and ReLU live on it):
+#
+# $$S = \frac{\text{high} - \text{low}}{q_{\max} - q_{\min}}, \qquad Z = q_{\min} - \operatorname{round}(\text{low} / S)$$
+#
+# **Tiny numbers:** −1 … 3 on codes −8 … 7: S = 4/15, Z = −8 + round(3.75) = −4. The **symmetric** choice, common for
+# weights, is simpler: S = max|x| / q_max and Z = 0, with codes −7 … 7.
+
+# %% [markdown]
+# ## Exercise 2.2: affine_qparams
+#
+# **Fix the article.** Write `affine_qparams(x, qmin, qmax)`: return the tuple (scale, zero_point), a float and an int,
+# for the affine formula above. 4 lines, 8 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>Which code must <code>low</code> get, and how many steps lie between the lowest and the highest code?</details>
+# <details><summary>Hint 2</summary><code>low = min(x.min().item(), 0.0)</code>; Python's <code>round</code> gives an int.</details>
+
+
+# %%
+# EXERCISE affine_qparams
+def affine_qparams(x, qmin, qmax):
+    """Scale and zero point that fit the range of x, and 0, onto the codes."""
+    ### BEGIN SOLUTION
+    low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
+    scale = (high - low) / (qmax - qmin)
+    return scale, qmin - round(low / scale)
+    ### END SOLUTION
+
+
+# %%
+# CHECK affine_qparams
+ch02.affine_qparams(affine_qparams)
+
+# %% [markdown]
+# What is lost? Inside the range at most half a step; outside, whatever was cut. Four bits show it best.
+
+# %%
+x = torch.linspace(-1.5, 2.5, 801)
+qparams = choose_qparams(x, Scheme(bits=4, symmetric=False, granularity="tensor"), low=-1.0, high=2.0)
+back = dequantize(quantize(x, qparams), qparams)
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+left.plot(x, x, "--", color="0.6", label="x")
+left.plot(x, back, color=series_style(0)["color"], label="x after its codes")
+left.set(xlabel="x", ylabel="x after its codes", title=f"{len(back.unique())} values are left")
+left.legend()
+steps = (back - x) / qparams.scale
+right.plot(x, steps, color=series_style(1)["color"])
+inside = steps[(x > back.min()) & (x < back.max())].abs().max().item()
+right.set(xlabel="x", ylabel="error (steps)", title=f"Inside the range at most {inside:.2f} steps, outside no limit")
+plt.show()
+
+# %% [markdown]
+# *The figure shows 4-bit affine quantization of the numbers −1.5 … 2.5 onto a range of −1 … 2. Left: the staircase. Right:
+# its error, a saw inside the range and a growing loss where numbers are clipped.*
+
+# %% [markdown]
+# ## 3 · "Global" and "local"
+#
+# The article calls one scale for everything *global*, one for each part *local*. The field says **per tensor**, **per
+# channel** (a row of the weight: one output), **per group** (a run of neighbours in a row), and for activations **per
+# token**. Fewer numbers share a scale, so one large number spoils fewer others; more scales must be stored.
+#
+# **Tiny numbers:** a row 0.1, −0.2, 7.0, 3.5 with codes −7 … 7. One scale: S = 1, and 0.1, −0.2 become 0. Groups of two:
+# S = 0.2/7 for the first two, which come back as 0.114 and −0.2.
+
+# %%
+row = torch.tensor([[0.1, -0.2, 7.0, 3.5]])
+for scheme in (Scheme(bits=4), Scheme(bits=4, granularity="group", group_size=2)):
+    qparams = choose_qparams(row, scheme)
+    codes = quantize(row, qparams)
+    rounded = [round(v, 3) for v in dequantize(codes, qparams)[0].tolist()]
+    print(f"per {scheme.granularity}: scales {[round(s, 4) for s in qparams.scale.flatten().tolist()]}", end=", ")
+    print(f"codes {codes[0].tolist()}, back {rounded}")
+
+# %% [markdown]
+# ## Exercise 2.3: group_scales
+#
+# Write `group_scales(weight, qmax, group_size)`: `weight` has shape (out_features, in_features); return symmetric scales,
+# shape (out_features, in_features / group_size): max|w| of each group over `qmax`. 2 lines, 8 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>Give the groups an axis of their own, then take the largest magnitude along it.</details>
+# <details><summary>Hint 2</summary><code>weight.unflatten(1, (-1, group_size))</code> has shape (out, groups, group_size); <code>.abs().amax(dim=-1)</code>.</details>
+
+
+# %%
+# EXERCISE group_scales
+def group_scales(weight, qmax, group_size):
+    """Symmetric scales, one for each group of neighbours in a row."""
+    ### BEGIN SOLUTION
+    groups = weight.unflatten(1, (-1, group_size))
+    return groups.abs().amax(dim=-1) / qmax
+    ### END SOLUTION
+
+
+# %%
+# CHECK group_scales
+ch02.group_scales(group_scales)
+
+# %% [markdown]
+# ## 4 · True bits per weight
+#
+# A 4-bit code in an int8 tensor takes 8 bits. To gain anything, codes must be **packed**, and the scales count too.
+# **Tiny numbers:** signed 4-bit codes 3 and −2, counted from −8: 11 and 6. One byte holds both: 6·16 + 11 = 107.
+
+# %%
+from labutils.quantization.packing import pack, unpack
+
+codes = torch.tensor([3, -2, 7, -8, 0])
+packed = pack(codes + 8, bits=4)
+print("4 bits:", packed.tolist(), "and back:", (unpack(packed, bits=4, count=5).int() - 8).tolist())
+three = pack(torch.tensor([5, 3, 7]), bits=3)
+print("3 bits:", [f"{byte:08b}" for byte in three.tolist()], "the third code is cut in two")
+scheme = Scheme(bits=4)
+codes = quantize(weight, choose_qparams(weight, scheme)).int() - scheme.qmin
+print(f"our layer: {weight.numel() * 4:,} bytes in float32, {codes.byte().numel():,} in int8, ", end="")
+print(f"{pack(codes, bits=4).numel():,} packed, and {weight.shape[0] * 4} for its scales")
+
+# %% [markdown]
+# ## Exercise 2.4: stored_bits
+#
+# Write `stored_bits(rows, columns, bits, group_size, scale_bits, zero_point_bits)`: what one weight of a rows × columns
+# matrix takes on average, when each group stores one scale and one zero point (0 bits where the scheme is symmetric).
+# 1 line, 5 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>How many groups share the overhead? Do the rows matter?</details>
+# <details><summary>Hint 2</summary>A group's scale and zero point are shared by <code>group_size</code> weights.</details>
+
+
+# %%
+# EXERCISE stored_bits
+def stored_bits(rows, columns, bits, group_size, scale_bits, zero_point_bits):
+    """Average bits for each weight, overhead included."""
+    ### BEGIN SOLUTION
+    return bits + (scale_bits + zero_point_bits) / group_size
+    ### END SOLUTION
+
+
+# %%
+# CHECK stored_bits
+ch02.stored_bits(stored_bits)
+
+# %% [markdown]
+# How good is a layer? The **signal-to-quantization-noise ratio** compares powers, in decibels (10 dB: a tenth of the noise
+# power):
+#
+# $$\text{SQNR} = 10 \log_{10} \frac{\sum x^2}{\sum (x - \hat x)^2}$$
+#
+# **Predict:** on our layer with 4 bits, does it pay to spend bits on more scales, or on more codes?
+
+# %%
+from labutils.quantization.packing import bits_per_weight
+from labutils.quantization.theory import sqnr_db
+
+PARTS = {"tensor": {}, "channel": {}, "group of 64": {"group_size": 64}, "group of 16": {"group_size": 16}}
+figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+at_four_bits = {}
+for index, (name, size) in enumerate(PARTS.items()):
+    fields = {"granularity": name.split()[0], "scale_dtype": torch.float16, **size}
+    schemes = [Scheme(bits=bits, **fields) for bits in range(2, 9)]
+    costs = [bits_per_weight(tuple(weight.shape), scheme) for scheme in schemes]
+    ratios = [sqnr_db(weight, fake_quantize(weight, scheme)) for scheme in schemes]
+    axes.plot(costs, ratios, label=f"one scale per {name}", **series_style(index))
+    at_four_bits[name] = (costs[2], ratios[2])
+gain = at_four_bits["channel"][1] - at_four_bits["tensor"][1]
+axes.set(xlabel="bits per weight, scales included", ylabel="SQNR (dB)")
+axes.set_title(f"At 4 bits, a scale per channel is worth {gain:.1f} dB over one per tensor")
+axes.grid(alpha=0.25)
+axes.legend()
+plt.show()
+print({name: f"{cost:.3f} bits, {ratio:.1f} dB" for name, (cost, ratio) in at_four_bits.items()})
+
+# %% [markdown]
+# *The figure shows the SQNR of one LabLM layer (k_proj of the last layer, symmetric, scales in float16) over its true
+# bits, for 2 to 8 bits a code. Higher and further left is better.*
+#
+# A scale per channel costs almost nothing and is the first thing to buy. Groups cost 16 bits per group: read the plot
+# along a vertical line to see which way of spending a bit gains more.
+
+# %% [markdown]
+# ## 5 · Rounding
+#
+# `torch.round` sends ties to the even neighbour, as IEEE 754 does by default: always rounding .5 up would shift the mean.
+# **Stochastic rounding** (Gupta et al. 2015, arXiv:1502.02551) goes further: it rounds up with a probability equal to the
+# fraction, ⌊x/S + u⌋ with u uniform in [0, 1). A single number gets noisier; sums become right. It matters where
+# many small changes add up, as in training.
+#
+# **Predict:** add 0.1 a thousand times to a number stored with step 1. Where does it end?
+
+# %%
+one = QParams(torch.tensor(1.0), torch.tensor(0), qmin=-10_000, qmax=10_000)
+print("ties:", torch.round(torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5])).tolist())
+for rounding in ("nearest-even", "stochastic"):
+    total, generator = torch.zeros(1), torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        codes = quantize(total + 0.1, one, rounding=rounding, generator=generator)
+        total = dequantize(codes, one)
+    print(f"{rounding:12} after 1000 times +0.1: {total.item():.0f}")
+stochastic = fake_quantize(weight, Scheme(bits=4), rounding="stochastic", generator=torch.Generator().manual_seed(0))
+nearest = fake_quantize(weight, Scheme(bits=4))
+print(f"one weight layer: nearest {sqnr_db(weight, nearest):.1f} dB, stochastic {sqnr_db(weight, stochastic):.1f} dB")
+
+# %% [markdown]
+# So: stochastic for sums that grow, nearest for weights that are rounded once.
+#
+# ## 6 · Clipping
+#
+# One outlier sets the step for all. Cutting the range to a share c of max|x| makes steps smaller and errs more on the
+# few numbers outside. **Min–max** cuts nothing; a **percentile** cuts a fixed share of numbers; **least squared error**
+# searches:
+#
+# $$c^* = \arg\min_c \sum_i \left(x_i - \hat x_i(c)\right)^2$$
+#
+# **Tiny numbers:** 0.4, 0.4, 0.4, 3.0 on codes −1, 0, 1. With c = 1, S = 3: error 3 · 0.16 = 0.48. With c = 0.9,
+# S = 2.7: 0.48 + 0.09. Cutting does not always pay; with many small numbers it does.
+
+# %% [markdown]
+# ## Exercise 2.5: best_share
+#
+# Write `best_share(x, bits, shares)`: `x` is a tensor, `shares` a list of numbers up to 1. Quantize x symmetrically with
+# one scale, S = share · max|x| / qmax, codes −qmax … qmax, and return the share with the smallest sum of squared errors.
+# 6 lines, 10 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>A function of one share that returns the error; Python's <code>min</code> takes a <code>key</code>.</details>
+# <details><summary>Hint 2</summary><code>qmax = 2 ** (bits - 1) - 1</code>; back = <code>torch.round(x / scale).clamp(-qmax, qmax) * scale</code>.</details>
+
+
+# %%
+# EXERCISE best_share
+def best_share(x, bits, shares):
+    """The share of max |x| to clip at, by squared error."""
+    ### BEGIN SOLUTION
+    qmax = 2 ** (bits - 1) - 1
+
+    def squared_error(share):
+        scale = share * x.abs().max() / qmax
+        back = torch.round(x / scale).clamp(-qmax, qmax) * scale
+        return (x - back).square().sum().item()
+
+    return min(shares, key=squared_error)
+    ### END SOLUTION
+
+
+# %%
+# CHECK best_share
+ch02.best_share(best_share)
+
+# %% [markdown]
+# **Predict:** who gains more from clipping, 8 bits or 2?
+
+# %%
+shares, best = torch.linspace(0.1, 1, 46).tolist(), {}
+figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+for index, bits in enumerate((2, 3, 4, 8)):
+    scheme = Scheme(bits=bits, granularity="tensor")
+    peak = weight.abs().max().item()
+    ratios = [sqnr_db(weight, fake_quantize(weight, scheme, low=-c * peak, high=c * peak)) for c in shares]
+    best[bits] = shares[ratios.index(max(ratios))], max(ratios) - ratios[-1]
+    axes.plot(shares, ratios, label=f"{bits} bits", markevery=5, **series_style(index))
+axes.set(xlabel="clipped at this share of max |w|", ylabel="SQNR (dB)")
+axes.set_title(f"Clipping gains {best[2][1]:.1f} dB at 2 bits and {best[8][1]:.1f} dB at 8")
+axes.grid(alpha=0.25)
+axes.legend()
+plt.show()
+print({bits: f"best share {share:.2f}, gain {gain:.1f} dB" for bits, (share, gain) in best.items()})
+
+# %% [markdown]
+# *The figure shows one LabLM layer with one scale for the whole tensor: SQNR over the share of max|w| at which it is
+# clipped. To the left of each peak too much is cut, to the right the steps are too wide.*
+#
+# **Now with your hands.** Slide bits, granularity and clipping. **Question:** what do you have to give for 20 dB, at the
+# fewest bits per weight? The figure below the controls is the default choice without a click;
+# `print(quantized_layer(weight, bits=3, granularity="channel", clipping="least error"))` is the same as text.
+
+# %%
+from labutils.widgets.quantization import quantization_widget
+
+quantization_widget(weight)
+
+# %%
+from labutils.plots.quantization import draw_quantized_layer, quantized_layer
+
+figure = plt.figure(figsize=(10, 4), layout="constrained")
+draw_quantized_layer(quantized_layer(weight, bits=4, granularity="channel"), figure=figure)
+plt.show()
+for clipping in ("min-max", "99th percentile", "least error"):
+    print(quantized_layer(weight, bits=3, granularity="channel", clipping=clipping))
+
+# %% [markdown]
+# *The figure shows the layer at 4 bits, one scale per channel, min–max. Left: how many weights have which value, before
+# (dashed) and after. Right: how far each weight moved; rows with a large weight have coarse steps and bright errors.*
+
+# %% [markdown]
+# ## 7 · How much noise? Predicted, then measured
+#
+# If a number falls anywhere within its step, the error is uniform in ±S/2 and has variance S²/12 (Bennett 1948):
+#
+# $$\text{SQNR} \approx 10 \log_{10} \frac{\overline{x^2}}{S^2 / 12}$$
+#
+# One bit more halves S: 20 log₁₀ 2 = **6.02 dB a bit**. The prediction needs no quantized tensor, only the step.
+# **Tiny numbers:** x = ±1, S = 0.1: 1 / (0.01/12) = 1200, that is 30.8 dB.
+
+# %% [markdown]
+# ## Exercise 2.6: predicted_sqnr_db
+#
+# Write `predicted_sqnr_db(x, scale)`: the formula above, for a tensor and one scale; return a float.
+# 2 lines, 5 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>Two mean powers, one of the signal, one of the noise.</details>
+# <details><summary>Hint 2</summary><code>x.square().mean().item()</code> over <code>scale**2 / 12</code>; <code>math.log10</code>.</details>
+
+
+# %%
+# EXERCISE predicted_sqnr_db
+def predicted_sqnr_db(x, scale):
+    """SQNR under uniform noise, in decibels."""
+    ### BEGIN SOLUTION
+    signal, noise = x.square().mean().item(), scale**2 / 12
+    return 10 * math.log10(signal / noise)
+    ### END SOLUTION
+
+
+# %%
+# CHECK predicted_sqnr_db
+ch02.predicted_sqnr_db(predicted_sqnr_db)
+
+# %% [markdown]
+# Four kinds of numbers: uniform; LabLM's layer; the same clipped at 30% of its maximum; and a ReLU-like tensor, of which
+# nine in ten are exactly 0. **Predict:** for which of them will the formula be too hopeful, and for which too gloomy?
+
+# %%
+from labutils.quantization import theory
+
+generator = torch.Generator().manual_seed(0)
+uniform = torch.rand(40_000, generator=generator) * 2 - 1
+mostly_zero = torch.randn(40_000, generator=generator) * (torch.rand(40_000, generator=generator) < 0.1)
+limit = 0.3 * weight.abs().max().item()
+KINDS = {
+    "uniform": (uniform, None),
+    "LabLM layer": (weight, None),
+    "layer, clipped at 30%": (weight, limit),
+    "nine in ten are 0": (mostly_zero, None),
+}
+
+
+def measured_and_predicted(x, limit, bits):
+    scheme, cut = Scheme(bits=bits, granularity="tensor"), {} if limit is None else {"low": -limit, "high": limit}
+    predicted = theory.predicted_sqnr_db(x, choose_qparams(x, scheme, **cut))
+    return sqnr_db(x, fake_quantize(x, scheme, **cut)), predicted
+
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained")
+BITS, gaps = range(2, 9), {}
+for index, (name, (x, limit)) in enumerate(KINDS.items()):
+    measured, predicted = zip(*(measured_and_predicted(x, limit, bits) for bits in BITS), strict=True)
+    gaps[name] = [m - p for m, p in zip(measured, predicted, strict=True)]
+    left.plot(BITS, measured, label=name, **series_style(index))
+    left.plot(BITS, predicted, ":", color=series_style(index)["color"])
+    right.plot(BITS, gaps[name], **series_style(index))
+    print(f"{name:22} measured − predicted at 2, 4, 8 bits: {[f'{gaps[name][b - 2]:+.1f}' for b in (2, 4, 8)]} dB")
+left.set(xlabel="bits", ylabel="SQNR (dB)", title="Measured (marks), predicted (dotted)")
+left.legend(fontsize="small")
+right.axhline(0, color="0.6")
+worst = max(gaps, key=lambda name: max(map(abs, gaps[name])))
+right.set(xlabel="bits", ylabel="measured − predicted (dB)", title=f"Furthest off: {worst}")
+plt.show()
+
+# %% [markdown]
+# *The figure shows measured and predicted SQNR for four kinds of numbers at 2 to 8 bits (left) and their difference
+# (right): above the line the quantizer does better than the theory says.*
+#
+# **Explain.** With many codes and data spread over them, 6 dB a bit holds. **Clipping:** the numbers outside err by much
+# more than a step, so the line flattens and more bits buy nothing. **Zeros** have no error at all: better than predicted.
+# **Few bits:** numbers much smaller than a step all become 0, and the error is the number itself, not uniform.
+
+# %% [markdown]
+# ## 8 · One bit
+#
+# The article also names *binary* formats. XNOR-Net (Rastegari et al. 2016, arXiv:1603.05279) keeps a sign for each weight
+# and one scale a row: W ≈ α·B. Least squares gives α = mean|W|. If the inputs are signs too, a product needs no
+# multiplication. Signs as bits (1 for +1, 0 for −1): equal bits contribute +1 (XNOR), different ones −1 (XOR), so
+#
+# $$x \cdot w = n - 2\,\operatorname{popcount}(x \oplus w)$$
+#
+# **Tiny numbers:** + − + + and + + − +: two of four differ, 4 − 2·2 = 0.
+
+# %% [markdown]
+# ## Exercise 2.7: xnor_product
+#
+# Write `xnor_product(x_bits, weight_bits, count)`: packed signs, uint8, shapes (rows, bytes) and (outputs, bytes); return
+# the (rows, outputs) products of sign vectors with `count` entries. The last byte may be padded with 0 bits on both sides.
+# `POPCOUNT[b]` (b an int tensor of bytes) says how many bits are 1. 2 lines, 10 minutes, difficulty 3 of 3.
+#
+# <details><summary>Hint 1</summary>Every row meets every output: <code>x_bits[:, None]</code> and <code>weight_bits[None]</code>. Do padding bits differ?</details>
+# <details><summary>Hint 2</summary><code>POPCOUNT[(x_bits[:, None] ^ weight_bits[None]).int()].sum(dim=-1)</code> counts the different bits.</details>
+
+# %%
+from labutils.quantization.binary import POPCOUNT
+
+
+# %%
+# EXERCISE xnor_product
+def xnor_product(x_bits, weight_bits, count):
+    """Products of sign vectors, by counting bits."""
+    ### BEGIN SOLUTION
+    different = POPCOUNT[(x_bits[:, None] ^ weight_bits[None]).int()].sum(dim=-1)
+    return count - 2 * different
+    ### END SOLUTION
+
+
+# %%
+# CHECK xnor_product
+from labutils.checks import ch02_formats
+
+ch02_formats.xnor_product(xnor_product)
+
+# %% [markdown]
+# Exact, but is it *good*? The product of signs is computed without error; the error is in taking signs.
+
+# %%
+from labutils.quantization import binary
+
+signs, alpha = binary.binarize(weight)
+x = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0))
+x_signs, beta = binary.binarize(x)
+counted = binary.xnor_product(binary.pack_signs(x_signs), binary.pack_signs(signs), weight.shape[1])
+print("bits equal floats:", torch.equal(counted.float(), x_signs.float() @ signs.float().T))
+print(f"bytes for the signs of {tuple(weight.shape)}: {binary.pack_signs(signs).numel():,} of {weight.numel() * 4:,}")
+print(f"weights: SQNR {sqnr_db(weight, alpha * signs):.1f} dB at {1 + 16 / weight.shape[1]:.2f} bits")
+print(f"outputs, binary weights:            {sqnr_db(x @ weight.T, x @ (alpha * signs).T):.1f} dB")
+print(f"outputs, binary weights and inputs: {sqnr_db(x @ weight.T, beta * counted * alpha.T):.1f} dB")
+
+# %% [markdown]
+# ## 9 · Small floats
+#
+# Integers have one step everywhere; floats have small steps near 0. Eight bits as s eeee mmm (**E4M3**,
+# Micikevicius et al. 2022, arXiv:2209.05433):
+#
+# $$x = \begin{cases} (-1)^s\, 2^{e-7}\,(1 + m/8) & e > 0 \\ (-1)^s\, 2^{-6}\,(m/8) & e = 0 \text{ (subnormal)} \end{cases}$$
+#
+# All ones but the sign is NaN; there is no infinity; the largest number is 448. E5M2 trades a mantissa bit for range: up
+# to 57344, with infinities. **Tiny numbers:** 0 0111 000 is 2⁰ · 1 = 1; 1 1000 100 is −2 · 1.5 = −3.
+
+# %% [markdown]
+# ## Exercise 2.8: decode_e4m3
+#
+# Write `decode_e4m3(code)`: an int from 0 to 255 (never NaN's); return the float. Take the bits apart by hand.
+# 4 lines, 10 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary><code>code >> 7</code> is the sign; <code>code >> 3 & 15</code> the exponent field; <code>code & 7</code> the mantissa.</details>
+# <details><summary>Hint 2</summary>Exponent field 0: <code>mantissa / 8 * 2.0**-6</code>; else <code>(1 + mantissa / 8) * 2.0 ** (exponent - 7)</code>.</details>
+
+
+# %%
+# EXERCISE decode_e4m3
+def decode_e4m3(code):
+    """The number of an E4M3 code."""
+    ### BEGIN SOLUTION
+    sign, exponent, mantissa = code >> 7, code >> 3 & 15, code & 7
+    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    value = normal if exponent > 0 else mantissa / 8 * 2.0**-6
+    return -value if sign else value
+    ### END SOLUTION
+
+
+# %%
+# CHECK decode_e4m3
+ch02_formats.decode_e4m3(decode_e4m3)
+
+# %% [markdown]
+# `labutils.quantization.floats` decodes and encodes any such format; its tests compare every code with `ml_dtypes`.
+# Here: all 256 codes against PyTorch's own type, and the relative error over the magnitude.
+
+# %%
+from labutils.quantization.floats import E2M1, E4M3, E5M2, decode, encode
+
+codes = torch.arange(256, dtype=torch.uint8)
+ours, theirs = decode(codes, E4M3), codes.view(torch.float8_e4m3fn).float()
+print("all codes as in torch.float8_e4m3fn:", torch.equal(ours.nan_to_num(), theirs.nan_to_num()))
+print("E2M1, four bits:", decode(torch.arange(8, dtype=torch.uint8), E2M1).tolist(), "and their opposites")
+x = torch.logspace(-5, 0, 4000)
+ways = {
+    "int8, step 1/127": fake_quantize(x, Scheme(granularity="tensor")),
+    "E4M3, scaled to 448": decode(encode(x * 448, E4M3), E4M3) / 448,
+    "E5M2, scaled to 57344": decode(encode(x * 57344, E5M2), E5M2) / 57344,
+}
+
+# %%
+figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+for index, (name, back) in enumerate(ways.items()):
+    error = ((back - x) / x).abs().unflatten(0, (40, 100)).amax(dim=1)  # the largest in each of 40 bins
+    axes.loglog(x.unflatten(0, (40, 100))[:, 0], error, label=name, markevery=4, **series_style(index))
+better = x[((ways["E4M3, scaled to 448"] - x).abs() < (ways["int8, step 1/127"] - x).abs())].max().item()
+axes.set(xlabel="|x| as a share of the largest", ylabel="largest relative error")
+axes.set_title(f"E4M3 can beat int8 only below {better:.2f} of the largest number")
+axes.grid(alpha=0.25)
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# *The figure shows the largest relative error of numbers of a given size, for three 8-bit formats scaled so that 1 is the
+# largest number. Floats keep their relative error over a wide range and lose it in the subnormals; int8's grows from the
+# start.*
+#
+# Weights rarely span five powers of ten, so int8 with a scale per channel usually wins on SQNR; activations with outliers,
+# and gradients, are where floats earn their bits.
+
+# %% [markdown]
+# ## 10 · Four bits, better spent: NF4 and MXFP4
+#
+# **NF4** (Dettmers et al. 2023, arXiv:2305.14314) puts its 16 levels at quantiles of the normal distribution, so that each
+# is used about equally often: evenly spaced *probabilities*, turned into numbers, divided by the largest. Each block of 64
+# weights is divided by its max|w| and stored as the numbers of the nearest levels.
+#
+# **Double quantization** stores those maxima in 8 bits: 4 + 8/64 + 32/(64 · 256) bits per weight instead of 4 + 32/64.
+
+# %%
+from labutils.quantization import nf4
+
+levels = nf4.nf4_levels()
+print([round(level, 3) for level in levels.tolist()])
+print(f"{nf4.nf4_bits_per_weight(double=False)} bits, or {nf4.nf4_bits_per_weight():.3f} with double quantization")
+blocks = weight.unflatten(1, (-1, 64))
+ratio = (blocks / blocks.abs().amax(dim=-1, keepdim=True)).flatten()
+shares = {
+    "NF4": nf4.nf4_quantize(weight)[0].flatten().bincount(minlength=16) / weight.numel(),
+    "int4": (quantize(ratio, QParams(torch.tensor(1 / 7), torch.tensor(0), -7, 7)).int() + 7)
+    .bincount(minlength=15)
+    .div(weight.numel()),
+}
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+places = {"NF4": levels, "int4": torch.arange(-7, 8) / 7}
+for index, (name, share) in enumerate(shares.items()):
+    axes.plot(places[name], 100 * share, label=name, **series_style(index))
+axes.set(xlabel="level (as a share of the block's largest |w|)", ylabel="weights at this level (%)")
+most = {name: 100 * share.max().item() for name, share in shares.items()}
+axes.set_title(f"The busiest level holds {most['NF4']:.0f}% of the weights in NF4, {most['int4']:.0f}% in int4")
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# *The figure shows how often each level of NF4 and of int4 is used in our layer, blocks of 64. The outermost levels are busy
+# because each block's largest weight lands there.*
+
+# %% [markdown]
+# ## Exercise 2.9: nf4_codes
+#
+# Write `nf4_codes(block, levels)`: `block` is a 1-D tensor, `levels` the 16 sorted levels. Return the number of the
+# nearest level for each entry of block / max|block|, an integer tensor. 2 lines, 6 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>All distances at once: shape (entries, 16).</details>
+# <details><summary>Hint 2</summary><code>(ratio[:, None] - levels).abs().argmin(dim=1)</code>.</details>
+
+
+# %%
+# EXERCISE nf4_codes
+def nf4_codes(block, levels):
+    """Numbers of the nearest levels."""
+    ### BEGIN SOLUTION
+    ratio = block / block.abs().max()
+    return (ratio[:, None] - levels).abs().argmin(dim=1)
+    ### END SOLUTION
+
+
+# %%
+# CHECK nf4_codes
+ch02_formats.nf4_codes(nf4_codes)
+
+# %% [markdown]
+# **MXFP4** (OCP Microscaling Formats 1.0) is what new hardware multiplies directly: blocks of 32, elements in E2M1, and a
+# scale that is a power of two stored as its exponent in 8 bits (E8M0): 4 + 8/32 = 4.25 bits.
+# **Tiny numbers:** the largest of a block is 12 = 1.5 · 2³. E2M1 reaches 1.5 · 2², so the shared exponent is 3 − 2 = 1:
+# 12 → 6 · 2, and 1.0 → 0.5 · 2.
+
+# %%
+from labutils.quantization.floats import mxfp4_dequantize, mxfp4_quantize
+
+codes, exponents = mxfp4_quantize(torch.tensor([[12.0, 1.0, 5.0, 7.0] + [0.0] * 28]))
+print("codes", codes[0, :4].tolist(), "exponent", exponents.item() - 127, end=", ")
+print("back", mxfp4_dequantize(codes, exponents)[0, :4].tolist())
+four_bits = {
+    "int4, group of 64": fake_quantize(weight, Scheme(bits=4, granularity="group", group_size=64)),
+    "NF4, block of 64": nf4.nf4_dequantize(*nf4.nf4_quantize(weight)),
+    "MXFP4, block of 32": mxfp4_dequantize(*mxfp4_quantize(weight)),
+}
+for name, back in four_bits.items():
+    print(f"{name}: {sqnr_db(weight, back):.1f} dB")
+
+# %% [markdown]
+# ## 11 · Integers from end to end
+#
+# So far we dequantized before multiplying. Hardware without floating point cannot. With symmetric weights, a layer's output
+# code is (Jacob et al. 2017, section 2.2 to 2.4)
+#
+# $$q_y = Z_y + M \Big( q_b + \sum_i (q_{x,i} - Z_x)\, q_{w,i} \Big), \qquad M = \frac{s_x s_w}{s_y}$$
+#
+# The sum counts in steps of s_x·s_w, so the bias must too: $q_b = \operatorname{round}(b / (s_x s_w))$, in **int32**.
+#
+# The article puts its bias into 8 bits at the weights' scale, 1/255. **Predict** what that adds to the sum.
+
+# %%
+x_scale, w_scale, bias = 0.02, 1 / 255, 0.6
+article_code = round(bias / w_scale)
+print(f"the article's code for a bias of {bias}: {article_code}")
+print(f"added to a sum in steps of s_x s_w = {x_scale * w_scale:.2e} it means {article_code * x_scale * w_scale:.4f}")
+print(f"the code that means {bias} there: {round(bias / (x_scale * w_scale))}, more than 8 bits hold")
+
+# %% [markdown]
+# ## Exercise 2.10: quantize_bias
+#
+# **Fix the article.** Write `quantize_bias(bias, x_scale, weight_scale)`: `bias` and `weight_scale` have one entry for each
+# output, `x_scale` is a number; return int32 codes. 1 line, 3 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>What is the unit of a product of an input code and a weight code?</details>
+# <details><summary>Hint 2</summary><code>torch.round(bias / …).to(torch.int32)</code>.</details>
+
+
+# %%
+# EXERCISE quantize_bias
+def quantize_bias(bias, x_scale, weight_scale):
+    """Bias codes in the unit of the sums."""
+    ### BEGIN SOLUTION
+    return torch.round(bias / (x_scale * weight_scale)).to(torch.int32)
+    ### END SOLUTION
+
+
+# %%
+# CHECK quantize_bias
+ch02_formats.quantize_bias(quantize_bias)
+
+# %% [markdown]
+# M is a real number, usually below 1. Write it as an integer m of 31 bits over a power of two, M ≈ m / 2ⁿ, once and for
+# all; then every multiplication by M is a multiplication and a shift. A shift rounds *down*; adding half of what it drops
+# makes it round to nearest:
+#
+# $$q_y = Z_y + \left\lfloor \frac{\text{sum} \cdot m + 2^{n-1}}{2^n} \right\rfloor$$
+#
+# **Tiny numbers:** M = 0.75 = 1610612736 / 2³¹. For a sum of 3: (3 · 1610612736 + 2³⁰) >> 31 = 2, as 2.25 rounds to 2.
+
+# %% [markdown]
+# ## Exercise 2.11: requantize
+#
+# Write `requantize(sums, multiplier, shift, zero_point)`: `sums` is int32, the rest are ints; return int8 codes, clamped to
+# −128 … 127. Integers only: no division, no float. 2 lines, 10 minutes, difficulty 3 of 3.
+#
+# <details><summary>Hint 1</summary>An int32 times a 31-bit number does not fit int32.</details>
+# <details><summary>Hint 2</summary><code>(sums.long() * multiplier + (1 << shift - 1)) >> shift</code>, then the zero point, then <code>clamp</code>.</details>
+
+
+# %%
+# EXERCISE requantize
+def requantize(sums, multiplier, shift, zero_point):
+    """Int8 codes of int32 sums, in integer arithmetic."""
+    ### BEGIN SOLUTION
+    rounded = (sums.long() * multiplier + (1 << shift - 1)) >> shift
+    return (rounded + zero_point).clamp(-128, 127).to(torch.int8)
+    ### END SOLUTION
+
+
+# %%
+# CHECK requantize
+ch02_formats.requantize(requantize)
+
+# %% [markdown]
+# A real layer now, in integers only: LabLM's k_proj with inputs that really flow into it. `IntegerLinear` prepares codes,
+# bias, m and n beforehand; after that no float takes part. It is compared with its float twin (the same quantized weights
+# and inputs, multiplied in float64) and with the unquantized layer.
+
+# %%
+from labutils.quantization.integer import IntegerLinear, fixed_point
+
+inputs = []
+layer = model.model.layers[5].self_attn.k_proj
+hook = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
+with torch.inference_mode():
+    model(**tokenizer("def read_lines(path):\n    with open(path) as file:\n        return ", return_tensors="pt"))
+hook.remove()
+x, bias = inputs[0], torch.zeros(weight.shape[0])
+activations = Scheme(symmetric=False, granularity="tensor")
+x_qparams, y_qparams = choose_qparams(x, activations), choose_qparams(x @ weight.T, activations)
+integer_layer = IntegerLinear.prepare(weight, bias, x=x_qparams, y=y_qparams)
+x_codes = quantize(x, x_qparams)
+y = dequantize(integer_layer(x_codes), y_qparams)
+
+# %%
+twin = dequantize(x_codes, x_qparams).double() @ fake_quantize(weight, Scheme()).double().T
+steps_off = ((y - twin).abs() / y_qparams.scale).max().item()
+print(f"x {tuple(x_codes.shape)} {x_codes.dtype}, weight {integer_layer.weight.dtype}, bias {integer_layer.bias.dtype}")
+print(f"first output: M = {integer_layer.multiplier[0]} / 2^{integer_layer.shift[0]}; 0.25 is {fixed_point(0.25)}")
+print(f"against the float twin: at most {steps_off:.3f} output steps off (half a step is the rounding of the output)")
+print(f"against the unquantized layer: SQNR {sqnr_db(x @ weight.T, y):.1f} dB")
+
+# %% [markdown]
+# ## 12 · What a bit buys
+#
+# SQNR is about weights. What we want to keep is the *model*. So: replace the weights of all linear layers by what each way
+# leaves of them (weight-only **fake quantization**: the model still computes in float32), and measure bits per byte on
+# text it was never trained on, paired with the float32 model on the same documents (chapter 00's measure; the interval
+# resamples documents). The tied embedding stays in float32.
+#
+# No speed is measured here, so nothing goes into the ledger: a fake-quantized model is not faster. Chapter 03 brings kernels
+# that are.
+
+# %%
+from functools import partial
+
+from labutils.quantization.clipping import mse_range
+from labutils.quantization.floats import fake_quantize_float
+
+
+def rounded(w, scheme):
+    return fake_quantize(w, scheme), bits_per_weight(tuple(w.shape), scheme)
+
+
+def clipped(w, scheme):
+    low, high = mse_range(w, scheme, smallest=0.4, steps=12)
+    return fake_quantize(w, scheme, low=low, high=high), bits_per_weight(tuple(w.shape), scheme)
+
+
+def by_group(bits, size, **more):
+    return Scheme(bits=bits, granularity="group", group_size=size, scale_dtype=torch.float16, **more)
+
+
+def one_bit(w):
+    signs, alpha = binary.binarize(w)
+    return alpha.half() * signs, 1 + 16 / w.shape[1]
+
+
+def nf4_double(w):
+    codes, absmax = nf4.nf4_quantize(w)
+    return nf4.nf4_dequantize(codes, nf4.double_quantize(absmax)), nf4.nf4_bits_per_weight()
+
+
+# %%
+channel = {"scale_dtype": torch.float16}
+WAYS = {
+    "int8 per tensor": partial(rounded, scheme=Scheme(granularity="tensor", **channel)),
+    "int8 per channel": partial(rounded, scheme=Scheme(**channel)),
+    "E4M3 per channel": lambda w: (fake_quantize_float(w, E4M3, Scheme(**channel)), 8 + 16 / w.shape[1]),
+    "int4 per tensor": partial(rounded, scheme=Scheme(bits=4, granularity="tensor", **channel)),
+    "int4 per channel": partial(rounded, scheme=Scheme(bits=4, **channel)),
+    "int4 group 64": partial(rounded, scheme=by_group(4, 64)),
+    "int4 group 64, affine": partial(rounded, scheme=by_group(4, 64, symmetric=False)),
+    "NF4, double quantized": nf4_double,
+    "MXFP4": lambda w: (mxfp4_dequantize(*mxfp4_quantize(w)), 4 + 8 / 32),
+    "int3 group 64, affine": partial(rounded, scheme=by_group(3, 64, symmetric=False)),
+    "int3 group 64, clipped": partial(clipped, scheme=by_group(3, 64)),
+    "int2 group 32, affine": partial(rounded, scheme=by_group(2, 32, symmetric=False)),
+    "int2 group 32, affine, clipped": partial(clipped, scheme=by_group(2, 32, symmetric=False)),
+    "one bit (XNOR-Net)": one_bit,
+}
+
+# %% [markdown]
+# **Predict:** how many bits can go before it hurts? Where will one bit land: at the text's own 8 bits per byte, or below?
+
+# %%
+from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
+from labutils.plots.quantization import BitsPoint, bits_quality_table, draw_bits_quality
+
+documents = held_out_documents(limit_bytes=700)
+baseline = bits_by_document(model, tokenizer, documents)
+points = []
+for way_name, way in WAYS.items():
+    spent = 0.0
+    for name, layer in linear_layers(model):
+        back, bits = way(weights[name])
+        spent += bits * weights[name].numel()
+        set_weight_(layer, back)
+    quality = paired_quality(bits_by_document(model, tokenizer, documents), baseline)
+    points.append(BitsPoint(way_name, spent / stored, quality))
+for name, layer in linear_layers(model):
+    set_weight_(layer, weights[name])
+print(f"float32: {points[0].quality.baseline_bits_per_byte:.4f} bits per byte on {len(documents)} documents")
+print(bits_quality_table(points))
+
+# %%
+figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
+draw_bits_quality(points, ax=axes)
+plt.show()
+
+# %% [markdown]
+# *The figure shows what each way of storing LabLM's linear layers costs in bits per byte (with the paired 95% interval)
+# over its true bits per weight. The scale is linear near 0 and logarithmic above. The dashed line joins the ways that no
+# other beats in both.*
+#
+# **Explain**, with your own table: which ways should nobody use? Does a scale per channel or a group help int8? Which
+# spends its four bits best, and does its SQNR in section 10 say so too? What does one bit per weight cost, *without
+# training for it*? (XNOR-Net trains with its signs.)
+
+# %% [markdown]
+# ## What you have
+#
+# - one formula with its inverse, and three repairs of a published one;
+# - the currency: true bits per weight on one side, SQNR and bits per byte on the other;
+# - a prediction of the noise that needs only the step, and three places where it fails;
+# - formats down to one bit, each checked against a standard or against hand-made bits;
+# - a layer that computes in integers from end to end.
+#
+# **Open question:** we rounded each weight to its own nearest level, as if weights did not know of one another. A layer's
+# *output* is a sum over them. Could a weight be rounded the wrong way on purpose, to make up for its neighbours' errors?
+# What would you have to know about the inputs?
+#
+# Next: **03 · Quantizing a language model**.
+
+# %%
+from labutils.course.progress import progress
+
+progress()

@@ -1,0 +1,287 @@
+# %% WRONG output_error | weight's own error
+# EXERCISE output_error
+def output_error(weight, rounded, gram):
+    return (weight - rounded).square().sum() / weight.square().sum()
+
+
+# %% WRONG output_error | only the diagonal
+# EXERCISE output_error
+def output_error(weight, rounded, gram):
+    energy = gram.diagonal()
+    return ((weight - rounded).square() * energy).sum() / (weight.square() * energy).sum()
+
+
+# %% WRONG output_error | divide by
+# EXERCISE output_error
+def output_error(weight, rounded, gram):
+    d = weight - rounded
+    return ((d @ gram) * d).sum()
+
+
+# %% WRONG output_error | no root
+# EXERCISE output_error
+def output_error(weight, rounded, gram):
+    d = weight - rounded
+    return (((d @ gram) * d).sum() / ((weight @ gram) * weight).sum()) ** 0.5
+
+
+# %% WRONG output_error | upside down
+# EXERCISE output_error
+def output_error(weight, rounded, gram):
+    d = weight - rounded
+    return ((weight @ gram) * weight).sum() / ((d @ gram) * d).sum()
+
+
+# %% WRONG gptq_round | plain rounding
+# EXERCISE gptq_round
+def gptq_round(weight, factor, scale, qmax):
+    return torch.round(weight / scale[:, None]).clamp(-qmax, qmax) * scale[:, None]
+
+
+# %% WRONG gptq_round | the sign is wrong
+# EXERCISE gptq_round
+def gptq_round(weight, factor, scale, qmax):
+    work, rounded = weight.clone(), torch.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        rounded[:, j] = torch.round(work[:, j] / scale).clamp(-qmax, qmax) * scale
+        error = (work[:, j] - rounded[:, j]) / factor[j, j]
+        work[:, j + 1 :] += error[:, None] * factor[j, j + 1 :]
+    return rounded
+
+
+# %% WRONG gptq_round | divide the error by U[j, j]
+# EXERCISE gptq_round
+def gptq_round(weight, factor, scale, qmax):
+    work, rounded = weight.clone(), torch.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        rounded[:, j] = torch.round(work[:, j] / scale).clamp(-qmax, qmax) * scale
+        error = work[:, j] - rounded[:, j]
+        work[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
+    return rounded
+
+
+# %% WRONG gptq_round | clamp it
+# EXERCISE gptq_round
+def gptq_round(weight, factor, scale, qmax):
+    work, rounded = weight.clone(), torch.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        rounded[:, j] = torch.round(work[:, j] / scale) * scale
+        error = (work[:, j] - rounded[:, j]) / factor[j, j]
+        work[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
+    return rounded
+
+
+# %% WRONG gptq_round | along row j of U | same
+# EXERCISE gptq_round
+def gptq_round(weight, factor, scale, qmax):
+    work, rounded = weight.clone(), torch.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        rounded[:, j] = torch.round(work[:, j] / scale).clamp(-qmax, qmax) * scale
+        error = (work[:, j] - rounded[:, j]) / factor[j, j]
+        work[:, j + 1 :] -= error[:, None] * factor[j + 1 :, j]
+    return rounded
+
+
+# %% WRONG gptq_round | those are codes
+# EXERCISE gptq_round
+def gptq_round(weight, factor, scale, qmax):
+    work, codes = weight.clone(), torch.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        codes[:, j] = torch.round(work[:, j] / scale).clamp(-qmax, qmax)
+        error = (work[:, j] - codes[:, j] * scale) / factor[j, j]
+        work[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
+    return codes
+
+
+# %% WRONG gptq_round | work on a copy
+# EXERCISE gptq_round
+def gptq_round(weight, factor, scale, qmax):
+    for j in range(weight.shape[1]):
+        column = torch.round(weight[:, j] / scale).clamp(-qmax, qmax) * scale
+        error = (weight[:, j] - column) / factor[j, j]
+        weight[:, j] = column
+        weight[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
+    return weight
+
+
+# %% WRONG best_alpha | by s again
+# EXERCISE best_alpha
+def best_alpha(weight, mean_abs, gram, scheme):
+    losses = {a: layer_error(weight, fake_quantize(weight * awq_scale(mean_abs, a), scheme), gram) for a in ALPHAS}
+    return min(losses, key=losses.get)
+
+
+# %% WRONG best_alpha | must become larger
+# EXERCISE best_alpha
+def best_alpha(weight, mean_abs, gram, scheme):
+    losses = {}
+    for alpha in ALPHAS:
+        s = awq_scale(mean_abs, alpha)
+        losses[alpha] = layer_error(weight, fake_quantize(weight / s, scheme) * s, gram)
+    return min(losses, key=losses.get)
+
+
+# %% WRONG best_alpha | that compares weights
+# EXERCISE best_alpha
+def best_alpha(weight, mean_abs, gram, scheme):
+    losses = {}
+    for alpha in ALPHAS:
+        s = awq_scale(mean_abs, alpha)
+        losses[alpha] = (weight - fake_quantize(weight * s, scheme) / s).square().sum().item()
+    return min(losses, key=losses.get)
+
+
+# %% WRONG best_alpha | return its α
+# EXERCISE best_alpha
+def best_alpha(weight, mean_abs, gram, scheme):
+    losses = {}
+    for alpha in ALPHAS:
+        s = awq_scale(mean_abs, alpha)
+        losses[alpha] = layer_error(weight, fake_quantize(weight * s, scheme) / s, gram)
+    return min(losses.values())
+
+
+# %% WRONG best_alpha | the largest loss
+# EXERCISE best_alpha
+def best_alpha(weight, mean_abs, gram, scheme):
+    losses = {}
+    for alpha in ALPHAS:
+        s = awq_scale(mean_abs, alpha)
+        losses[alpha] = layer_error(weight, fake_quantize(weight * s, scheme) / s, gram)
+    return max(losses, key=losses.get)
+
+
+# %% WRONG smoothing | upside down
+# EXERCISE smoothing
+def smoothing(input_absmax, weight, alpha):
+    return weight.abs().amax(dim=0) ** (1 - alpha) / input_absmax**alpha
+
+
+# %% WRONG smoothing | over a column
+# EXERCISE smoothing
+def smoothing(input_absmax, weight, alpha):
+    return input_absmax**alpha / weight.abs().amax(dim=1) ** (1 - alpha)
+
+
+# %% WRONG smoothing | belongs to the inputs
+# EXERCISE smoothing
+def smoothing(input_absmax, weight, alpha):
+    return input_absmax ** (1 - alpha) / weight.abs().amax(dim=0) ** alpha
+
+
+# %% WRONG smoothing | largest absolute value
+# EXERCISE smoothing
+def smoothing(input_absmax, weight, alpha):
+    return input_absmax**alpha / weight.amax(dim=0) ** (1 - alpha)
+
+
+# %% WRONG smoothing | divide by the weight's power
+# EXERCISE smoothing
+def smoothing(input_absmax, weight, alpha):
+    return input_absmax**alpha * weight.abs().amax(dim=0) ** (1 - alpha)
+
+
+# %% WRONG split_product | own product is missing
+# EXERCISE split_product
+def split_product(x, weight, threshold):
+    outliers = (x.abs() >= threshold).any(dim=0)
+    regular = fake_quantize(x.masked_fill(outliers, 0), Scheme(granularity="token"))
+    return regular @ fake_quantize(weight.masked_fill(outliers, 0), Scheme()).T
+
+
+# %% WRONG split_product | set them to 0 first
+# EXERCISE split_product
+def split_product(x, weight, threshold):
+    outliers = (x.abs() >= threshold).any(dim=0)
+    regular = fake_quantize(x, Scheme(granularity="token")) @ fake_quantize(weight, Scheme()).T
+    return regular + x[:, outliers] @ weight[:, outliers].T
+
+
+# %% WRONG split_product | equality counts
+# EXERCISE split_product
+def split_product(x, weight, threshold):
+    outliers = (x.abs() > threshold).any(dim=0)
+    regular = fake_quantize(x.masked_fill(outliers, 0), Scheme(granularity="token"))
+    rounded = fake_quantize(weight.masked_fill(outliers, 0), Scheme())
+    return regular @ rounded.T + x[:, outliers] @ weight[:, outliers].T
+
+
+# %% WRONG split_product | outliers count too
+# EXERCISE split_product
+def split_product(x, weight, threshold):
+    outliers = (x >= threshold).any(dim=0)
+    regular = fake_quantize(x.masked_fill(outliers, 0), Scheme(granularity="token"))
+    rounded = fake_quantize(weight.masked_fill(outliers, 0), Scheme())
+    return regular @ rounded.T + x[:, outliers] @ weight[:, outliers].T
+
+
+# %% WRONG split_product | one scale for each token
+# EXERCISE split_product
+def split_product(x, weight, threshold):
+    outliers = (x.abs() >= threshold).any(dim=0)
+    regular = fake_quantize(x.masked_fill(outliers, 0), Scheme(granularity="tensor"))
+    rounded = fake_quantize(weight.masked_fill(outliers, 0), Scheme())
+    return regular @ rounded.T + x[:, outliers] @ weight[:, outliers].T
+
+
+# %% WRONG split_product | no column was split off
+# EXERCISE split_product
+def split_product(x, weight, threshold):
+    return fake_quantize(x, Scheme(granularity="token")) @ fake_quantize(weight, Scheme()).T
+
+
+# %% WRONG round_keys | along a token
+# EXERCISE round_keys
+def round_keys(keys, bits, group_size):
+    return fake_quantize(keys, Scheme(bits=bits, symmetric=False, granularity="group", group_size=group_size))
+
+
+# %% WRONG round_keys | turn the axes back
+# EXERCISE round_keys
+def round_keys(keys, bits, group_size):
+    scheme = Scheme(bits=bits, symmetric=False, granularity="group", group_size=group_size)
+    return fake_quantize(keys.transpose(-1, -2), scheme)
+
+
+# %% WRONG round_keys | zero point
+# EXERCISE round_keys
+def round_keys(keys, bits, group_size):
+    scheme = Scheme(bits=bits, granularity="group", group_size=group_size)
+    return fake_quantize(keys.transpose(-1, -2), scheme).transpose(-1, -2)
+
+
+# %% WRONG round_keys | not for the whole text
+# EXERCISE round_keys
+def round_keys(keys, bits, group_size):
+    scheme = Scheme(bits=bits, symmetric=False, granularity="channel")
+    return fake_quantize(keys.transpose(-1, -2), scheme).transpose(-1, -2)
+
+
+# %% WRONG straight_through | no gradient arrives
+# EXERCISE straight_through
+def straight_through(weight, scheme):
+    return fake_quantize(weight.detach(), scheme)
+
+
+# %% WRONG straight_through | round it
+# EXERCISE straight_through
+def straight_through(weight, scheme):
+    return weight
+
+
+# %% WRONG straight_through | plus the rounded one
+# EXERCISE straight_through
+def straight_through(weight, scheme):
+    return weight + fake_quantize(weight, scheme).detach()
+
+
+# %% WRONG straight_through | turned round
+# EXERCISE straight_through
+def straight_through(weight, scheme):
+    return weight + (weight - fake_quantize(weight, scheme)).detach()
+
+
+# %% WRONG straight_through | almost everywhere
+# EXERCISE straight_through
+def straight_through(weight, scheme):
+    return fake_quantize(weight, scheme)
