@@ -105,5 +105,7 @@ def test_gradual_criteria_choose_differently():
 
 
 def test_fine_tuning_needs_a_batch():
+    with pytest.raises(ValueError, match="at least 2 batches; got 1"):
+        recovery.gradual_(pruned()[1], BATCHES[:1], final=0.5, lr=1e-3)
     with pytest.raises(ValueError, match="at least one batch"):
         recovery.fine_tune_(pruned()[1], [], lr=1e-3)

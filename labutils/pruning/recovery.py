@@ -67,7 +67,10 @@ def gradual_(
     lr: float,
     by_movement: bool = False,
 ) -> Masks:
-    """Prunes while it trains: at every step the masks are drawn anew, for a sparsity that rises by `schedule`.
+    """Prunes while it trains: masks are drawn anew at every step, for a sparsity that rises by `schedule`.
+
+    The loss is the masked model's, but its gradients move the whole weights behind the masks, so a weight may come back
+    (straight-through, as in Sanh et al. 2020).
 
     Args:
         model: is fine-tuned with AdamW and ends at the final sparsity, the same in every layer.
@@ -78,12 +81,17 @@ def gradual_(
 
     Returns:
         The last masks.
+
+    Raises:
+        ValueError: for fewer than 2 batches.
     """
+    if len(batches) < 2:
+        raise ValueError(f"a gradual run needs at least 2 batches; got {len(batches)}")
     layers = dict(linear_layers(model))
     moved = {name: torch.zeros_like(weight_of(layer)) for name, layer in layers.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    rising = max(1, len(batches) * 2 // 3)
-    for step, token_ids in enumerate(batches, start=1):
+    rising = len(batches) * 2 // 3
+    for step, token_ids in enumerate(batches):
         scores = moved if by_movement else magnitude_scores(model)
         masks = mask_model(scores, schedule(min(step, rising), steps=rising, final=final))
         whole = {name: weight_of(layer).clone() for name, layer in layers.items()}
