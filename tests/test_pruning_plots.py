@@ -58,6 +58,18 @@ def test_masks_and_sensitivity_say_what_they_show(axes):
     assert [t.get_text() for t in axes[1].texts] == ["0.000", "1.000", "1.000", "2.000"]
 
 
+def test_structure_names_the_cheapest_and_ignores_what_is_larger(axes):
+    points = {"a": (80, quality(0.4)), "b": (90, quality(0.1)), "larger": (120, quality(0.001))}
+    plots.draw_structure(axes[0], points, dense=100)
+    assert axes[0].get_title().endswith("removed: b") and len(axes[0].containers) == 3
+
+
+def test_groups_are_drawn_with_their_sizes(axes):
+    plots.draw_groups(axes[0], {"dense": [1.0, 0.5], "pruned": [0.5, 0.0]}, {"all": 100, "few": 4})
+    assert [bar.get_height() for bar in axes[0].patches] == [1.0, 0.5, 0.5, 0.0]
+    assert [label.get_text() for label in axes[0].get_xticklabels()] == ["all\n(100)", "few\n(4)"]
+
+
 class Letters:
     """A tokenizer of letters."""
 

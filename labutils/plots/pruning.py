@@ -27,11 +27,49 @@ def draw_curves(ax: Axes, curves: Mapping[str, Curve]) -> str:
         levels = [100 * level for level, _ in points]
         ax.errorbar(levels, lost, yerr=bars, label=name, capsize=3, **series_style(index))
     best = min(curves, key=lambda name: curves[name][-1][1].difference)
-    ax.set(yscale="log", xlabel="zeros (% of the body's weights)", ylabel="bits per byte lost (lower is better)")
+    ax.set(xlabel="zeros (% of the body's weights)", ylabel="bits per byte lost (lower is better)")
+    plain_log_axis(ax, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5))
     ax.set_title(f"{best} loses least at {curves[best][-1][0]:.0%}")
     ax.grid(alpha=0.25, which="both")
     ax.legend(fontsize="small")
     return best
+
+
+def plain_log_axis(ax: Axes, ticks: Sequence[float]) -> None:
+    """A logarithmic y axis with these numbers as people write them; those outside the data stay unseen."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(FixedLocator(list(ticks)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter("{x:g}")
+
+
+def draw_structure(ax: Axes, smaller: Mapping[str, tuple[int, PairedQuality]], *, dense: int) -> None:
+    """Smaller models as points: millions of parameters stored, and bits per byte lost with the paired 95% interval."""
+    for index, (name, (count, quality)) in enumerate(smaller.items()):
+        bars = [[b[0]] for b in _bars([quality])]
+        ax.errorbar(
+            [count / 1e6], [quality.difference], yerr=bars, capsize=3, ls="none", label=name, **series_style(index)
+        )
+    cost = {name: q.difference / (dense - count) for name, (count, q) in smaller.items() if count < dense}
+    ax.axvline(dense / 1e6, color="0.4", linestyle=":")
+    ax.set(xlabel="parameters stored (millions; dotted: dense)", ylabel="bits per byte lost")
+    ax.set_title(f"Least lost per parameter removed: {min(cost, key=cost.get)}")
+    plain_log_axis(ax, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1))
+    ax.grid(alpha=0.25)
+    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def draw_groups(ax: Axes, shares: Mapping[str, Sequence[float]], groups: Mapping[str, int]) -> None:
+    """Share of right answers by group (how many items each) and model, with one standard error."""
+    width = 0.8 / len(shares)
+    for index, (name, heights) in enumerate(shares.items()):
+        errors = [(h * (1 - h) / n) ** 0.5 for h, n in zip(heights, groups.values(), strict=True)]
+        places = [g + (index - (len(shares) - 1) / 2) * width for g in range(len(groups))]
+        hatch = ("", "//", "..", "xx", "--")[index % 5]
+        ax.bar(places, heights, width, yerr=errors, label=name, color=PALETTE[index], hatch=hatch, edgecolor="white")
+    ax.set_xticks(range(len(groups)), [f"{name}\n({n})" for name, n in groups.items()])
+    ax.set(ylabel="right (share)", ylim=(0, 1.05))
+    ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
 
 
 def _bars(qualities: Sequence[PairedQuality]) -> list[list[float]]:
@@ -53,7 +91,8 @@ def draw_published(ours: Axes, theirs: Axes, measured: Mapping[str, Sequence[Pai
         ax.set_xlabel("pattern, half of the weights zero")
         ax.grid(alpha=0.25, axis="y")
     ours.set(ylabel="bits per byte lost", title="Measured here")
-    theirs.set(ylabel="perplexity lost", yscale="log", title="Published: Llama-2-7B, WikiText-2")
+    theirs.set(ylabel="perplexity lost", title="Published: Llama-2-7B, WikiText-2")
+    plain_log_axis(theirs, (1, 2, 5, 10, 20, 50))
     ours.legend(fontsize="small")
 
 
@@ -82,11 +121,8 @@ def draw_break_even(ax: Axes, speedups: Mapping[str, Mapping[float, float]]) -> 
         ax.plot([100 * s for s in levels], [curve[s] for s in levels], label=name, **series_style(index))
         crossings[name] = crossing([(s, curve[s]) for s in levels])
     ax.axhline(1, color="0.4", linestyle="--")
-    ax.set(yscale="log", xlabel="zeros (%)", ylabel="times as fast as dense")
-    ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
-    ax.yaxis.set_major_locator(FixedLocator(ticks))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter("{x:g}x")
+    ax.set(xlabel="zeros (%)", ylabel="times as fast as dense")
+    plain_log_axis(ax, (0.125, 0.25, 0.5, 1, 2, 4, 8, 16))
     ax.grid(alpha=0.25)
     ax.legend(fontsize="small")
     return crossings

@@ -64,9 +64,9 @@ def redundant_rows(gram: Float[Tensor, "n n"], *, threshold: float) -> dict[int,
     kept: list[int] = []
     merged: dict[int, int] = {}
     for row in gram.diagonal().argsort(descending=True, stable=True).tolist():
-        best = max(kept, key=lambda other: shares[other, row].item(), default=None)
-        if best is not None and shares[best, row] >= threshold - 1e-6:
-            merged[row] = best
+        best = shares[kept, row].argmax().item() if kept else None
+        if best is not None and shares[kept[best], row] >= threshold - 1e-6:
+            merged[row] = kept[best]
         else:
             kept.append(row)
     return dict(sorted(merged.items()))
