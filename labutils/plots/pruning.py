@@ -93,6 +93,7 @@ def draw_published(ours: Axes, theirs: Axes, measured: Mapping[str, Sequence[Pai
     ours.set(ylabel="bits per byte lost", title="Measured here")
     theirs.set(ylabel="perplexity lost", title="Published: Llama-2-7B, WikiText-2")
     plain_log_axis(theirs, (1, 2, 5, 10, 20, 50))
+    theirs.set_ylim(bottom=1)
     ours.legend(fontsize="small")
 
 
