@@ -7,6 +7,9 @@ from pathlib import Path
 from labutils.course.build import learner_notebook, solution_notebook, text_of
 from labutils.course.source import read_chapter
 
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTER_00 = "00_start_here"
+
 DEMO = Path(__file__).resolve().parent / "fixtures" / "demo"
 STEM = "90_demo"
 NAMES = ("tokens_per_second", "quantize", "weight_bytes")
@@ -31,7 +34,23 @@ FORKS = QUANTIZE + (
     "    keep = [subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']) for _ in range(200)]\n"
     "    keep[0].wait()"
 )
-EATS = QUANTIZE + "    keep = []\n    while True:\n        keep.append(bytearray(50_000_000))"
+EATS = QUANTIZE + (
+    "    import time\n    keep = []\n"
+    "    while True:\n        keep.append(bytearray(50_000_000))\n        time.sleep(0.05)"
+)
+FILLS = QUANTIZE + (
+    "    import time\n"
+    "    with open('full', 'wb') as file:\n"
+    "        while True:\n            file.write(bytes(10_000_000))\n"
+    "            file.flush()\n            time.sleep(0.1)"
+)
+BOMB = QUANTIZE + (
+    "    import subprocess, sys\n"
+    "    code = 'import os, time\\nfor _ in range(6): os.fork()\\ntime.sleep(600)'\n"
+    "    subprocess.run([sys.executable, '-S', '-c', code])"
+)
+QUITS = QUANTIZE + "    exit()"
+PARRICIDE = QUANTIZE + "    import os, signal\n    os.kill(os.getppid(), signal.SIGKILL)"
 LIES = SPEED + "    return 0\nprint('✓ 90.1 tokens_per_second')"
 
 
@@ -130,7 +149,49 @@ def kinds(root: Path) -> dict[str, tuple[dict, tuple[str, ...]]]:
         "huge": (learner(root, **RIGHT | {"quantize": PRINTS}), ("right", "wrong", "right")),
         "forks": (learner(root, **RIGHT | {"quantize": FORKS}), ("right", "killed kernel", "right")),
         "eats": (learner(root, **RIGHT | {"quantize": EATS}), ("right", "killed kernel", "right")),
+        "fills": (learner(root, **RIGHT | {"quantize": FILLS}), ("right", "killed kernel", "right")),
+        "bomb": (learner(root, **RIGHT | {"quantize": BOMB}), ("right", "killed kernel", "right")),
+        "quits": (learner(root, **RIGHT | {"quantize": QUITS}), ("right", "wrong", "right")),
+        "parricide": (learner(root, **RIGHT | {"quantize": PARRICIDE}), ("right", "killed kernel", "right")),
     }
+
+
+def vandal(root: Path, folder: Path) -> dict:
+    """All right, and overwrites every hand-in of the class."""
+    deed = (
+        "\nimport pathlib"
+        f"\nfor path in pathlib.Path({str(folder)!r}).rglob('*.ipynb'):"
+        "\n    if not path.is_symlink():"
+        "\n        path.write_text('gone')"
+    )
+    return learner(root, **RIGHT | {"quantize": RIGHT["quantize"] + deed})
+
+
+def of_chapter_00(root: Path, **answers: str) -> dict:
+    """The learner's chapter 00 of a course or kit: "right" puts the solution in, other texts are answers."""
+    chapter = read_chapter(ROOT / "notebooks" / "source" / f"{CHAPTER_00}.py")
+    solutions = {exercise.name: chapter.cells[exercise.cell].source for exercise in chapter.exercises}
+    notebook = json.loads((root / "notebooks" / f"{CHAPTER_00}.ipynb").read_text(encoding="utf-8"))
+    for name, answer in answers.items():
+        source = solutions[name] if answer == "right" else f"# EXERCISE {name}\n{answer}"
+        cell_of(notebook, "EXERCISE", name)["source"] = source.splitlines(keepends=True)
+    return notebook
+
+
+def mixed_chapter_00(root: Path) -> tuple[dict, tuple[str, ...]]:
+    """Chapter 00 with a verdict of each kind that ends by itself; 0.2's check is faked."""
+    answers = {
+        "tokens_per_second": "right",
+        "bits_per_byte": "def bits_per_byte(nats, text):\n    return nats.sum().item() / len(text.encode())",
+        "predict_all": "def predict_all(model, batches)\n    return 0",
+        "accuracy": "right",
+        "clock_cycles": "right",
+    }
+    notebook = of_chapter_00(root, **answers)
+    cell_of(notebook, "CHECK", "bits_per_byte")["source"] = ["# CHECK bits_per_byte\n", "print('✓ 0.2 bits_per_byte')"]
+    notebook["cells"].remove(cell_of(notebook, "EXERCISE", "accuracy"))
+    notebook["cells"].append(cell_of(notebook, "EXERCISE", "clock_cycles"))
+    return notebook, ("right", "wrong", "blank", "syntax error", "missing", "doubled")
 
 
 def unusable(folder: Path) -> list[Path]:

@@ -76,10 +76,10 @@ def fill(ticks, *, batch=1, weight_bytes=100e6, peak=1e9, bytes_per_weight=4.0, 
 
     Heavy.weight_bytes = weight_bytes
     tokens = torch.zeros(batch, 3, dtype=torch.long)
-    outputs = {"x": tokens, decode.REFERENCE: torch.zeros(1, 3, dtype=torch.long) if same else torch.ones(1, 3)}
+    reference = torch.zeros(1, 3, dtype=torch.long) if same else torch.ones(1, 3)
     row = Row(technique="x", model="m", threads=1, batch=batch)
     technique = Technique("x", batch=batch, bytes_per_weight=bytes_per_weight)
-    return decode._filled(row, technique, ticks, outputs, peak, Heavy)
+    return decode._filled(row, technique, ticks, tokens, reference, peak, Heavy)
 
 
 def test_ticks_become_speeds_by_hand():

@@ -1,4 +1,4 @@
-"""A real JupyterLab in a headless Chromium: a learner answers wrongly, sees the hint, then answers rightly.
+"""A real JupyterLab in a headless Chromium, on the learner's chapter 00: wrong answer, hint, right answer, widgets.
 
 Set LABUTILS_CHROMIUM to a browser that is not on PATH. Screenshots go to ``artifacts/``.
 """
@@ -15,12 +15,15 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
-from hand_ins import STEM, cell_of, demo_course
+from hand_ins import cell_of
+
+from labutils.course.handout import handout
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS = ROOT / "artifacts"
+STEM = "00_start_here"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     "--headless",
@@ -46,9 +49,10 @@ def browser_path():
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """The demonstration course in a running JupyterLab: its folder and its address."""
+    """A class's kit with chapter 00 in a running JupyterLab: its folder and its address."""
     folder = tmp_path_factory.mktemp("browser")
-    root = demo_course(folder)
+    root = folder / "kit"
+    handout(ROOT, root, only=STEM)
     for name, content in SETTINGS.items():
         path = folder / "settings" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,25 +111,32 @@ def page(lab):
     sync_api = pytest.importorskip("playwright.sync_api")
     if browser_path() is None:
         pytest.skip("no Chromium on PATH; on Debian: apt-get install chromium")
-    errors, beyond = [], []
+    errors, urls = [], []
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path(), args=list(FLAGS))
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(WAIT_MS)
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("request", lambda request: beyond.append(request.url) if is_beyond(request.url) else None)
+        page.on("request", lambda request: urls.append(request.url))
+        page.on("websocket", lambda socket: urls.append(socket.url))
         yield page
-        ARTIFACTS.mkdir(exist_ok=True)
-        page.screenshot(path=str(ARTIFACTS / "browser-last.png"))
+        shot(page, page.locator("body"), "browser-last.png")
         browser.close()
     assert errors == []
-    assert beyond == []
+    assert any(url.startswith("ws:") for url in urls) and any("/api/contents/" in url for url in urls)
+    assert [url for url in urls if is_beyond(url)] == []
 
 
 def is_beyond(url):
+    """Whether a request left this machine; what a page makes for itself (data, blob) asks nobody."""
     parts = urlparse(url)
-    return parts.scheme in {"http", "https", "ws", "wss"} and parts.hostname not in {"127.0.0.1", "localhost"}
+    return parts.scheme not in {"data", "blob"} and parts.hostname not in {"127.0.0.1", "localhost"}
+
+
+def test_is_beyond():
+    assert is_beyond("https://example.org/x.js") and is_beyond("wss://example.org")
+    assert not is_beyond("http://127.0.0.1:8888/lab") and not is_beyond("blob:http://127.0.0.1/1")
 
 
 def cell(page, first_line):
@@ -144,7 +155,7 @@ def answer(page, name, *lines):
     page.keyboard.press("Shift+Enter")
 
 
-def test_a_learner_answers_wrongly_then_rightly(lab, page):
+def test_a_learner_s_first_hour(lab, page):
     root, address = lab
     page.goto(f"{address}/lab/tree/notebooks/{STEM}.ipynb")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
@@ -152,37 +163,58 @@ def test_a_learner_answers_wrongly_then_rightly(lab, page):
     page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
     page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
     progress = cell(page, "progress()").locator(".jp-OutputArea")
-    progress.get_by_text("0 of 3 exercises passed").first.wait_for()  # a blank has stopped nothing
+    progress.get_by_text("0 of 6 exercises passed").first.wait_for()  # the blanks have stopped nothing
     check = cell(page, "# CHECK tokens_per_second").locator(".jp-OutputArea")
     assert "still blank" in check.inner_text()
+    see_the_plot(page)
+    move_the_slider(page)
+    answer_wrongly_then_rightly(page, check)
+    progress.get_by_text("1 of 6 exercises passed").wait_for()
+    bar = progress.locator(".jupyter-widgets .progress-bar")
+    bar.wait_for()
+    shot(page, progress, "browser-progress.png")
+    with page.expect_response(lambda reply: reply.request.method == "PUT" and "/api/contents/" in reply.url) as saved:
+        page.keyboard.press("ControlOrMeta+s")
+    assert saved.value.ok
+    stored = json.loads((root / "notebooks" / f"{STEM}.ipynb").read_text(encoding="utf-8"))
+    assert "statistics.median(seconds[1:])" in "".join(cell_of(stored, "EXERCISE", "tokens_per_second")["source"])
 
-    answer(page, "tokens_per_second", "def tokens_per_second(tokens, seconds):", "return seconds / tokens")
-    check.get_by_text("upside down").wait_for()
+
+def see_the_plot(page):
+    """The speed-quality plot is there, and is a picture of some size."""
+    picture = cell(page, "draw_speed_quality([record]").locator(".jp-OutputArea img")
+    picture.wait_for()
+    assert picture.evaluate("image => image.complete && image.naturalWidth > 300 && image.naturalHeight > 200")
+    shot(page, picture, "browser-plot.png")
+
+
+def move_the_slider(page):
+    """Tab reaches the slider, an arrow key moves it, and the text beside it follows."""
+    outputs = cell(page, "size_slider = ").locator(".jp-OutputArea")
+    handle, text = outputs.locator(".noUi-handle"), outputs.locator(".widget-html-content")
+    text.get_by_text("tokens/s at best").wait_for()
+    before = text.inner_text()
+    assert handle.get_attribute("tabindex") == "0"
+    handle.focus()
+    page.keyboard.press("ArrowRight")
+    outputs.locator(".widget-readout", has_text="70B").wait_for()
+    text.get_by_text("as fast as you read").wait_for()
+    page.wait_for_function("([node, old]) => node.innerText !== old", arg=[text.element_handle(), before])
+    shot(page, outputs, "browser-slider.png")
+
+
+def answer_wrongly_then_rightly(page, check):
+    signature = "def tokens_per_second(new_tokens, seconds):"
+    answer(page, "tokens_per_second", signature, "return new_tokens / statistics.mean(seconds[1:])")
+    check.get_by_text("you took the mean").wait_for()
     assert "Traceback" not in check.inner_text()
     shot(page, check, "browser-hint.png")
-
-    answer(page, "tokens_per_second", "def tokens_per_second(tokens, seconds):", "return tokens / seconds")
-    check.get_by_text("✓ 90.1 tokens_per_second").wait_for()
+    answer(page, "tokens_per_second", signature, "return new_tokens / statistics.median(seconds[1:])")
+    check.get_by_text("✓ 0.1 tokens_per_second").wait_for()
     shot(page, check, "browser-tick.png")
-    progress.get_by_text("1 of 3 exercises passed").wait_for()
-    progress.locator(".jupyter-widgets .progress-bar").wait_for()
-    shot(page, progress, "browser-progress.png")
-
-    page.keyboard.press("ControlOrMeta+s")
-    stored = wait_for_text(root / "notebooks" / f"{STEM}.ipynb", "return tokens / seconds")
-    assert "return tokens / seconds" in "".join(cell_of(stored, "EXERCISE", "tokens_per_second")["source"])
 
 
 def shot(page, locator, name):
     ARTIFACTS.mkdir(exist_ok=True)
     locator.scroll_into_view_if_needed()
     page.screenshot(path=str(ARTIFACTS / name))
-
-
-def wait_for_text(path, words):
-    for _ in range(100):
-        text = path.read_text(encoding="utf-8")
-        if words in text:
-            return json.loads(text)
-        time.sleep(0.5)
-    raise AssertionError(f"{words!r} was not saved")

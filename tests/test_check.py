@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from argparse import ArgumentParser
 
 import pytest
 from hand_ins import (
@@ -26,12 +27,22 @@ from hand_ins import (
 
 from labutils.cli import check as command
 from labutils.course import verdicts
-from labutils.course.check import Report, as_text, check_notebook, prepared
+from labutils.course.check import (
+    CELL_TIMEOUT_S,
+    SANITIZER,
+    Report,
+    _command,
+    _environment,
+    as_text,
+    check_notebook,
+    prepared,
+)
 from labutils.course.contained import Limits
 from labutils.course.hand_in import UnusableError, find_reference, read_hand_in
 from labutils.course.verdicts import Verdict, judge
 
-TIMEOUT_S = 6.0
+TITLES = [f"90.{number} {name}" for number, name in enumerate(NAMES, start=1)]
+TIMEOUT_S = 30.0  # a cell of the demonstration takes well under a second, on an overloaded machine some
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +65,11 @@ def words(report):
 
 def test_check_wrong_syntax_blank(root, tmp_path):
     answers = {"tokens_per_second": WRONG_SPEED, "quantize": "def quantize(values"}
-    report = checked(learner(root, **answers), root, tmp_path)
+    notebook = learner(root, **answers)
+    for name, title in zip(NAMES, TITLES, strict=True):  # saved with the outputs of a pass, as after a lucky run
+        printed = {"output_type": "stream", "name": "stdout", "text": [f"✓ {title}\n"]}
+        cell_of(notebook, "CHECK", name).update(outputs=[printed], execution_count=3)
+    report = checked(notebook, root, tmp_path)
     assert words(report) == ("wrong", "syntax error", "blank")
     wrong = report.verdicts[0]
     assert "upside down" in wrong.hint
@@ -81,7 +96,7 @@ def test_check_cheated_missing_doubled(root, tmp_path):
 @pytest.mark.slow
 def test_check_loop_and_killed_kernel_leave_the_rest_its_verdict(root, tmp_path):
     report = checked(
-        learner(root, **RIGHT | {"tokens_per_second": LOOP, "quantize": EXIT}), root, tmp_path, timeout_s=6.0
+        learner(root, **RIGHT | {"tokens_per_second": LOOP, "quantize": EXIT}), root, tmp_path, timeout_s=TIMEOUT_S
     )
     assert words(report) == ("endless loop", "killed kernel", "right")
 
@@ -126,6 +141,17 @@ def test_prepared_disarms_nbval_comments_of_the_learner(root):
     cells[exercises[0].cell]["source"] += "\n# NBVAL_SKIP\n  # NBVAL_RAISES_EXCEPTION"
     source = prepared(cells, exercises).cells[exercises[0].cell].source
     assert "# NBVAL" not in source
+
+
+def test_run_has_a_cell_timeout_an_ascii_sanitizer_and_no_plugin_of_the_user(monkeypatch, tmp_path):
+    """A dead kernel waits out the timeout; nbval reads the sanitizer as the locale has it; xdist splits a run."""
+    parser = ArgumentParser()
+    command.add_arguments(parser)
+    assert parser.parse_args(["x.ipynb"]).timeout == CELL_TIMEOUT_S == 120
+    assert "--nbval-cell-timeout=120" in _command(CELL_TIMEOUT_S) and SANITIZER.isascii()
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-n 2 --dist load")
+    environment = _environment(tmp_path, tmp_path)
+    assert "PYTEST_ADDOPTS" not in environment and environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] == "1"
 
 
 def test_judge_takes_no_silence_for_a_pass():
@@ -185,6 +211,21 @@ def test_an_answer_that_ends_the_run_in_its_own_check_is_guilty(root, monkeypatc
     assert found == (("endless loop", "killed kernel", "right"), [])
 
 
+def test_an_answer_that_kills_the_run_from_outside_is_guilty(root, monkeypatch):
+    """As when it kills pytest: the cell has begun, and nothing says how it ended."""
+    begun = []
+
+    def run_cells(notebook, *_):
+        ok = {"passed": True, "fatal": "", "ename": "", "evalue": "", "message": "", "stdout": ""}
+        count = sum(cell.cell_type == "code" for cell in notebook.cells)
+        begun.append(len(begun))
+        return {n: dict(ok) for n in range(count if begun[1:] else 5)}, None if begun[1:] else 5, ""
+
+    monkeypatch.setattr("labutils.course.check.run_cells", run_cells)
+    report = check_notebook(save(learner(root, **RIGHT), root.parent / "killed.ipynb"), root)
+    assert words(report) == ("right", "killed kernel", "right")
+
+
 def test_a_lesson_that_runs_without_the_answer_before_it_proves_it_guilty(root, monkeypatch):
     assert play(root, monkeypatch, (6, "dead"), (None, "")) == (("right", "killed kernel", "right"), [])
 
@@ -219,8 +260,6 @@ def test_a_lesson_that_shows_an_error_may_raise(root):
     [(["right", "right"], 0), (["right", "blank"], 1), (UnusableError("x.ipynb: not a notebook"), 2)],
 )
 def test_command_status(monkeypatch, capsys, result, status):
-    from argparse import ArgumentParser
-
     def fake(*_args, **_options):
         if isinstance(result, Exception):
             raise result

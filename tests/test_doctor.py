@@ -19,6 +19,7 @@ def healthy(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "free_memory_bytes", lambda: 8e9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1e11, 0, 5e10))
     monkeypatch.setattr(doctor, "compiler", lambda: "/usr/bin/c++")
+    monkeypatch.setattr(doctor, "kernels", lambda: ("AVX2", ""))
     monkeypatch.setattr(doctor, "gpu", lambda: "A GPU")
     (tmp_path / "data" / "lablm").mkdir(parents=True)
     (tmp_path / "data" / "lablm" / "config.json").touch()
@@ -35,6 +36,7 @@ def test_lacks_is_silent_on_a_healthy_machine(healthy):
         (doctor, "free_memory_bytes", lambda: 1e9, "memory, 1.0 GB free: a notebook whose"),
         (shutil, "disk_usage", lambda _: Usage(1e11, 0, 1e9), "disk, 1.0 GB free: exported"),
         (doctor, "compiler", lambda: None, "no C++ compiler: torch.compile"),
+        (doctor, "kernels", lambda: ("", "no tools"), "no int8 and int4 kernels (no tools): quantized layers run"),
         (doctor, "gpu", lambda: None, "no NVIDIA GPU: GPU cells run on the CPU"),
     ],
 )
@@ -105,6 +107,16 @@ def test_compiler_prefers_the_one_that_the_user_names(tmp_path, monkeypatch):
     fake_program(tmp_path, "mine", "")
     monkeypatch.setenv("CXX", "mine")
     assert doctor.compiler() == str(tmp_path / "mine")
+
+
+def test_kernels_are_named_or_missed_with_a_reason(monkeypatch):
+    from labutils.quantization import kernels
+
+    monkeypatch.setattr(kernels, "find_kernels", lambda: (None, "no C compiler"))
+    assert doctor.kernels() == ("", "no C compiler")
+    monkeypatch.setattr(kernels, "find_kernels", lambda: (object(), ""))
+    monkeypatch.setattr(kernels, "instruction_set", lambda library: "AVX2")
+    assert doctor.kernels() == ("AVX2", "")
 
 
 @pytest.mark.parametrize(("name", "expected"), [(None, "CPU"), ("A GPU", "CPU (torch cannot use the GPU: ")])

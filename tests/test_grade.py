@@ -9,14 +9,29 @@ from argparse import ArgumentParser
 
 import psutil
 import pytest
-from hand_ins import RIGHT, SPEED, demo_course, kinds, learner, save, unusable
+from hand_ins import (
+    CHAPTER_00,
+    RIGHT,
+    ROOT,
+    RRR,
+    SPEED,
+    as_saved_by_colab,
+    demo_course,
+    kinds,
+    learner,
+    mixed_chapter_00,
+    of_chapter_00,
+    save,
+    unusable,
+    vandal,
+)
 
 from labutils.cli import grade as command
 from labutils.course import grade as module
 from labutils.course.contained import Limits, folder_bytes, run_contained
 from labutils.course.grade import COLUMNS, Options, find_hand_ins, grade, rows, summary, write_csv
 
-LIMITS = Limits(time_s=600, memory_bytes=1 << 30, processes=20)
+LIMITS = Limits(time_s=1200, memory_bytes=1 << 30, processes=20, disk_bytes=100_000_000)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +53,8 @@ def make_class(root, folder, names):
     for path in unusable(folder / "odd"):
         expected[path.relative_to(folder).as_posix()] = ("unusable",)
     if hasattr(os, "symlink") and sys.platform != "win32":
-        (folder / "odd" / "link.ipynb").symlink_to("/etc/passwd")
+        (folder.parent / "secret.txt").write_text("not a hand-in", encoding="utf-8")
+        (folder / "odd" / "link.ipynb").symlink_to(folder.parent / "secret.txt")
         expected["odd/link.ipynb"] = ("unusable",)
     return expected
 
@@ -55,7 +71,7 @@ def test_grade_a_small_class(root, tmp_path):
     """Eight hand-ins: two run, six are unusable; then again, which runs nothing."""
     folder, out = tmp_path / "class", tmp_path / "out"
     expected = make_class(root, folder, ["cheated", "partly"])
-    options = Options(root, timeout_s=60, limits=LIMITS, jobs=2)
+    options = Options(root, timeout_s=300, limits=LIMITS, jobs=2)
     assert_table(grade(folder, out, options, say=lambda _: None), expected)
     table = read_csv(out / "grades.csv")
     assert_table(table, expected)
@@ -69,23 +85,59 @@ def test_grade_a_small_class(root, tmp_path):
 
 
 @pytest.mark.slow
-def test_grade_a_class_of_thirty(root, tmp_path):
+def test_grade_a_class_of_thirty(root, tmp_path, capsys):
     folder, out = tmp_path / "class", tmp_path / "out"
-    names = [*kinds(root), "right", "right", "blank", "wrong", "partly", "bits"]
-    expected = make_class(root, folder, names)
+    expected = make_class(root, folder, [*kinds(root), "partly"])
+    save(vandal(root, folder), folder / "learner_00_a_vandal" / "90_demo.ipynb")
+    expected["learner_00_a_vandal/90_demo.ipynb"] = RRR
     assert len(expected) == 30
-    begin = time.monotonic()
-    table = grade(folder, out, Options(root, timeout_s=20, limits=LIMITS), say=print)
-    print(f"thirty hand-ins: {time.monotonic() - begin:.0f} s")
+    said, begin = [], time.monotonic()
+    table = grade(
+        folder, out, Options(root, timeout_s=40, limits=LIMITS), say=lambda line: (said.append(line), print(line))
+    )
+    with capsys.disabled():
+        print(f"\nthirty hand-ins graded in {time.monotonic() - begin:.0f} s")
     assert_table(table, expected)
+    assert sum("was changed while grading" in line for line in said) == 29  # all but the link, which is not followed
+
+
+@pytest.mark.slow
+def test_grade_the_real_chapter_00(tmp_path, capsys):
+    """All right as Colab saves it; one verdict of each kind; an answer that kills the kernel."""
+    names = ("tokens_per_second", "bits_per_byte", "best_tokens_per_s", "predict_all", "accuracy", "clock_cycles")
+    exits = "def predict_all(model, batches):\n    import os\n    os._exit(0)"
+    right, mixed = dict.fromkeys(names, "right"), mixed_chapter_00(ROOT)
+    hand_ins = {
+        "a.ipynb": (as_saved_by_colab(of_chapter_00(ROOT, **right)), ("right",) * 6),
+        "b.ipynb": mixed,
+        "c.ipynb": (
+            of_chapter_00(ROOT, **right | {"predict_all": exits}),
+            ("right",) * 3 + ("killed kernel",) + ("right",) * 2,
+        ),
+    }
+    for name, (notebook, _) in hand_ins.items():
+        save(notebook, tmp_path / "class" / name)
+    begin = time.monotonic()
+    table = grade(tmp_path / "class", tmp_path / "out", Options(ROOT, timeout_s=300), say=print)
+    with capsys.disabled():
+        print(f"\nthree hand-ins of {CHAPTER_00} graded in {time.monotonic() - begin:.0f} s")
+    assert_table(table, {name: verdicts for name, (_, verdicts) in hand_ins.items()})
+    mixed_rows = {row["exercise"].split(" ")[0]: row for row in table if row["hand_in"] == "b.ipynb"}
+    assert "nats per byte" in mixed_rows["0.2"]["hint"] and "deleted or changed" in mixed_rows["0.2"]["note"]
 
 
 @pytest.fixture(autouse=True)
 def left_behind(monkeypatch):
-    """The processes that this test has started and that still live: asserted to be none at its end."""
+    """The processes that this test has started and that still live: asserted to be none at its end.
+
+    All that a test starts sleeps for minutes: what is gone a moment after its end was killed, not finished.
+    """
     monkeypatch.setenv("LABUTILS_TEST", uuid.uuid4().hex)
     yield
-    assert [process for process in psutil.process_iter() if is_mine(process)] == []
+    end = time.monotonic() + 60
+    while (mine := [process for process in psutil.process_iter() if is_mine(process)]) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert mine == []
 
 
 def is_mine(process):
@@ -96,7 +148,7 @@ def is_mine(process):
         return False
 
 
-def fake_result(path, options):
+def fake_result(*_):
     return {"chapter": "90_demo", "verdicts": [verdict("right")], "notes": [], "seconds": 1.0}
 
 
@@ -109,11 +161,11 @@ def test_grade_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch):
         save(learner(root, tokens_per_second=SPEED + f"    return '{name}'"), tmp_path / "class" / f"{name}.ipynb")
     ran = []
 
-    def stops(path, options):
-        ran.append(path.stem)
+    def stops(name, content, options):
+        ran.append(name)
         if len(ran) == 2:
             raise KeyboardInterrupt
-        return fake_result(path, options)
+        return fake_result()
 
     monkeypatch.setattr(module, "check_contained", stops)
     options = Options(root)
@@ -121,8 +173,8 @@ def test_grade_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch):
         grade(tmp_path / "class", tmp_path / "out", options, say=lambda _: None)
     done = list(ran)
     table = grade(tmp_path / "class", tmp_path / "out", options, say=lambda _: None)
-    assert len(table) == 3 and done[:2] == ["a", "b"]
-    assert "a" not in ran[len(done) :] and "b" in ran[len(done) :]
+    assert len(table) == 3 and done[:2] == ["a.ipynb", "b.ipynb"]
+    assert "a.ipynb" not in ran[len(done) :] and "b.ipynb" in ran[len(done) :]
     ran.clear()
     grade(tmp_path / "class", tmp_path / "out", options, say=lambda _: None)
     assert ran == []
@@ -131,7 +183,7 @@ def test_grade_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch):
 def test_grade_runs_again_what_changed(root, tmp_path, monkeypatch):
     path = save(learner(root), tmp_path / "class" / "a.ipynb")
     ran = []
-    monkeypatch.setattr(module, "check_contained", lambda p, o: ran.append(p.stem) or fake_result(p, o))
+    monkeypatch.setattr(module, "check_contained", lambda name, *_: ran.append(name) or fake_result())
 
     def go(**changes):
         grade(tmp_path / "class", tmp_path / "out", Options(root, **changes), say=lambda _: None)
@@ -145,6 +197,35 @@ def test_grade_runs_again_what_changed(root, tmp_path, monkeypatch):
     for file in (tmp_path / "out" / "results").iterdir():
         file.write_text("half a fi", encoding="utf-8")
     assert go() == 4
+
+
+def test_grade_is_of_what_was_handed_in_though_another_hand_in_overwrites_it(root, tmp_path, monkeypatch):
+    first, second = (save(learner(root), tmp_path / "class" / f"{name}.ipynb") for name in ("a", "b"))
+    before, graded, said = second.read_bytes(), {}, []
+
+    def overwrite(name, content, options):
+        graded[name] = content
+        second.write_text("gone", encoding="utf-8")
+        return fake_result()
+
+    monkeypatch.setattr(module, "check_contained", overwrite)
+    grade(tmp_path / "class", tmp_path / "out", Options(root), say=said.append)
+    assert graded == {"a.ipynb": first.read_bytes(), "b.ipynb": before}
+    assert [line for line in said if "was changed while grading" in line][0].startswith("warning: b.ipynb")
+
+
+def test_grade_stops_when_the_course_itself_was_changed(tmp_path, monkeypatch):
+    root = demo_course(tmp_path)
+    save(learner(root), tmp_path / "class" / "a.ipynb")
+
+    def poison(*_):
+        (root / "demo_checks.py").write_text("tokens_per_second = quantize = print", encoding="utf-8")
+        return fake_result()
+
+    monkeypatch.setattr(module, "check_contained", poison)
+    with pytest.raises(RuntimeError, match="fresh copy"):
+        grade(tmp_path / "class", tmp_path / "out", Options(root), say=lambda _: None)
+    assert not list((tmp_path / "out" / "results").iterdir()) and not (tmp_path / "out" / "grades.csv").exists()
 
 
 def test_find_hand_ins_leaves_out_checkpoints_links_and_its_own_folder(tmp_path):
@@ -192,24 +273,32 @@ def test_contained_gives_status_and_output(tmp_path):
     ("code", "limits", "reason"),
     [
         ("while True: pass", {"time_s": 1.0}, "time"),
-        ("x = bytearray(300_000_000); import time; time.sleep(60)", {"memory_bytes": 200 << 20}, "memory"),
+        ("x = bytearray(300_000_000); import time; time.sleep(600)", {"memory_bytes": 200 << 20}, "memory"),
         ("while True: print('x' * 100_000)", {"disk_bytes": 1_000_000}, "disk"),
         (
             "import subprocess, sys, time\n"
-            "all = [subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)']) for _ in range(9)]\n"
-            "time.sleep(60)",
+            "all = [subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)']) for _ in range(9)]\n"
+            "time.sleep(600)",
             {"processes": 5},
             "processes",
         ),
     ],
 )
 def test_contained_ends_what_goes_beyond_a_limit(tmp_path, code, limits, reason):
-    assert contained(tmp_path, code, **{"time_s": 60.0, **limits}).reason == reason
+    assert contained(tmp_path, code, **{"time_s": 300.0, **limits}).reason == reason
+
+
+def test_contained_gives_an_inner_limit_the_time_to_act_first(tmp_path):
+    """Over the limit for a moment is no end with a grace; over it for longer is."""
+    pile = "x = bytearray(300_000_000); import time; time.sleep({}); x = None; time.sleep(2)"
+    limits = {"memory_bytes": 200 << 20, "grace_s": 120.0}
+    assert contained(tmp_path, pile.format(1.5), **limits).reason == ""
+    assert contained(tmp_path, pile.format(600), **limits | {"grace_s": 1.0}).reason == "memory"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sessions are POSIX")
 def test_contained_ends_a_detached_grandchild(tmp_path):
-    child = "import time; time.sleep(60)"
+    child = "import time; time.sleep(600)"
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', {child!r}], start_new_session=True)"
     contained(tmp_path, code)
 

@@ -1,19 +1,34 @@
 """`handout`: what a class gets, and that `check` works in it."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
-from pathlib import Path
 
 import pytest
-from hand_ins import RIGHT, STEM, WRONG_QUANTIZE, demo_course, learner, save
+from hand_ins import (
+    CHAPTER_00,
+    EXIT,
+    LOOP,
+    RIGHT,
+    ROOT,
+    STEM,
+    WRONG_QUANTIZE,
+    WRONG_SPEED,
+    cheated,
+    demo_course,
+    learner,
+    mixed_chapter_00,
+    save,
+    twice,
+    without,
+)
 
 from labutils.cli import handout as command
 from labutils.course.check import check_notebook
 from labutils.course.handout import handout
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -40,25 +55,56 @@ def test_kit_holds_no_solution(kit):
     assert (kit / "pyproject.toml").is_file() and (kit / "labutils" / "checks" / "core.py").is_file()
 
 
-def test_check_in_the_kit_gives_verdicts_and_hints(kit, tmp_path):
-    answers = {"tokens_per_second": RIGHT["tokens_per_second"], "quantize": WRONG_QUANTIZE}
-    path = save(learner(kit, **answers), tmp_path / "mine.ipynb")
-    report = check_notebook(path, kit)
-    assert [verdict.verdict for verdict in report.verdicts] == ["right", "wrong", "blank"]
-    assert "multiplied by the scale" in report.verdicts[1].hint
+HAND_INS = {
+    "wrong syntax blank": (
+        lambda kit: learner(kit, tokens_per_second=WRONG_SPEED, quantize="def quantize(values"),
+        ("wrong", "syntax error", "blank"),
+    ),
+    "cheated": (cheated, ("wrong", "wrong", "right")),
+    "missing": (lambda kit: without(kit, "quantize"), ("right", "missing", "right")),
+    "doubled": (lambda kit: twice(kit, "quantize"), ("right", "doubled", "right")),
+}
+
+
+@pytest.mark.parametrize("name", HAND_INS)
+def test_check_in_the_kit_gives_each_verdict_with_a_hint(name, kit, tmp_path):
+    make, expected = HAND_INS[name]
+    report = check_notebook(save(make(kit), tmp_path / "mine.ipynb"), kit)
+    assert tuple(verdict.verdict for verdict in report.verdicts) == expected
+    assert [bool(verdict.hint) for verdict in report.verdicts] == [word != "right" for word in expected]
     assert report.notes == []
 
 
+def test_check_in_the_kit_names_the_mistake(kit, tmp_path):
+    answers = {"tokens_per_second": RIGHT["tokens_per_second"], "quantize": WRONG_QUANTIZE}
+    report = check_notebook(save(learner(kit, **answers), tmp_path / "mine.ipynb"), kit)
+    assert "multiplied by the scale" in report.verdicts[1].hint
+
+
 @pytest.mark.slow
-def test_command_in_the_kit_checks_with_the_kit_s_own_labutils(kit, tmp_path):
-    path = save(learner(kit, **RIGHT), tmp_path / "mine.ipynb")
-    code = "import sys; from labutils.cli import check as c; from argparse import ArgumentParser as P; p = P()\n"
-    code += "c.add_arguments(p); sys.exit(c.run(p.parse_args(sys.argv[1:])))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], cwd=kit, capture_output=True, text=True, encoding="utf-8"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "3 of 3 exercises right" in done.stdout
+def test_check_in_the_kit_ends_a_loop_and_survives_a_dead_kernel(kit, tmp_path):
+    path = save(learner(kit, **RIGHT | {"tokens_per_second": LOOP, "quantize": EXIT}), tmp_path / "mine.ipynb")
+    report = check_notebook(path, kit, timeout_s=30)
+    assert [verdict.verdict for verdict in report.verdicts] == ["endless loop", "killed kernel", "right"]
+
+
+@pytest.mark.slow
+def test_the_kit_of_chapter_00_checks_in_a_fresh_copy_by_itself(tmp_path):
+    """As a learner has it: another folder, the kit's own labutils, the course's own folder out of reach."""
+    handout(ROOT, tmp_path / "kit", only=CHAPTER_00)
+    copy = shutil.copytree(tmp_path / "kit", tmp_path / "a learner's folder")
+    shutil.rmtree(tmp_path / "kit")
+    notebook, expected = mixed_chapter_00(copy)
+    path = save(notebook, copy / "notebooks" / f"{CHAPTER_00}.ipynb")
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"LABUTILS_NO_VENV": "1"}
+    command = [sys.executable, "-m", "labutils", "check", "--timeout", "300", str(path)]
+    done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 1, done.stderr
+    assert "1 of 6 exercises right" in done.stdout
+    found = re.findall(r"[✓✗] 0\.\d \w+: (.+)", done.stdout)
+    assert tuple(found) == expected
+    assert "those are nats per byte" in done.stdout and "was deleted or changed" in done.stdout
+    assert done.stdout.count("hint: ") == 5
 
 
 def test_handout_ignores_the_teacher_s_own_copy(tmp_path):

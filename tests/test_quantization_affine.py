@@ -183,8 +183,8 @@ def test_quantize_equals_torch_per_tensor(seed, scale, zero_point):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("block", [(6, 40), (1, 40), (1, 8)])
-def test_choose_qparams_equals_torchao(bits, block, symmetric):
-    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
+def test_choose_qparams_equals_torchao(block, bits, symmetric, library_aside):
+    primitives = library_aside("torchao.quantization.quant_primitives")
     x = torch.randn(6, 40, generator=torch.Generator().manual_seed(bits))
     granularity = {(6, 40): "tensor", (1, 40): "channel", (1, 8): "group"}[block]
     size = 8 if granularity == "group" else None

@@ -122,8 +122,8 @@ def test_fake_quantize_float_errs_by_half_a_mantissa_step(seed, name, exponent):
     assert back.shape == x.shape and not fake_quantize_float(torch.zeros(2, 8), form, Scheme()).any()
 
 
-def test_mxfp4_equals_torchao():
-    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+def test_mxfp4_equals_torchao(library_aside):
+    mx = library_aside("torchao.prototype.mx_formats.mx_tensor")
     x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 6)[:, None]
     exponents, theirs = mx.to_mx(x, torch.float4_e2m1fn_x2, 32, mx.ScaleCalculationMode.FLOOR)
     codes, ours = mxfp4_quantize(x)

@@ -14,7 +14,7 @@ from labutils.layers.linears import linear_layers
 from labutils.models.calibration_text import calibration_batches
 from labutils.models.load import load_model
 from labutils.quantization.affine import Scheme, fake_quantize
-from labutils.quantization.folding import folds, inject_outliers_, scale_inputs_
+from labutils.quantization.folding import Fold, folds, inject_outliers_, scale_inputs_
 from labutils.quantization.integer_linear import IntegerLinear, integer_product, llm_int8, use_integers_
 from labutils.quantization.kv_cache import PackedBlock, QuantizedKVCache
 from labutils.quantization.qat import straight_through, train_quantized_
@@ -99,6 +99,12 @@ def test_folds_keep_the_logits(name):
         size = next(iter(fold.readers.values())).weight.shape[0 if name == "gpt2" else 1]
         scale_inputs_(fold, torch.rand(size, generator=seeded()) + 0.5)
     assert moved(model, before, ids) <= 1e-4
+
+
+def test_fold_spreads_the_geometric_mean_over_repeated_inputs():
+    fold = Fold(torch.nn.Linear(2, 1), slice(None), {}, groups=(1, 2, 1))  # one head of one number, read twice
+    of_source, of_readers = fold.spread(torch.tensor([1.0, 4.0]))
+    assert of_source.tolist() == pytest.approx([2.0]) and of_readers.tolist() == pytest.approx([2.0, 2.0])
 
 
 def test_folds_refuse_bert_and_scales_that_are_none():
@@ -253,6 +259,7 @@ def test_quantized_cache_is_exact_while_everything_is_recent_and_generates():
 
 def test_quantized_cache_refuses_what_it_cannot_do():
     cache = QuantizedKVCache(tiny_model("qwen2").config, bits=4)
+    assert cache.layers[0].along == ("channel", "token")  # KIVI's axes
     with pytest.raises(ValueError, match="neither be cut off nor reordered"):
         cache.layers[0].crop(-1)
     with pytest.raises(ValueError, match="group_size=32 must divide"):

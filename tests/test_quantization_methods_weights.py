@@ -127,10 +127,25 @@ def test_inverse_factor_is_the_cholesky_factor_of_the_inverse():
     assert torch.equal(factor, factor.triu())
 
 
-def test_gptq_survives_inputs_that_are_always_zero():
+@pytest.mark.parametrize("dead", [[2], list(range(8))])
+def test_gptq_survives_inputs_that_are_always_zero(dead):
     weight, gram = random_layer(3, 8, 0)
-    gram[2], gram[:, 2] = 0, 0
+    gram[dead], gram[:, dead] = 0, 0
     assert gptq(weight, gram, choose_qparams(weight, Scheme(bits=3))).isfinite().all()
+
+
+def test_gptq_equals_the_naive_surgeon():
+    weight, gram = random_layer(4, 12, 3)
+    qparams, work = choose_qparams(weight, Scheme(bits=3)), weight.double()
+    hessian = 2 * gram.double()
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(12)
+    rounded = torch.zeros_like(work)
+    for j in range(12):  # Frantar et al. 2022, equation 2: the inverse of what is left, anew for every column
+        inverse = torch.linalg.inv(hessian[j:, j:])
+        rounded[:, j] = dequantize(quantize(work[:, j : j + 1].float(), qparams), qparams).flatten()
+        error = (work[:, j] - rounded[:, j]) / inverse[0, 0]
+        work[:, j:] -= error[:, None] * inverse[0]
+    torch.testing.assert_close(gptq(weight, gram, qparams, block=5), rounded.float())
 
 
 def test_gptq_refuses_what_does_not_fit():
@@ -152,6 +167,17 @@ def test_hqq_weight_error_is_at_most_rounding(out, seed):
     assert s.qmin <= codes.min() and codes.max() <= s.qmax
     errors = [(weight - w).abs().pow(0.7).sum() for w in (dequantize(codes, qparams), fake_quantize(weight, s))]
     assert errors[0] <= errors[1] * (1 + 1e-5)
+
+
+def test_hqq_second_step_by_the_formula():
+    weight, s = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), scheme(3, symmetric=False)
+    _, qparams = hqq(weight, s, iterations=2)
+    start = choose_qparams(weight, s)
+    codes = torch.round(weight / start.scale[:, 0] + start.zero_point[:, 0]).clamp(s.qmin, s.qmax)
+    gap = weight - start.scale[:, 0] * (codes - start.zero_point[:, 0])
+    sparse = gap.sign() * (gap.abs() - gap.abs() ** -0.3 / 10).clamp(min=0)
+    zero = (codes - (weight - sparse) / start.scale[:, 0]).mean(dim=1)
+    torch.testing.assert_close(qparams.zero_point.flatten(), zero, rtol=1e-4, atol=1e-4)
 
 
 def test_hqq_improves_and_refuses_symmetric_schemes():

@@ -64,3 +64,8 @@ def test_gaussian_optimum_is_where_the_search_finds_it():
     assert high.item() == pytest.approx(best, abs=0.25)
     measured = sqnr_db(x, fake_quantize(x, scheme, low=low, high=high))
     assert gaussian_sqnr_db(8, best) == pytest.approx(measured, abs=0.15)
+
+
+def test_gaussian_prediction_by_hand():
+    """Clip 1, steps of 0.5: Q(1) = 0.158655 and φ(1) = 0.241971, so 0.25/12 · 0.68269 + 2 · 0.075339 = 0.164901."""
+    assert gaussian_sqnr_db(2, 1.0) == pytest.approx(-10 * math.log10(0.164901), abs=1e-3)

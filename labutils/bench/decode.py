@@ -20,7 +20,13 @@ from labutils.generation.fast_llama import MATVECS, SUPPORTED, FastLlama
 from labutils.generation.sampling import greedy
 from labutils.measurement.ledger import Record
 from labutils.measurement.resources import kv_bytes_per_position
-from labutils.measurement.roofline import ProbeError, bandwidth_probes, last_level_cache_bytes, share_of_peak
+from labutils.measurement.roofline import (
+    ProbeError,
+    bandwidth_probes,
+    last_level_cache_bytes,
+    probe_working_set_bytes,
+    share_of_peak,
+)
 from labutils.measurement.threads import (
     available_cores,
     best_thread_count,
@@ -32,6 +38,7 @@ from labutils.measurement.timing import measure_interleaved, quantile
 
 REFERENCE = "transformers.generate"
 BATCH = 4
+Probes = dict[str, tuple[Callable[[], object], int]]  # a bandwidth probe and the bytes that it moves
 
 
 @dataclass
@@ -94,15 +101,29 @@ def bench_decode(subject: Subject, settings: Settings = Settings(), *, say: Call
         techniques = our_techniques(subject, settings)
         if settings.peers:
             techniques += llama_cpp_techniques(subject, settings.new_tokens, folder, Technique)
-        techniques = [_proved(t, say) for t in techniques]
-        able = [t for t in techniques if not t.missing]
-        threads = {t.name: settings.threads or _best_threads(t, say) for t in able}
-        ticks, outputs, peak = _measure(able, threads, settings, say)
+        return bench_techniques(techniques, subject, settings, reference=REFERENCE, say=say)
+
+
+def bench_techniques(
+    techniques: Sequence[Technique],
+    subject: Subject,
+    settings: Settings,
+    *,
+    reference: str,
+    say: Callable[[str], None],
+    more_probes: Probes | None = None,
+) -> list[Row]:
+    """Measures techniques interleaved; tokens are compared with those of the technique named `reference`."""
+    techniques = [_proved(t, say) for t in techniques]
+    able = [t for t in techniques if not t.missing]
+    threads = {t.name: settings.threads or _best_threads(t, say) for t in able}
+    probes = bandwidth_probes(probe_working_set_bytes(), device="cpu", dtype=torch.float32) | (more_probes or {})
+    ticks, outputs, peak = _measure(able, threads, settings, probes, say)
     rows = []
     for t in techniques:
         row = Row(technique=t.name, model=subject.name, threads=threads.get(t.name, 0), batch=t.batch, note=t.missing)
         if not t.missing:
-            row = _filled(row, t, ticks[t.name], outputs, peak, subject)
+            row = _filled(row, t, ticks[t.name], outputs[t.name], outputs[reference], peak, subject)
         rows.append(row)
     return rows
 
@@ -195,11 +216,12 @@ def _best_threads(technique: Technique, say: Callable[[str], None]) -> int:
     return choice.threads
 
 
-def _measure(able: Sequence[Technique], threads: dict[str, int], settings: Settings, say: Callable[[str], None]):
+def _measure(
+    able: Sequence[Technique], threads: dict[str, int], settings: Settings, probes: Probes, say: Callable[[str], None]
+):
     """Interleaves all techniques and a bandwidth probe; returns ticks, tokens and the best bandwidth seen."""
     ticks: dict[str, list[list[float]]] = {t.name: [] for t in able}
     outputs: dict[str, Tensor] = {}
-    probes = bandwidth_probes(8 * last_level_cache_bytes(), device="cpu", dtype=torch.float32)
     rates: list[float] = []
 
     def run(technique: Technique) -> None:
@@ -227,13 +249,20 @@ def _rate(function: Callable[[], object], moved_bytes: int) -> float:
 
 
 def _filled(
-    row: Row, t: Technique, ticks: list[list[float]], outputs: dict[str, Tensor], peak: float, subject: Subject
+    row: Row,
+    t: Technique,
+    ticks: list[list[float]],
+    tokens: Tensor,
+    reference: Tensor,
+    peak: float,
+    subject: Subject,
 ) -> Row:
     """Turns ticks (start, first token, second token, …) of every round into speeds, and adds bytes and quality."""
     speeds = tuple(t.batch * (len(round_) - 2) / (round_[-1] - round_[1]) for round_ in ticks)
-    cached = outputs[t.name].shape[1] * kv_bytes_per_position(subject.model.config)
-    moved = subject.weight_bytes * t.bytes_per_weight / 4 / t.batch + cached
-    same = agreement(outputs[t.name], outputs[REFERENCE])
+    cached = tokens.shape[1] * kv_bytes_per_position(subject.model.config)
+    weights = subject.weight_bytes * t.bytes_per_weight / 4
+    moved = weights / t.batch + cached
+    same = agreement(tokens, reference)
     row = replace(
         row,
         samples=speeds,
@@ -244,7 +273,7 @@ def _filled(
     )
     if t.name == "no cache":
         return replace(row, note="reads the whole text for every token: not bound by bandwidth")
-    if subject.weight_bytes < 2 * last_level_cache_bytes():
+    if weights < 2 * last_level_cache_bytes():
         return replace(row, note="weights fit into the cache: no share of memory bandwidth")
     try:
         return replace(row, bandwidth_share=share_of_peak(row.tokens_per_s * moved, peak))

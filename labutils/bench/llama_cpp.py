@@ -1,6 +1,8 @@
 """llama.cpp as a peer, on the same weights: exported by us, decoded by its own kernels."""
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,9 +26,22 @@ def llama_cpp_techniques(subject: Subject, new_tokens: int, folder: Path, techni
         path = folder / f"{quantization}.gguf"
         export_gguf(subject.model, subject.tokenizer, path, format=quantization)
         bytes_per_weight = FORMATS[quantization].block_bytes / BLOCK
+        if crash := why_it_crashes(path):
+            found.append(technique(name, missing=crash))
+            continue
         run = llama_cpp_run(path, subject.token_ids, new_tokens + 1)
         found.append(technique(name, run, bytes_per_weight=bytes_per_weight))
     return found
+
+
+def why_it_crashes(path: Path) -> str:
+    """Lets another process decode a token; "" if that went well, else a sentence.
+
+    A library that dies takes the whole benchmark with it: some builds use instructions that a virtual machine lacks.
+    """
+    program = "import sys; from llama_cpp import Llama; Llama(sys.argv[1], n_ctx=8, verbose=False).eval([0])"
+    result = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, timeout=300, check=False)
+    return f"llama.cpp's own process ends with code {result.returncode} here" if result.returncode else ""
 
 
 def llama_cpp_run(path: Path, token_ids: Tensor, count: int) -> Callable[[object], Tensor]:

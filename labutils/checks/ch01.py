@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from labutils.checks import exercise, expect_close, expect_function
+from labutils.checks.passes import generation_cases, watched
 from labutils.generation.cache import KVCache
 from labutils.generation.decode import decode_one_token, forward_logits, generate_cached, prefill
 
@@ -74,8 +75,8 @@ def causal_attention(answer):
 
 
 def _transformers(model, token_ids, new_tokens):
-    mask = torch.ones_like(token_ids)
-    return model.generate(token_ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+    settings = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": [], "pad_token_id": 0}  # no early end
+    return model.generate(token_ids, attention_mask=torch.ones_like(token_ids), **settings)
 
 
 def _loop(model, token_ids, new_tokens, *, place=-1, pick=torch.argmax, last_only=False, stuck=False):
@@ -94,7 +95,7 @@ def greedy_naive(answer, model, token_ids):
     expect_function(
         answer,
         _transformers,
-        cases=[lambda: {"model": model, "token_ids": token_ids.clone(), "new_tokens": NEW_TOKENS}],
+        cases=generation_cases(model, token_ids, new_tokens=NEW_TOKENS),
         mistakes=[
             (lambda **case: _loop(**case)[:, -NEW_TOKENS:], "only the new tokens came back: return the prompt too"),
             (partial(_loop, place=0), "those are the logits after the first token: take the last, logits[:, -1:]"),
@@ -178,29 +179,17 @@ def _cached_loop(model, token_ids, new_tokens, *, anew=False, whole=False, twice
     return text if extra else torch.cat([text, logits.argmax(dim=-1)[:, None]], dim=1)
 
 
-def _watched(generate, *, model, token_ids, new_tokens):
-    """The tokens, how many positions each pass of the model read, and the first token of each pass."""
-    passes = []
-    table = model.get_input_embeddings()
-    hook = table.register_forward_pre_hook(lambda module, inputs: passes.append(inputs[0][0].tolist()))
-    try:
-        tokens = generate(model, token_ids, new_tokens).tolist()
-    finally:
-        hook.remove()
-    return tokens, [len(ids) for ids in passes], [ids[0] for ids in passes]
-
-
 @exercise("1.5")
 def greedy_cached(answer, model, token_ids):
     """The naive tokens, every position read once."""
 
     def wrong(**settings):
-        return partial(_watched, partial(_cached_loop, **settings))
+        return partial(watched, partial(_cached_loop, **settings))
 
     expect_function(
-        partial(_watched, answer),
-        partial(_watched, generate_cached),
-        cases=[lambda: {"model": model, "token_ids": token_ids.clone(), "new_tokens": NEW_TOKENS}],
+        partial(watched, answer),
+        partial(watched, generate_cached),
+        cases=generation_cases(model, token_ids, new_tokens=NEW_TOKENS),
         mistakes=[
             (wrong(whole=True, anew=True), "every pass read the whole text: keep one cache, feed only the new token"),
             (wrong(whole=True), "the whole text went into a cache that holds it already: feed only the new token"),

@@ -200,7 +200,10 @@ def _reference_share(x, bits, shares):
 def best_share(answer):
     """The share of max |x| with the smallest squared error."""
     shares = [1 - i / 20 for i in range(17)]
-    given = [{"x": _numbers(4000, seed=seed) ** power, "bits": bits} for seed, power, bits in ((0, 1, 3), (1, 3, 4))]
+    given = [
+        {"x": _numbers(4000, seed=seed) ** power, "bits": bits}
+        for seed, power, bits in ((0, 1, 3), (1, 3, 4), (2, 3, 2))
+    ]
 
     def wrong(**settings):
         return lambda x, bits, shares: _best_share(x, bits, shares, **settings)
@@ -210,8 +213,8 @@ def best_share(answer):
         _reference_share,
         cases=[case | {"shares": shares} for case in given],
         mistakes=[
-            (wrong(choose=max), "that is the worst share: take the smallest error"),
             (wrong(scale_only=True), "without clamping nothing is ever cut, and the smallest step always wins"),
+            (wrong(choose=max), "that is the worst share: take the smallest error"),
             (wrong(error=lambda e: e.abs().max()), "the largest error forbids any clipping: sum the squares"),
             (wrong(error=lambda e: e.sum()), "errors of both signs cancel: square them before the sum"),
             (wrong(error=lambda e: e.abs().sum()), "those are absolute errors: square them"),

@@ -82,10 +82,7 @@ def gptq_round(answer):
         rtol=1e-3,
         atol=1e-4,
         mistakes=[
-            (
-                partial(_gptq, push=0.0),
-                "that is plain rounding: hand each error on, along row j of U (below its diagonal U is 0)",
-            ),
+            (partial(_gptq, push=0.0), "that is plain rounding: hand each error on, along row j of U"),
             (partial(_gptq, push=-1.0), "the sign is wrong: subtract error · U[j, k] from the columns after j"),
             (partial(_gptq, divide=False), "divide the error by U[j, j] before you hand it on"),
             (partial(_gptq, clamp=False), "a code left the range: clamp it to -qmax … qmax before you multiply"),

@@ -129,6 +129,8 @@ def describe(value) -> str:
         return text if set(text) & set(".einf") else f"{text}.0"
     if is_array(value):
         return _describe_array(value)
+    if hasattr(value, "state_dict"):
+        return f"a model, {type(value).__name__}"
     if callable(value) and hasattr(value, "__name__"):
         return f"the function {value.__name__}"
     if isinstance(value, (list, tuple)) and value and len(value) <= 8:

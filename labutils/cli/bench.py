@@ -3,14 +3,14 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-HELP = "measure and compare: `bench decode` (every path, transformers, llama.cpp), `bench pruning` (which zeros pay)"
+HELP = "measure and compare: `bench decode` (every path), `bench quantization` (int8, int4), `bench pruning` (zeros)"
 NEEDS_ENVIRONMENT = True
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("name", choices=("decode", "pruning"), help="what to measure")
+    parser.add_argument("name", choices=("decode", "quantization", "pruning"), help="what to measure")
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
     )
@@ -28,10 +28,28 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
-    return _pruning(args) if args.name == "pruning" else _decode(args)
+    return {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning}[args.name](args)
 
 
-def _decode(args: Namespace) -> int:
+def run_quantization(args: Namespace) -> int:
+    """Packed weights against fp32, llama.cpp, torchao and torch, on the random-weight model."""
+    from labutils.bench.decode import Settings
+    from labutils.bench.quantization import bench_quantization
+    from labutils.bench.subject import speed_subject
+    from labutils.bench.table import write_json
+    from labutils.measurement import ledger
+
+    print(ledger.host_line())
+    subject = speed_subject(**(SMALL if args.quick else {}))
+    settings = Settings(8 if args.quick else args.new_tokens, args.rounds, args.threads)
+    rows = bench_quantization(subject, settings, say=lambda line: print(line, flush=True))
+    if args.json:
+        write_json(rows, args.json)
+    return 0
+
+
+def run_decode(args: Namespace) -> int:
+    """Every decoding path, on a trained model and on the random-weight one."""
     from labutils.bench.decode import REFERENCE, Settings, as_record, bench_decode
     from labutils.bench.subject import speed_subject, trained_subject
     from labutils.bench.table import as_table, write_json
@@ -65,7 +83,8 @@ def _decode(args: Namespace) -> int:
     return 0
 
 
-def _pruning(args: Namespace) -> int:
+def run_pruning(args: Namespace) -> int:
+    """One decoding step, dense and pruned three ways, on the random-weight model."""
     from labutils.bench.pruning import DENSE, bench_pruning
     from labutils.bench.subject import speed_subject
     from labutils.bench.table import as_table, write_json

@@ -76,6 +76,14 @@ def compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
+def kernels() -> tuple[str, str]:
+    """The instruction set of the compiled int8 and int4 kernels and "", or "" and why there are none."""
+    from labutils.quantization.kernels import find_kernels, instruction_set
+
+    library, reason = find_kernels()
+    return (instruction_set(library) if library else ""), reason
+
+
 def gpu() -> str | None:
     """The first NVIDIA GPU, as the driver names it."""
     program = shutil.which("nvidia-smi")
@@ -99,6 +107,9 @@ def lacks(root: Path = ROOT) -> Iterator[Lack]:
         yield Lack(f"disk, {gb(disk_bytes)} free", "exported models and compiled kernels may not fit: free some space")
     if compiler() is None:
         yield Lack("no C++ compiler", "torch.compile and compiled kernels are left out, with the reason shown")
+    if why := kernels()[1]:
+        cost = "quantized layers run through PyTorch's operators: the same numbers, tens of times slower, no speed-up"
+        yield Lack(f"no int8 and int4 kernels ({why})", cost)
     if gpu() is None:
         yield Lack("no NVIDIA GPU", "GPU cells run on the CPU instead, where some of the gains do not appear")
     if not (root / "data" / "lablm" / "config.json").exists():
@@ -133,6 +144,7 @@ def resources(root: Path) -> Iterator[tuple[str, str]]:
     yield "memory", f"{gb(free_memory_bytes())} free"
     yield "disk", f"{gb(shutil.disk_usage(root).free)} free"
     yield "compiler", compiler() or "none"
+    yield "kernels", kernels()[0] or "none"
     yield "GPU", gpu() or "none"
 
 

@@ -24,7 +24,6 @@ from labutils.course.verdicts import Verdict
 
 CELL_TIMEOUT_S = 120.0
 LIMITS = Limits()
-LIMITS = Limits()
 STARTUP = "from labutils.course import guard\nguard.install(get_ipython())\n"
 # nbval reads the sanitizer file in the locale's encoding: keep it ASCII
 SANITIZER = "[carriage returns]\nregex: \\r\nreplace: \n"
@@ -103,8 +102,8 @@ class _Checking:
         for exercise in self.exercises:
             self._judge(exercise, by_cell)
         self._note_lessons(by_cell)
-        ended = next((n for n, r in records.items() if r["fatal"]), running if reason else None)
-        kind = "" if ended is None else reason or records[ended]["fatal"]
+        ended = next((n for n, r in records.items() if r["fatal"]), running)
+        kind = reason or records.get(ended, {}).get("fatal", "dead")
         return self._blame(None if ended is None else code[ended], kind, replaced)
 
     def _judge(self, exercise: Exercise, by_cell: dict) -> None:
@@ -177,7 +176,8 @@ def run_cells(notebook, root: Path, timeout_s: float, limits: Limits) -> tuple[d
     """Run a notebook under nbval.
 
     Returns:
-        The records by number of code cell, the cell left running, and the limit that ended it.
+        The records by number of code cell, the cell left running (pytest never stops in one by itself, but a limit
+        or an answer may end it there), and the limit that ended it.
     """
     import nbformat
 

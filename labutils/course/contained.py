@@ -18,12 +18,13 @@ TOKEN = "LABUTILS_CONTAINED"
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use; checked a few times a second, on every platform."""
+    """What one run may use, and for how long it may use more; checked a few times a second, on every platform."""
 
     time_s: float = 1800.0
     memory_bytes: int = 8 << 30
     processes: int = 48
     disk_bytes: int = 1 << 30
+    grace_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,32 @@ def _own_group() -> dict:
 
 def _watch(process, folder: Path, limits: Limits, seen: dict) -> str:
     """Wait for the end, or for a limit; return the limit's name."""
-    end, polls = time.monotonic() + limits.time_s, 0
+    begin = within = time.monotonic()
+    used_bytes, polls = 0, 0
     while process.poll() is None:
         family = _family(process.pid)
         seen.update({member.pid: member for member in family})
-        if time.monotonic() > end:
-            return "time"
-        if len(family) > limits.processes:
-            return "processes"
-        if sum(map(_memory, family)) > limits.memory_bytes:
-            return "memory"
-        if polls % DISK_EVERY == 0 and folder_bytes(folder) > limits.disk_bytes:
-            return "disk"
+        if polls % DISK_EVERY == 0:
+            used_bytes = folder_bytes(folder)
+        reason, now = _beyond(limits, time.monotonic() - begin, family, used_bytes), time.monotonic()
+        within = within if reason else now
+        if reason and now - within >= limits.grace_s:
+            return reason
         polls += 1
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(POLL_S)
     return ""
+
+
+def _beyond(limits: Limits, seconds: float, family: list[psutil.Process], used_bytes: int) -> str:
+    """The limit that is passed, or ""."""
+    if seconds > limits.time_s:
+        return "time"
+    if len(family) > limits.processes:
+        return "processes"
+    if sum(map(_memory, family)) > limits.memory_bytes:
+        return "memory"
+    return "disk" if used_bytes > limits.disk_bytes else ""
 
 
 def _family(pid: int) -> list[psutil.Process]:
@@ -122,6 +133,9 @@ def _end(process, seen: dict, token: str) -> None:
             break
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(10)
+    end = time.monotonic() + 10  # killed is not yet gone, least of all on a busy machine
+    while time.monotonic() < end and any(_lives(member) for member in seen.values()):
+        time.sleep(POLL_S)
 
 
 def _kill(process: psutil.Process) -> None:
@@ -129,11 +143,17 @@ def _kill(process: psutil.Process) -> None:
         process.kill()
 
 
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def _bearers(token: str) -> list[psutil.Process]:
     """The living processes that carry the token: also those whose parents have ended."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.status() != psutil.STATUS_ZOMBIE and token in process.environ().get(TOKEN, ""):
+            if _lives(process) and token in process.environ().get(TOKEN, ""):
                 found.append(process)
     return found

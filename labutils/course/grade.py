@@ -2,12 +2,13 @@ r"""Grade a folder of hand-ins: each checked in a process of its own, into a tab
 
 **A hand-in runs as code, with your rights.** Each runs in a process group of its own with limits on time,
 memory, processes, disk and output, so that no accident spoils another grade, and its answers are moved into
-the course's own notebook. That is no jail: code that means harm can read your files, use the network, tell
-lies about its own verdict (it runs in the same process as its check), or outlive its end by clearing its
-environment. Grade strangers' work as a user without rights or secrets, in a container without a network:
+the course's own notebook. That is no jail: code that means harm can read, change and delete your files, use the
+network, tell lies about its own verdict (it runs in the same process as its check), or outlive its end by
+clearing its environment. All hand-ins are read before the first one runs, and a change to the course's own files
+stops the grading. Grade strangers' work as a user without rights or secrets, in a container without a network:
 
     docker run --rm --network none --read-only --tmpfs /tmp --memory 8g --pids-limit 256 --cap-drop ALL \
-        --user 65534 -v "$PWD":/course:ro -v "$PWD"/hand-ins:/hand-ins:ro -v "$PWD"/grades:/grades -w /course \\
+        --user 65534 -v "$PWD":/course:ro -v "$PWD"/hand-ins:/hand-ins:ro -v "$PWD"/grades:/grades -w /course \
         IMAGE python -m labutils grade /hand-ins --out /grades
 """
 
@@ -28,6 +29,7 @@ from labutils.course.hand_in import SIZE_LIMIT_BYTES, reference_folder
 
 COLUMNS = ("hand_in", "chapter", "exercise", "verdict", "points", "hint", "note", "seconds")
 UNUSABLE = "unusable"
+GRACE_S = 15.0  # the run's own limits act first: they know the guilty exercise, and spare the others
 PARSE_MEMORY_BYTES = 1 << 30  # what reading the hand-in may take, beside what its run may
 
 
@@ -50,13 +52,13 @@ def grade(folder: Path, out: Path, options: Options, say=print) -> list[dict]:
     Returns:
         The table: one row per hand-in and exercise, or one that says why a hand-in is unusable.
     """
-    hand_ins = find_hand_ins(folder, out)
+    hand_ins = {path: _content(path) for path in find_hand_ins(folder, out)}  # read before one can overwrite another
     (out / "results").mkdir(parents=True, exist_ok=True)
     fingerprint = course_fingerprint(options)
 
     def graded(path: Path) -> list[dict]:
         name = path.relative_to(folder).as_posix()
-        result = _stored_or_new(path, out / "results", fingerprint, options)
+        result = _stored_or_new(path, hand_ins[path], out / "results", fingerprint, options)
         say(f"{name}: {_one_line(result)}")
         return rows(name, result)
 
@@ -64,6 +66,8 @@ def grade(folder: Path, out: Path, options: Options, say=print) -> list[dict]:
         table = [row for part in pool.map(graded, hand_ins) for row in part]
     write_csv(out / "grades.csv", table)
     _write(out / "summary.md", summary(table))
+    for path in [path for path, content in hand_ins.items() if _content(path) != content]:
+        say(f"warning: {path.relative_to(folder)} was changed while grading; its grade is of what it was before")
     return table
 
 
@@ -87,23 +91,34 @@ def course_fingerprint(options: Options) -> str:
     return digest.hexdigest()
 
 
-def _stored_or_new(path: Path, results: Path, fingerprint: str, options: Options) -> dict:
+def _content(path: Path) -> bytes | str:
+    """What a hand-in holds, or why it is not read."""
     if path.is_symlink():
-        return {UNUSABLE: "a symbolic link: hand in the file itself", "seconds": 0.0}
+        return "a symbolic link: hand in the file itself"
     if not path.is_file() or path.stat().st_size > SIZE_LIMIT_BYTES:
-        return {UNUSABLE: f"not a file of at most {SIZE_LIMIT_BYTES // 10**6} MB", "seconds": 0.0}
-    key = hashlib.sha256(fingerprint.encode() + path.name.encode() + b"\0" + path.read_bytes()).hexdigest()
+        return f"not a file of at most {SIZE_LIMIT_BYTES // 10**6} MB"
+    return path.read_bytes()
+
+
+def _stored_or_new(path: Path, content: bytes | str, results: Path, fingerprint: str, options: Options) -> dict:
+    if isinstance(content, str):
+        return {UNUSABLE: content, "seconds": 0.0}
+    key = hashlib.sha256(fingerprint.encode() + path.name.encode() + b"\0" + content).hexdigest()
     store = results / f"{key[:32]}.json"
     try:
         stored = json.loads(store.read_text(encoding="utf-8"))
         return stored if UNUSABLE in stored or stored["verdicts"] is not None else {}
     except (OSError, ValueError, KeyError, TypeError):
-        result = check_contained(path, options)
+        result = check_contained(path.name, content, options)
+        if course_fingerprint(options) != fingerprint:
+            raise RuntimeError(
+                f"the course's own files changed while {path} ran: grade again with a fresh copy"
+            ) from None
         _write(store, json.dumps(result, ensure_ascii=False, indent=1))
         return result
 
 
-def check_contained(path: Path, options: Options) -> dict:
+def check_contained(file_name: str, content: bytes, options: Options) -> dict:
     """Check one hand-in in a process of its own; whatever happens there, this returns a result."""
     begin = time.monotonic()
     inner = options.limits
@@ -112,11 +127,12 @@ def check_contained(path: Path, options: Options) -> dict:
         time_s=inner.time_s + 60,
         memory_bytes=inner.memory_bytes + PARSE_MEMORY_BYTES,
         processes=inner.processes + 8,
+        grace_s=GRACE_S,
     )
     with tempfile.TemporaryDirectory(prefix="labutils-grade-", ignore_cleanup_errors=True) as name:
         folder = Path(name).resolve()
-        copy = folder / path.name
-        copy.write_bytes(path.read_bytes())
+        copy = folder / file_name
+        copy.write_bytes(content)
         out = folder / "result.json"
         arguments = [str(copy), str(options.root), str(options.timeout_s), json.dumps(asdict(inner)), str(out)]
         path_of_modules = os.pathsep.join(filter(None, [str(options.root), os.environ.get("PYTHONPATH", "")]))

@@ -13,7 +13,7 @@ from labutils.models.mixture import chat_text
 
 def calibration_batches(
     tokenizer, *, code: int = 16, dialogues: int = 16, context: int = 512, batch: int = 8, seed: int = 0
-) -> list[Int[Tensor, "batch context"]]:
+) -> list[Int[Tensor, "_ context"]]:
     """Rows of `context` tokens, without padding, from the training split alone.
 
     A row of code is the beginning of a module of the standard library; a row of dialogues is one service dialogue

@@ -12,6 +12,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and, for the b
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,6 +22,7 @@ from jaxtyping import Float, UInt8
 from torch import nn
 
 from labutils.models.gguf_tokenizer import tokenizer_metadata
+from labutils.quantization.packed import PackedLinear, PackedWeight
 
 ALIGNMENT = 32
 BLOCK = 32
@@ -80,11 +82,55 @@ FORMATS = {
     "Q4_0": Format(tensor_type=2, file_type=2, block_bytes=18, encode=encode_q4_0),
 }
 
+PACKED = {8: "Q8_0", 4: "Q4_0"}  # the format that holds our symmetric codes in groups of 32
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A packed weight, its rows in the order in which they are to be written; stands in for a matrix."""
+
+    weight: PackedWeight
+    rows: torch.Tensor
+    ndim: int = 2
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return len(self.rows), self.weight.in_features
+
+    def numel(self) -> int:
+        """Number of weights."""
+        return len(self.rows) * self.weight.in_features
+
+    @property
+    def format(self) -> str:
+        """The format with the same values.
+
+        Raises:
+            ValueError: where GGUF has none: other groups, zero points, or scales that float16 does not hold.
+        """
+        w = self.weight
+        exact = torch.equal(w.scales, w.scales.half().float())
+        if w.group_size != BLOCK or w.zeros is not None or not exact:
+            rule = f"GGUF holds symmetric groups of {BLOCK} with scales exact in float16 (pack with half_scales=True)"
+            raise ValueError(f"{rule}; got {w}, {'exact' if exact else 'inexact'} scales")
+        return PACKED[w.bits]
+
+    def encode(self) -> UInt8[np.ndarray, "rows bytes"]:
+        """Our codes and scales as blocks: nothing is rounded again."""
+        codes, scales, _ = self.weight.unpack(self.rows)
+        codes = codes.numpy().reshape(len(self.rows), -1, BLOCK)
+        scale = scales.numpy()[..., None].astype("<f2").view(np.uint8)
+        if self.weight.bits == 8:
+            return _join(codes, scale, codes.astype(np.int8).view(np.uint8))
+        q = (codes + 8).astype(np.uint8)
+        return _join(codes, scale, q[..., :16] | (q[..., 16:] << 4))
+
 
 def export_gguf(model: nn.Module, tokenizer, path: Path, *, format: str = "F32", name: str = "model") -> None:
     """Writes a Llama-architecture model and its tokenizer as one GGUF file.
 
-    Matrices take the format, vectors (norms, biases) stay F32.
+    Matrices take the format, vectors (norms, biases) stay F32, packed layers keep their codes and name the format.
 
     Args:
         model: a `LlamaForCausalLM`.
@@ -98,8 +144,14 @@ def export_gguf(model: nn.Module, tokenizer, path: Path, *, format: str = "F32",
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
-    metadata = model_metadata(model.config, format=format, name=name) | tokenizer_metadata(tokenizer)
     tensors = list(named_tensors(model))
+    for tensor_name, tensor in tensors:
+        if isinstance(tensor, PackedRows):
+            try:
+                format = tensor.format
+            except ValueError as error:
+                raise ValueError(f"{tensor_name}: {error}") from error
+    metadata = model_metadata(model.config, format=format, name=name) | tokenizer_metadata(tokenizer)
     for tensor_name, tensor in tensors:
         if tensor.ndim == 2 and tensor.shape[1] % BLOCK:
             raise ValueError(f"rows must be a multiple of {BLOCK} weights; got {tensor.shape[1]} in {tensor_name}")
@@ -107,11 +159,10 @@ def export_gguf(model: nn.Module, tokenizer, path: Path, *, format: str = "F32",
         file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
         for key, value in metadata.items():
             file.write(string(key) + typed(value))
-        _write_index(file, tensors, FORMATS[format])
+        _write_index(file, tensors, format)
         for _, tensor in tensors:
             _pad(file)
-            matrix = _array(tensor)
-            file.write((FORMATS[format].encode if matrix.ndim == 2 else encode_f32)(matrix).tobytes())
+            file.write(_encoded(tensor, format).tobytes())
 
 
 def model_metadata(config, *, format: str, name: str) -> dict[str, object]:
@@ -145,9 +196,10 @@ def model_metadata(config, *, format: str, name: str) -> dict[str, object]:
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """GGUF's names and the model's tensors, queries and keys reordered for llama.cpp's rotary embedding."""
     config, body = model.config, model.model
-    yield "token_embd.weight", body.embed_tokens.weight
-    if model.lm_head.weight.data_ptr() != body.embed_tokens.weight.data_ptr():
-        yield "output.weight", model.lm_head.weight
+    ((_, head),) = parameters_of(model.lm_head, heads=None)
+    yield "token_embd.weight", head if config.tie_word_embeddings else body.embed_tokens.weight
+    if not config.tie_word_embeddings:
+        yield "output.weight", head
     yield "output_norm.weight", body.norm.weight
     for i, layer in enumerate(body.layers):
         attention, mlp = layer.self_attn, layer.mlp
@@ -163,8 +215,23 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             "ffn_down": (mlp.down_proj, None),
         }
         for name, (linear, heads) in linears.items():
-            for kind, tensor in linear.named_parameters():
-                yield f"blk.{i}.{name}.{kind}", tensor if heads is None else interleave_halves(tensor, heads=heads)
+            for kind, tensor in parameters_of(linear, heads=heads):
+                yield f"blk.{i}.{name}.{kind}", tensor
+
+
+def parameters_of(linear: nn.Module, *, heads: int | None) -> Iterator[tuple[str, torch.Tensor | PackedRows]]:
+    """A linear layer's "weight" and "bias", packed or not, reordered where it has heads."""
+
+    def reorder(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if heads is None else interleave_halves(tensor, heads=heads)
+
+    if not isinstance(linear, PackedLinear):
+        yield from ((kind, reorder(tensor)) for kind, tensor in linear.named_parameters())
+        return
+    packed = linear.packed
+    yield "weight", PackedRows(packed, reorder(torch.arange(packed.out_features)))
+    if linear.bias is not None:
+        yield "bias", reorder(linear.bias)
 
 
 def interleave_halves(tensor: torch.Tensor, *, heads: int) -> torch.Tensor:
@@ -211,15 +278,25 @@ def typed(value: object) -> bytes:
     raise TypeError(f"metadata holds bool, int, float, str and lists of int or str; got {value!r:.60}")
 
 
-def _write_index(file: BinaryIO, tensors: Sequence[tuple[str, torch.Tensor]], chosen: Format) -> None:
+def _write_index(file: BinaryIO, tensors: Sequence[tuple[str, torch.Tensor | PackedRows]], chosen: str) -> None:
     offset = 0
     for name, tensor in tensors:
-        stored = chosen if tensor.ndim == 2 else FORMATS["F32"]
+        stored = _format(tensor, chosen)
         dimensions = tuple(reversed(tensor.shape))
         file.write(string(name) + struct.pack(f"<I{tensor.ndim}Q", tensor.ndim, *dimensions))
         file.write(struct.pack("<IQ", stored.tensor_type, offset))
         size = tensor.numel() * stored.block_bytes // BLOCK
         offset += size + -size % ALIGNMENT
+
+
+def _format(tensor: torch.Tensor | PackedRows, chosen: str) -> Format:
+    if isinstance(tensor, PackedRows):
+        return FORMATS[tensor.format]
+    return FORMATS[chosen if tensor.ndim == 2 else "F32"]
+
+
+def _encoded(tensor: torch.Tensor | PackedRows, chosen: str) -> UInt8[np.ndarray, "..."]:
+    return tensor.encode() if isinstance(tensor, PackedRows) else _format(tensor, chosen).encode(_array(tensor))
 
 
 def _pad(file: BinaryIO) -> None:

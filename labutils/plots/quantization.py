@@ -138,6 +138,8 @@ def draw_bits_quality(points: Sequence[BitsPoint], *, ax: Axes | None = None) ->
         ax.errorbar(point.bits_per_weight, y, yerr=[[y - low], [high - y]], **style)
     ax.axhline(0, color="0.8", zorder=0)
     ax.set_yscale("symlog", linthresh=1e-3)
+    lows, highs = zip(*(p.quality.interval for p in points), strict=True)
+    ax.set_ylim(1.5 * min(0, *lows) - 5e-4, 1.6 * max(5e-4, *highs))
     ax.set_xlabel("bits per weight, scales and zero points included")
     ax.set_ylabel("bits per byte above float32 (lower is better)")
     ax.set_title(bits_finding(points), wrap=True)

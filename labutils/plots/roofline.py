@@ -73,6 +73,7 @@ def draw_roofline(roof: Roofline, points: Sequence[RooflinePoint] = (), *, ax: A
         ax.scatter(
             point.intensity_flop_per_byte, point.flops_per_s / 1e9, s=80, zorder=3, label=label, **series_style(index)
         )
+    ax.set_ylim(top=2.5 * max([roof.flops_per_s, *(p.flops_per_s for p in points)]) / 1e9)  # room for the roof's label
     ax.set_xlabel("arithmetic intensity (FLOP per byte)")
     ax.set_ylabel("GFLOP/s")
     ax.set_title(roofline_finding(roof, points), wrap=True)

@@ -70,14 +70,14 @@ class QParams:
     Attributes:
         scale: float32, rounded to `scale_dtype`; of shape () for the whole tensor, (…, 1) for rows, (…, groups, 1) for
             groups.
-        zero_point: int32, of the same shape.
+        zero_point: int32, of the same shape; real numbers where HQQ solved for them.
         qmin: the lowest code.
         qmax: the highest code.
         group_size: into groups of how many the last axis is cut; None for rows and whole tensors.
     """
 
     scale: Float[Tensor, "..."]
-    zero_point: Int[Tensor, "..."]
+    zero_point: Int[Tensor, "..."] | Float[Tensor, "..."]
     qmin: int
     qmax: int
     group_size: int | None = None

@@ -1,7 +1,7 @@
 """One bit: signs and one scale a row, multiplied by counting equal bits (XNOR-Net)."""
 
 import torch
-from jaxtyping import Float, Int8, Int32, UInt8
+from jaxtyping import Float, Int, Int8, Int32, UInt8
 from torch import Tensor
 
 from labutils.quantization.packing import pack
@@ -12,7 +12,7 @@ POPCOUNT = torch.tensor([code.bit_count() for code in range(256)], dtype=torch.i
 def binarize(x: Float[Tensor, "*rows n"]) -> tuple[Int8[Tensor, "*rows n"], Float[Tensor, "*rows 1"]]:
     """Signs B in {−1, +1} (0 counts as +1) and α = mean |x| of each row: no other α·B is nearer to x.
 
-    Rastegari et al. 2016 (arXiv:1603.05279), equation 6.
+    Rastegari et al. 2016 (arXiv:1603.05279).
 
     Raises:
         ValueError: for an empty row, infinity or NaN.
@@ -25,7 +25,7 @@ def binarize(x: Float[Tensor, "*rows n"]) -> tuple[Int8[Tensor, "*rows n"], Floa
     return torch.where(x < 0, -1, 1).to(torch.int8), x.float().abs().mean(dim=-1, keepdim=True)
 
 
-def pack_signs(signs: Int8[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows bytes"]:
+def pack_signs(signs: Int[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows bytes"]:
     """Eight signs a byte: bit 1 for +1, bit 0 for −1 and for the padding."""
     return pack((signs > 0).int(), bits=1)
 

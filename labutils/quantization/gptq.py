@@ -33,7 +33,7 @@ def inverse_factor(gram: Float[Tensor, "n n"], *, damping: float = 0.01) -> Floa
 @torch.no_grad()
 def gptq(
     weight: Float[Tensor, "out n"],
-    gram: Float[Tensor, "n n"],
+    gram: Float[Tensor, "m m"],
     qparams: QParams,
     *,
     damping: float = 0.01,
@@ -50,7 +50,7 @@ def gptq(
 
     Args:
         weight: rows are outputs.
-        gram: XᵀX of the layer's calibration inputs.
+        gram: XᵀX of the layer's calibration inputs; m = n.
         qparams: scale and zero point of the whole weight, from `choose_qparams`.
         damping: share of the mean diagonal that is added to the diagonal.
         block: columns in a block.

@@ -20,9 +20,11 @@ OUTLIER_THRESHOLD = 6.0
 def integer_product(left: Int8[Tensor, "rows n"], right: Int8[Tensor, "out n"]) -> Int32[Tensor, "rows out"]:
     """The product left · rightᵀ of codes, summed in int32.
 
-    CUDA asks for at least 17 rows: fewer are padded with zeros.
+    CUDA asks for at least 17 rows, and PyTorch 2.13 multiplies single columns wrongly on a CPU: zeros fill both up.
     """
-    rows = left.shape[0]
+    rows, columns = left.shape
+    if columns == 1:
+        left, right = nn.functional.pad(left, (0, 1)), nn.functional.pad(right, (0, 1))
     if left.is_cuda and rows < 17:
         left = nn.functional.pad(left, (0, 0, 0, 17 - rows))
     return torch._int_mm(left, right.T)[:rows]

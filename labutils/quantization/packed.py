@@ -14,6 +14,7 @@ A token with infinity or NaN in it gets NaN in every output.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int, Int8, UInt8
@@ -23,6 +24,8 @@ from torch.nn.functional import pad
 from labutils.layers.linears import Linear, linear_layers, output_head, replace_module_, weight_of
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, quantize
 from labutils.quantization.packed_ops import CHUNK, MAX_BLOCK, ROWS, packed_linear, unpack_codes
+
+SMALLEST_HALF = 2.0**-24  # the smallest number that float16 holds
 
 
 def pack_codes(codes: UInt8[Tensor, "out n"], *, bits: int) -> UInt8[Tensor, " bytes"]:
@@ -95,9 +98,12 @@ class PackedWeight(nn.Module):
         return made
 
     @classmethod
-    def from_float(cls, weight: Float[Tensor, "out n"], scheme: Scheme) -> "PackedWeight":
-        """Rounds to nearest, then packs."""
+    def from_float(cls, weight: Float[Tensor, "out n"], scheme: Scheme, *, half_scales: bool = False) -> "PackedWeight":
+        """Rounds to nearest, then packs; with `half_scales` on scales that float16 holds, as GGUF stores them."""
         qparams = choose_qparams(weight, scheme)
+        if half_scales:
+            half = qparams.scale.half().clamp(min=SMALLEST_HALF)
+            qparams = replace(qparams, scale=half.float())
         return cls.from_codes(quantize(weight, qparams), qparams)
 
     def unpack(self, rows: Int[Tensor, " rows"] | None = None) -> tuple[Int[Tensor, "rows n"], Tensor, Tensor]:
@@ -160,9 +166,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
 
     @classmethod
-    def from_layer(cls, layer: Linear, scheme: Scheme) -> "PackedLinear":
+    def from_layer(cls, layer: Linear, scheme: Scheme, *, half_scales: bool = False) -> "PackedLinear":
         """Rounds a layer's weight to nearest and packs it."""
-        return cls(PackedWeight.from_float(weight_of(layer), scheme), layer.bias)
+        return cls(PackedWeight.from_float(weight_of(layer), scheme, half_scales=half_scales), layer.bias)
 
     def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... out"]:
         """Runs the C kernels on a CPU, PyTorch's operators elsewhere and where there is no compiler.
@@ -191,7 +197,7 @@ class PackedEmbedding(nn.Module):
         return self.packed.dequantize(token_ids.flatten()).view(*token_ids.shape, -1)
 
 
-def pack_model_(model: nn.Module, scheme: Scheme) -> nn.Module:
+def pack_model_(model: nn.Module, scheme: Scheme, *, half_scales: bool = False) -> nn.Module:
     """Replaces every linear layer of a Hugging Face model, the head included, by a packed one, rounded to nearest.
 
     A head that shares its weight with the embedding goes on sharing it, packed. An embedding of its own stays as it
@@ -202,7 +208,7 @@ def pack_model_(model: nn.Module, scheme: Scheme) -> nn.Module:
     """
     for name, layer in list(linear_layers(model, with_head=True)):
         try:
-            replace_packed_(model, name, PackedLinear.from_layer(layer, scheme))
+            replace_packed_(model, name, PackedLinear.from_layer(layer, scheme, half_scales=half_scales))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return model

@@ -15,7 +15,7 @@ ROWS, CHUNK, MAX_BLOCK = 8, 32, 64  # as in kernels.c
 SMALLEST = 1e-30  # a block of smaller inputs counts as zeros
 
 
-def unpack_codes(packed: UInt8[Tensor, "tiles chunks vectors 8 4"], *, bits: int) -> UInt8[Tensor, "out n"]:
+def unpack_codes(packed: UInt8[Tensor, "tiles chunks vectors rows 4"], *, bits: int) -> UInt8[Tensor, "out n"]:
     """Undoes `pack_codes`."""
     if bits == 4:
         packed = torch.cat([packed & 15, packed >> 4], dim=2)

@@ -9,7 +9,7 @@ import mmap
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from labutils.quantization.kernels import Weight, call_packed_linear
@@ -140,7 +140,7 @@ def _fuse(arena: Arena, layers: tuple[PackedLinear, ...]) -> tuple[Weight, list[
     return Weight(*addresses, w.in_features, out, w.padded, w.group, w.block, w.bits), [codes, scales, zeros, bias]
 
 
-def _fuse_buffer(arena: Arena, weights: list[PackedWeight], name: str) -> UInt8[Tensor, "..."] | None:
+def _fuse_buffer(arena: Arena, weights: list[PackedWeight], name: str) -> Shaped[Tensor, "..."] | None:
     parts = [getattr(w, name) for w in weights]
     if parts[0] is None:
         return None

@@ -285,3 +285,112 @@ def straight_through(weight, scheme):
 # EXERCISE straight_through
 def straight_through(weight, scheme):
     return fake_quantize(weight, scheme)
+
+
+# %% WRONG pack_halves | pair code k with code k + 16
+# EXERCISE pack_halves
+def pack_halves(codes):
+    return codes[0::2] | (codes[1::2] << 4)
+
+
+# %% WRONG pack_halves | halves are swapped
+# EXERCISE pack_halves
+def pack_halves(codes):
+    chunks = codes.reshape(-1, 2, 16)
+    return (chunks[:, 1] | (chunks[:, 0] << 4)).reshape(-1)
+
+
+# %% WRONG pack_halves | shift it up by 4 bits
+# EXERCISE pack_halves
+def pack_halves(codes):
+    chunks = codes.reshape(-1, 2, 16)
+    return (chunks[:, 0] | chunks[:, 1]).reshape(-1)
+
+
+# %% WRONG pack_halves | halve every 32 codes
+# EXERCISE pack_halves
+def pack_halves(codes):
+    half = len(codes) // 2
+    return codes[:half] | (codes[half:] << 4)
+
+
+# %% WRONG pack_halves | return dtype uint8
+# EXERCISE pack_halves
+def pack_halves(codes):
+    chunks = codes.reshape(-1, 2, 16).astype(int)
+    return (chunks[:, 0] + 16 * chunks[:, 1]).reshape(-1)
+
+
+# %% WRONG maddubs | this instruction saturates
+# EXERCISE maddubs
+def maddubs(unsigned, signed):
+    products = unsigned.astype(np.int32) * signed.astype(np.int32)
+    return products.reshape(-1, 2).sum(axis=1).astype(np.int16)
+
+
+# %% WRONG maddubs | saturate there
+# EXERCISE maddubs
+def maddubs(unsigned, signed):
+    products = unsigned.astype(np.int32) * signed.astype(np.int32)
+    return np.clip(products.reshape(-1, 2).sum(axis=1), -128, 127).astype(np.int16)
+
+
+# %% WRONG maddubs | not the two halves
+# EXERCISE maddubs
+def maddubs(unsigned, signed):
+    products = unsigned.astype(np.int32) * signed.astype(np.int32)
+    half = len(products) // 2
+    return np.clip(products[:half] + products[half:], -(2**15), 2**15 - 1).astype(np.int16)
+
+
+# %% WRONG maddubs | nothing saturates in int32
+# EXERCISE maddubs
+def maddubs(unsigned, signed):
+    products = unsigned.astype(np.int32) * signed.astype(np.int32)
+    return products.reshape(-1, 2).sum(axis=1)
+
+
+# %% WRONG maddubs | read unsigned codes as signed
+# EXERCISE maddubs
+def maddubs(unsigned, signed):
+    products = unsigned.astype(np.int8).astype(np.int32) * signed
+    return np.clip(products.reshape(-1, 2).sum(axis=1), -(2**15), 2**15 - 1).astype(np.int16)
+
+
+# %% WRONG block_product | wraps around
+# EXERCISE block_product
+def block_product(codes, scale, x_codes, x_scales):
+    q = (codes - np.uint8(128)).reshape(len(codes), len(x_scales), -1)
+    p = x_codes.astype(np.int32).reshape(len(x_scales), -1)
+    return scale * ((q * p).sum(axis=2) * x_scales).sum(axis=1)
+
+
+# %% WRONG block_product | the zero point is missing
+# EXERCISE block_product
+def block_product(codes, scale, x_codes, x_scales):
+    q = codes.astype(np.int32).reshape(len(codes), len(x_scales), -1)
+    p = x_codes.astype(np.int32).reshape(len(x_scales), -1)
+    return scale * ((q * p).sum(axis=2) * x_scales).sum(axis=1)
+
+
+# %% WRONG block_product | each block has a scale of its own
+# EXERCISE block_product
+def block_product(codes, scale, x_codes, x_scales):
+    dots = (codes.astype(np.int32) - 128) @ x_codes.astype(np.int32)
+    return scale * dots * x_scales.mean()
+
+
+# %% WRONG block_product | the weights' scale is missing
+# EXERCISE block_product
+def block_product(codes, scale, x_codes, x_scales):
+    q = codes.astype(np.int32).reshape(len(codes), len(x_scales), -1) - 128
+    p = x_codes.astype(np.int32).reshape(len(x_scales), -1)
+    return ((q * p).sum(axis=2) * x_scales).sum(axis=1)
+
+
+# %% WRONG block_product | and you added it
+# EXERCISE block_product
+def block_product(codes, scale, x_codes, x_scales):
+    q = codes.astype(np.int32).reshape(len(codes), len(x_scales), -1) + 128
+    p = x_codes.astype(np.int32).reshape(len(x_scales), -1)
+    return scale * ((q * p).sum(axis=2) * x_scales).sum(axis=1)

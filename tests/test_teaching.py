@@ -1,0 +1,55 @@
+"""TEACHING.md says what the chapters say: their minutes, their exercises, their open questions."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from labutils.course.source import read_chapter
+
+ROOT = Path(__file__).resolve().parents[1]
+TEACHING = (ROOT / "notebooks" / "TEACHING.md").read_text(encoding="utf-8")
+SOURCES = sorted((ROOT / "notebooks" / "source").glob("[0-9][0-9]_*.py"))
+
+
+def row_of(chapter):
+    """The row of TEACHING.md's table of minutes that a chapter deserves."""
+    first = chapter.cells[0].source
+    number, title = re.match(r"# (\d\d) · (.+)", first).groups()
+    minutes = re.search(r"\| Time \| (.+?) for you", first)[1]
+    measured = re.search(r"\| Time \|.*\(measured: ([\d.]+(?: and [\d.]+)? s)", first)[1]
+    memory = re.search(r"\| Memory, download \| ([\d.]+ GB)", first)[1]
+    text = "\n".join(cell.source for cell in chapter.cells if cell.cell_type == "markdown")
+    needed = sum(int(number) for number in re.findall(r"(\d+)\s+minutes?,\s+difficulty", text))
+    return f"| {number} | {title} | {minutes} | {len(chapter.exercises)}, {needed} minutes | {measured}, {memory} |"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_teaching_has_a_chapter_s_row_and_a_model_answer(source):
+    chapter = read_chapter(source)
+    assert row_of(chapter) in TEACHING.splitlines()
+    assert any("**Open question" in cell.source for cell in chapter.cells)
+    answer = re.search(rf"(?ms)^### {source.stem[:2]} · .+?\?\n\n(.+?)(?=^#|\Z)", TEACHING)
+    assert answer and len(answer[1].split()) > 60
+
+
+def test_each_exercise_of_a_chapter_states_its_minutes():
+    for source in SOURCES:
+        chapter = read_chapter(source)
+        text = "\n".join(cell.source for cell in chapter.cells if cell.cell_type == "markdown")
+        assert len(re.findall(r"\d+\s+minutes?,\s+difficulty", text)) == len(chapter.exercises)
+
+
+def test_numbers_of_the_model_answers():
+    assert "3.5 GB" in TEACHING and 7e9 * 4 / 8 == 3.5e9 and 20 * 3.5 == 70
+    cache = 2 * 32 * 32 * 128 * 2  # Llama-2-7B: keys and values, layers, heads, head_dim, fp16
+    assert cache == 2**19 and f"{20 * 1024 * cache / 1e9:.1f} GB" == "10.7 GB" and "10.7 GB" in TEACHING
+    assert f"{6.74 * 2:.1f} GB" == "13.5 GB" and "13.5 GB" in TEACHING
+
+
+def test_every_command_that_it_names_exists():
+    from labutils.cli.main import COMMANDS
+
+    named = set(re.findall(r"python -m\s+labutils\s+(\w+)", TEACHING))
+    assert {"handout", "lab", "check", "grade", "doctor", "rebadge"} == named
+    assert named <= set(COMMANDS)
