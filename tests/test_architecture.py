@@ -16,6 +16,7 @@ FLOORS = [
 # Rooms of one floor that may use each other. Topics never do.
 NEIGHBOURS = {
     ("measurement", "paths"),
+    ("layers", "paths"),
     ("models", "data"),
     ("course", "checks"),
     ("widgets", "plots"),

@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
+from labutils.layers import compile
+from labutils.layers.compile import KernelError, cache_dir, compile_c
 from labutils.quantization import kernels
-from labutils.quantization.kernels import KernelError, cache_dir, compile_c, find_kernels
+from labutils.quantization.kernels import find_kernels
 
 SEVEN = "int seven(void) { return 7; }"
-pytestmark = pytest.mark.skipif(os.name != "posix" or kernels.compiler() is None, reason="no C compiler here")
+pytestmark = pytest.mark.skipif(os.name != "posix" or compile.compiler() is None, reason="no C compiler here")
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +36,7 @@ def test_compile_c_names_a_library_by_source_flags_and_compiler(monkeypatch, tmp
     assert compile_c(SEVEN + " ") != first
     assert compile_c(SEVEN, flags=("-DEIGHT",)) != first
     other = tmp_path / "other-cc"
-    other.write_text(f'#!/bin/sh\nexec {kernels.compiler()} -DNEWER_VERSION "$@"\n', encoding="utf-8")
+    other.write_text(f'#!/bin/sh\nexec {compile.compiler()} -DNEWER_VERSION "$@"\n', encoding="utf-8")
     other.chmod(0o755)
     monkeypatch.setenv("CC", str(other))
     assert compile_c(SEVEN) != first
@@ -71,7 +73,7 @@ def test_compile_c_reports_what_the_compiler_refuses(home):
 
 
 def test_two_processes_may_build_at_once(home):
-    program = f"from labutils.quantization.kernels import compile_c; print(compile_c({SEVEN!r}))"
+    program = f"from labutils.layers.compile import compile_c; print(compile_c({SEVEN!r}))"
     running = [
         subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, encoding="utf-8") for _ in range(2)
     ]
@@ -89,7 +91,7 @@ def test_a_library_appears_whole_or_not_at_all(monkeypatch, home):
             raise KernelError("killed")
         return ""
 
-    monkeypatch.setattr(kernels, "_run", killed)
+    monkeypatch.setattr(compile, "_run", killed)
     with pytest.raises(KernelError, match="killed"):
         compile_c(SEVEN)
     assert list((home / "kernels").iterdir()) == []
@@ -124,7 +126,7 @@ def test_find_kernels_does_without_openmp(monkeypatch, tmp_path):
     picky = tmp_path / "cc"
     picky.write_text(
         '#!/bin/sh\ncase "$*" in *openmp*) echo "error: no OpenMP" >&2; exit 1;; esac\n'
-        f'exec {kernels.compiler()} "$@"\n',
+        f'exec {compile.compiler()} "$@"\n',
         encoding="utf-8",
     )
     picky.chmod(0o755)

@@ -11,18 +11,11 @@ from tiny_models import CONFIGS, random_ids, tiny_model
 from torch import nn
 
 from labutils.generation import decode
+from labutils.layers.compile import KernelError, compile_c, compiler
 from labutils.layers.linears import linear_layers, weight_of
 from labutils.quantization import packed_ops
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, dequantize, quantize
-from labutils.quantization.kernels import (
-    KernelError,
-    Weight,
-    compile_c,
-    compiler,
-    find_kernels,
-    load_library,
-    read_sources,
-)
+from labutils.quantization.kernels import Weight, find_kernels, load_library, read_sources
 from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWeight, pack_codes, pack_model_
 from labutils.quantization.packed_ops import packed_linear, packed_linear_torch, quantize_tokens, unpack_codes
 

@@ -3,14 +3,14 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-HELP = "measure and compare: `bench decode` decodes with every path, `bench quantization` with int8 and int4 weights"
+HELP = "measure and compare: `bench decode` (every path), `bench quantization` (int8, int4), `bench pruning` (zeros)"
 NEEDS_ENVIRONMENT = True
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("name", choices=("decode", "quantization"), help="what to measure")
+    parser.add_argument("name", choices=("decode", "quantization", "pruning"), help="what to measure")
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
     )
@@ -28,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
-    return run_quantization(args) if args.name == "quantization" else run_decode(args)
+    return {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning}[args.name](args)
 
 
 def run_quantization(args: Namespace) -> int:
@@ -78,6 +78,29 @@ def run_decode(args: Namespace) -> int:
         if args.ledger:
             for row in (r for r in found if r.samples and r.quality is not None):
                 ledger.append(as_record(row, subject, settings))
+    if args.json:
+        write_json(rows, args.json)
+    return 0
+
+
+def run_pruning(args: Namespace) -> int:
+    """One decoding step, dense and pruned three ways, on the random-weight model."""
+    from labutils.bench.pruning import DENSE, bench_pruning
+    from labutils.bench.subject import speed_subject
+    from labutils.bench.table import as_table, write_json
+    from labutils.layers.compile import KernelError
+    from labutils.measurement.ledger import host_line
+
+    subject = speed_subject(**(SMALL if args.quick else {}))
+    print(host_line())
+    try:
+        rows, bars = bench_pruning(subject, rounds=args.rounds, threads=args.threads or 1)
+    except KernelError as error:
+        print(f"labutils: {error}")
+        return 1
+    print(f"{subject.name}: one decoding step, {args.rounds} interleaved rounds after 2 warm-up")
+    print(as_table(rows, reference=DENSE))
+    print(*bars, sep="\n")
     if args.json:
         write_json(rows, args.json)
     return 0

@@ -1,77 +1,14 @@
-"""Building and loading the C kernels: compiled at first use by this machine's own compiler, then kept.
-
-A library is named by the hash of everything that made it: the source, the flags, and the macros that the compiler
-defines for them, which name its version and every instruction set of this CPU. It lies in a folder that only its owner
-may enter: a library that others could replace would be their code running as us.
-"""
+"""Loading the C kernels of quantized layers, built by `labutils.layers.compile`."""
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import stat
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
-from labutils.paths import learner_dir
+from labutils.layers.compile import KernelError, build_c
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "steps.c"))  # compiled as one text
-# No contraction: a product and a sum fused into one rounding would differ between machines.
-COMMON_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
-NATIVE_FLAGS = ("-march=native", "-mcpu=native")  # x86 and most ARM compilers; other ARM compilers
-COMPILE_TIMEOUT_S = 120
-
-
-class KernelError(RuntimeError):
-    """The kernels cannot be built or loaded here; the message is one sentence that says why."""
-
-
-def compiler() -> str | None:
-    """The C compiler: $CC, cc, gcc or clang; None where there is none."""
-    names = (os.environ.get("CC"), "cc", "gcc", "clang")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
-
-
-def cache_dir() -> Path:
-    """The folder of compiled libraries, made where it is missing.
-
-    Raises:
-        KernelError: when it is a link, belongs to someone else, or others may enter it.
-    """
-    folder = learner_dir() / "kernels"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        owner, mode = found.st_uid, stat.S_IMODE(found.st_mode)
-        raise KernelError(f"{folder} must be a folder of yours with mode 700; got owner {owner}, mode {mode:o}")
-    return folder
-
-
-def compile_c(source: str, *, flags: tuple[str, ...] = ()) -> Path:
-    """Compiles C into a shared library, or finds the one that the same source, flags, compiler and CPU made before.
-
-    Raises:
-        KernelError: without a compiler, when the compiler refuses the source, or when the folder is not safe.
-    """
-    program = compiler()
-    if program is None:
-        raise KernelError("no C compiler: install gcc or clang")
-    folder, flags = cache_dir(), (*COMMON_FLAGS, *flags)
-    macros = _run([program, *flags, "-dM", "-E", "-x", "c", os.devnull])
-    library = folder / f"{hashlib.sha256(repr((source, flags, macros)).encode()).hexdigest()[:32]}.so"
-    if not library.exists():
-        # Built under another name and renamed: another process sees the whole file or none.
-        with tempfile.TemporaryDirectory(dir=folder) as workspace:
-            text, built = Path(workspace) / "source.c", Path(workspace) / "built.so"
-            text.write_text(source, encoding="utf-8")
-            _run([program, *flags, str(text), "-o", str(built), "-lm"])
-            os.replace(built, library)
-    return library
 
 
 class Weight(ctypes.Structure):
@@ -89,7 +26,10 @@ def read_sources() -> str:
 
 def load_library(path: Path) -> ctypes.CDLL:
     """Loads a build of `read_sources()` and declares its functions."""
-    library = ctypes.CDLL(str(path))
+    return _declared(ctypes.CDLL(str(path)))
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.packed_linear.argtypes = (ctypes.POINTER(Weight), pointer, pointer, count, count)
     library.rms_norm.argtypes = (pointer, pointer, pointer, count, ctypes.c_float)
@@ -109,16 +49,10 @@ def find_kernels() -> tuple[ctypes.CDLL | None, str]:
 
     Without OpenMP (Apple's compiler has none) they run in one thread.
     """
-    if os.name != "posix":
-        return None, "kernels are built on Linux and macOS only"
-    source, reason = read_sources(), ""
-    for native in ((flag,) for flag in NATIVE_FLAGS):
-        for openmp in (("-fopenmp",), ()):
-            try:
-                return load_library(compile_c(source, flags=(*native, *openmp))), ""
-            except (KernelError, OSError) as error:
-                reason = reason or str(error)
-    return None, reason
+    try:
+        return _declared(build_c(read_sources())), ""
+    except KernelError as error:
+        return None, str(error)
 
 
 def call_packed_linear(library: ctypes.CDLL, weight: Weight, x: int, y: int, tokens: int) -> None:
@@ -129,16 +63,3 @@ def call_packed_linear(library: ctypes.CDLL, weight: Weight, x: int, y: int, tok
     """
     if library.packed_linear(weight, x, y, tokens, torch.get_num_threads()):
         raise MemoryError(f"no memory for the codes of {tokens} tokens")
-
-
-def _run(command: list[str]) -> str:
-    try:
-        result = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=COMPILE_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelError(f"the C compiler must run; got {error}") from error
-    if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
-        raise KernelError(f"the C compiler must accept the source; got {(lines or ['no message'])[0]}")
-    return result.stdout

@@ -1,0 +1,175 @@
+"""Checks of chapter 04, second part: schedules, physical removal, block influence, packed bits."""
+
+import torch
+
+from labutils.checks import exercise, expect_function
+from labutils.pruning import scores
+
+
+def _random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@exercise("4.6")
+def sparsity_at(answer):
+    """Zhu and Gupta's cubic schedule."""
+
+    def reference(step, steps, final):
+        return scores.schedule(step, steps=steps, final=final)
+
+    expect_function(
+        answer,
+        reference,
+        cases=[{"step": t, "steps": 10, "final": 0.8} for t in (3, 0, 10, 7)],
+        mistakes=[
+            (lambda step, steps, final: final * step / steps, "that is a straight line: the remaining share is cubed"),
+            (
+                lambda step, steps, final: final * (step / steps) ** 3,
+                "slow at first, fast at the end, the wrong way round: cube 1 - step / steps and subtract it from 1",
+            ),
+            (
+                lambda step, steps, final: final * (1 - step / steps) ** 3,
+                "it starts at the final sparsity and falls: that is what is still to be pruned",
+            ),
+            (
+                lambda step, steps, final: final * (1 - (1 - step / steps) ** 2),
+                "squared where the paper cubes",
+            ),
+            (
+                lambda step, steps, final: 1 - (1 - step / steps) ** 3,
+                "it ends at 1: multiply by the final sparsity",
+            ),
+        ],
+    )
+
+
+@exercise("4.7")
+def remove_neurons(answer):
+    """Rows of gate and up, columns of down."""
+
+    def reference(gate, up, down, kept):
+        return gate[kept], up[kept], down[:, kept]
+
+    case = {"gate": _random(6, 6), "up": _random(6, 6, seed=1), "down": _random(6, 6, seed=2)}
+    expect_function(
+        answer,
+        reference,
+        cases=[case | {"kept": torch.tensor([0, 2, 5])}, case | {"kept": torch.tensor([4])}],
+        mistakes=[
+            (
+                lambda gate, up, down, kept: (gate[kept], up[kept], down[kept]),
+                "a neuron is an input of down: take down's columns, down[:, kept]",
+            ),
+            (
+                lambda gate, up, down, kept: (gate[:, kept], up[:, kept], down[:, kept]),
+                "a neuron is an output of gate and up: take their rows",
+            ),
+            (
+                lambda gate, up, down, kept: (gate[:, kept], up[:, kept], down[kept]),
+                "rows and columns are swapped: weights are (out_features, in_features)",
+            ),
+            (
+                lambda gate, up, down, kept: (gate[kept], up, down[:, kept]),
+                "up still has every neuron: gate and up are multiplied, neuron by neuron",
+            ),
+            (
+                lambda gate, up, down, kept: reference(gate, up, down, torch.arange(len(kept))),
+                "those are the first neurons: take the ones in `kept`",
+            ),
+            (
+                lambda gate, up, down, kept: reference(gate, up, down, _others(kept, len(gate))),
+                "the kept neurons went and the others stayed",
+            ),
+            (
+                lambda gate, up, down, kept: (*(_zeroed(m, kept) for m in (gate, up)), _zeroed(down.T, kept).T),
+                "masked, not removed: zeros still take time and space, so take a part of the matrix",
+            ),
+        ],
+    )
+
+
+def _others(kept, count):
+    return torch.tensor([i for i in range(count) if i not in kept.tolist()])
+
+
+def _zeroed(matrix, rows):
+    result = torch.zeros_like(matrix)
+    result[rows] = matrix[rows]
+    return result
+
+
+@exercise("4.8")
+def influence(answer):
+    """1 minus the mean cosine of what goes in and what comes out."""
+
+    def cosine(before, after):
+        return torch.cosine_similarity(before, after, dim=-1)
+
+    before = _random(5, 8)
+    cases = [{"before": before, "after": before + 0.5 * _random(5, 8, seed=1)}, {"before": before, "after": 3 * before}]
+    expect_function(
+        answer,
+        lambda before, after: 1 - cosine(before, after).mean().item(),
+        cases=cases,
+        atol=1e-5,
+        mistakes=[
+            (lambda before, after: cosine(before, after).mean().item(), "that is how little it does: 1 minus the mean"),
+            (
+                lambda before, after: 1 - torch.cosine_similarity(before, after, dim=0).mean().item(),
+                "compared channel by channel: a position is a row, so dim=-1",
+            ),
+            (
+                lambda before, after: 1 - torch.cosine_similarity(before.flatten(), after.flatten(), dim=0).item(),
+                "one cosine over everything lets long rows drown short ones: one a position, then the mean",
+            ),
+            (
+                lambda before, after: ((after - before).norm() / before.norm()).item(),
+                "that is the size of the change: a layer that only makes the stream longer has no influence",
+            ),
+            (
+                lambda before, after: (before * after).sum(dim=-1).mean().item(),
+                "a dot product grows with the lengths: divide by both norms",
+            ),
+            (
+                lambda before, after: 1 - (before * after).sum(dim=-1).mean().item(),
+                "a dot product grows with the lengths: divide by both norms",
+            ),
+        ],
+    )
+
+
+@exercise("4.9")
+def packed_bits(answer):
+    """Bits of a 2:4 packed matrix: half the weights, and two bits for the place of each."""
+
+    def reference(rows, columns, bits):
+        return rows * columns // 2 * (bits + 2)
+
+    expect_function(
+        answer,
+        reference,
+        cases=[{"rows": 1, "columns": 4, "bits": 16}, {"rows": 1024, "columns": 2816, "bits": 32}],
+        mistakes=[
+            (
+                lambda rows, columns, bits: rows * columns // 2 * bits,
+                "the places are missing: which two of the four were kept must be stored too",
+            ),
+            (
+                lambda rows, columns, bits: rows * columns * (bits + 2),
+                "all weights are counted: two of every four are stored",
+            ),
+            (
+                lambda rows, columns, bits: rows * columns // 2 * (bits + 1),
+                "one bit tells two places apart: a four has four, so 2 bits",
+            ),
+            (
+                lambda rows, columns, bits: rows * columns // 2 * (bits + 32),
+                "that is CSR with 32-bit columns: inside a four, 2 bits are enough",
+            ),
+            (lambda rows, columns, bits: reference(rows, columns, bits) / 8, "those are bytes: bits were asked for"),
+            (
+                lambda rows, columns, bits: rows * columns // 2 * bits + rows * columns // 4 * 2,
+                "2 bits for every four: each of its two kept weights needs a place of its own",
+            ),
+        ],
+    )

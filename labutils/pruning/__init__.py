@@ -1,0 +1,1 @@
+"""Pruning: which weights go (scores, masks), what the rest must do (OBS, recovery), and what then is really faster."""

@@ -1,0 +1,1184 @@
+# %% [markdown]
+# # 04 · Pruning
+#
+# **Goal:** decide which weights, neurons, heads and layers a model can do without, see what each choice costs, and find
+# out which zeros buy time.
+#
+# | | |
+# | --- | --- |
+# | Prerequisites | chapters 01 and 02; 03 helps |
+# | Time | 3 hours for you; the cells run in about 3 minutes on two free cores |
+# | Memory, download | under 2 GB; nothing is downloaded |
+# | Hardware | any computer; a C compiler for the sparse kernels of section 9 |
+# | Exercises | 9, each checked in the cell below it |
+
+# %%
+import copy
+import random
+import tempfile
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from labutils.layers.calibration import input_statistics, layer_error
+from labutils.layers.linears import linear_layers, weight_of
+from labutils.models.calibration_text import calibration_batches
+from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
+from labutils.models.load import load_model
+from labutils.plots import pruning as plots
+from labutils.plots.style import series_style
+
+transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+
+# %%
+model, tokenizer = load_model("lablm")
+documents = held_out_documents(limit_bytes=600)
+baseline = bits_by_document(model, tokenizer, documents)
+calibration = calibration_batches(tokenizer, code=24, dialogues=24, context=256)
+statistics = input_statistics(model, calibration, with_gram=True)
+
+
+def quality_of(changed):
+    return paired_quality(bits_by_document(changed, tokenizer, documents), baseline)
+
+
+print(f"{sum(b.numel() for b in calibration)} tokens of training text to calibrate on, code and dialogues")
+print(f"{len(documents)} held-out modules to measure on; cpu, float32, {torch.get_num_threads()} threads")
+print(f"LabLM: {quality_of(model).bits_per_byte:.4f} bits per byte")
+
+# %% [markdown]
+# ## 1 · Fix the article: a rule that points the wrong way
+#
+# The article prunes row j when a "pruning probability" is small:
+#
+# $$p_{ij} = \frac{\sum_k w_{ik} w_{jk}}{\sum_k w_{ik}^2}, \qquad \text{prune } j \text{ if } p_{ij} < \theta$$
+#
+# Its example has three weights, 0.3, 0.5 and 0.2, and θ = 0.5. It reports p = 1, 5/6, 2/6 and concludes that the first two
+# go. **Predict:** what does its own formula give, seen from the first weight?
+
+# %%
+from labutils.pruning.similarity import article_prunes, explained, projection
+
+article = torch.tensor([[0.3], [0.5], [0.2]])
+p = projection(article @ article.T)
+print("p_1j =", [round(v, 4) for v in p[0].tolist()], "not 1, 5/6, 2/6")
+print("p_j1 =", [round(v, 4) for v in p[:, 0].tolist()], "so p is not symmetric")
+print("pruned at 0.5:", article_prunes(article, threshold=0.5))
+twins = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+print("of rows [1 0], [1 0], [0 1] it prunes row", article_prunes(twins, threshold=0.5), "and keeps the copy")
+
+# %% [markdown]
+# No probability passes 1, and nothing is pruned. Worse, a *small* p means that row j has nothing in common with row i: the
+# rule throws the unique row away and keeps the double.
+#
+# What p really is: the multiple of row i that comes closest to row j. What is left over then is
+#
+# $$\lVert w_j - p_{ij} w_i \rVert^2 = (1 - \cos^2)\,\lVert w_j\rVert^2, \qquad
+# \cos^2 = \frac{(w_i \cdot w_j)^2}{\lVert w_i \rVert^2 \lVert w_j \rVert^2}$$
+#
+# So row j is redundant when cos² is **large**: a kept row explains it. (Srinivas and Babu 2015, arXiv:1507.06149, merge
+# similar neurons.)
+
+# %% [markdown]
+# ## Exercise 4.1: explained_share
+#
+# Write `explained_share(rows)`: rows of shape (n, k); return (n, n), entry (i, j) the share of row j's power that row i
+# explains, cos². No row is zero. 3 lines, 6 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary><code>rows @ rows.T</code> holds every dot product; what stands on its diagonal?</details>
+# <details><summary>Hint 2</summary>gram² over the product of both powers: <code>power[:, None] * power[None, :]</code>.</details>
+
+
+# %%
+# EXERCISE explained_share
+def explained_share(rows):
+    """cos² between every two rows."""
+    ### BEGIN SOLUTION
+    gram = rows @ rows.T
+    power = gram.diagonal()
+    return gram**2 / (power[:, None] * power[None, :])
+    ### END SOLUTION
+
+
+# %%
+# CHECK explained_share
+from labutils.checks import ch04, ch04_removal
+
+ch04.explained_share(explained_share)
+
+# %% [markdown]
+# Now on real neurons. What matters is not a neuron's weights but what it *answers*: we compare the answers of LabLM's 768
+# MLP neurons to the calibration text, layer by layer. Their Gram matrix was watched at `down_proj`.
+#
+# **Predict:** how many of 768 neurons does some other neuron explain to 90%?
+
+# %%
+from labutils.pruning.similarity import redundant_rows
+
+down_grams = [statistics[f"model.layers.{i}.mlp.down_proj"].gram for i in range(6)]
+best = []
+for i, gram in enumerate(down_grams):
+    shares = explained(gram).fill_diagonal_(0).amax(dim=0)
+    best.append(shares)
+    counts = {t: len(redundant_rows(gram, threshold=t)) for t in (0.9, 0.5, 0.25)}
+    print(f"layer {i}: redundant at 90%: {counts[0.9]}, at 50%: {counts[0.5]}, at 25%: {counts[0.25]} of 768")
+
+# %%
+figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+axes.boxplot([100 * s.numpy() for s in best], tick_labels=[str(i) for i in range(6)], showfliers=False)
+median = 100 * torch.cat(best).median().item()
+axes.set(
+    xlabel="layer",
+    ylabel="explained by the best other neuron (%)",
+    title=f"The best other neuron explains {median:.0f}% of the median one",
+)
+plt.show()
+
+# %% [markdown]
+# *For each layer's 768 neurons: how much of a neuron's answers its most similar neighbour explains. Box: quartiles; line:
+# median.* A small model has few doubles. But *many* neurons together can stand in for one: least squares over all that are
+# kept (`reconstruct`) replaces the article's one-to-one coefficient. Take each layer's 192 least used neurons away, three ways:
+
+# %%
+from labutils.pruning.similarity import merge_columns, reconstruct
+from labutils.pruning.structured import neuron_scores, strongest
+
+KEEP = 576
+chosen = [strongest(s, KEEP) for s in neuron_scores(model, statistics)]
+for i in (0, 2, 5):
+    down, gram, kept = weight_of(model.model.layers[i].mlp.down_proj), down_grams[i], chosen[i]
+    gone = [j for j in range(768) if j not in set(kept.tolist())]
+    shares = explained(gram)[kept]
+    keepers = {j: kept[shares[:, j].argmax()].item() for j in gone}
+    versions = {name: torch.zeros_like(down) for name in ("dropped", "merged one by one", "reconstructed")}
+    versions["dropped"][:, kept] = down[:, kept]
+    versions["merged one by one"] = merge_columns(down, gram, keepers)
+    versions["reconstructed"][:, kept] = reconstruct(down, gram, kept)
+    print(f"layer {i}:", {name: f"{layer_error(down, w, gram):.2%}" for name, w in versions.items()})
+
+# %% [markdown]
+# The figures are the share of the layer's output that is lost, on the calibration text itself. Merging into one similar
+# neuron helps a little, reconstruction from all of them a lot. We meet it again as the *surgeon's update*.
+
+# %% [markdown]
+# ## 2 · Single weights: which matter least?
+#
+# A **mask** says which weights stay. A criterion gives each weight a score, and the smallest go:
+#
+# | criterion | score | competes in |
+# | --- | --- | --- |
+# | magnitude (Han 2015) | $\lvert w \rvert$ | model, layer or row |
+# | Taylor (Molchanov 2017) | $\lvert w \cdot \partial L/\partial w\rvert$ | layer or model |
+# | movement (Sanh 2020) | $-\sum_t w\,\partial L/\partial w$ over a fine-tuning | layer |
+# | Wanda (Sun 2023) | $\lvert w_{ij}\rvert \cdot \lVert X_j \rVert_2$ | row |
+# | SparseGPT (Frantar 2023) | $w^2 / [H^{-1}]_{jj}$, and the rest is updated | 128 columns |
+#
+# **Tiny numbers:** weights 1 and −3 of one row, whose inputs have norms 6 and 1. Magnitude drops the 1. Wanda compares 6
+# with 3 and drops the −3.
+
+# %% [markdown]
+# ## Exercise 4.2: magnitude_mask
+#
+# Write `magnitude_mask(weight, sparsity)`: a boolean mask of the weight's shape, False for exactly
+# `round(sparsity * weight.numel())` weights, the smallest by size in the whole layer. No two sizes are equal.
+# 4 lines, 8 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>A threshold is a trap at 0% and 100%. Rank the weights and take the first so many.</details>
+# <details><summary>Hint 2</summary><code>weight.abs().flatten().argsort()</code> begins with the smallest; set those places of a mask of ones to False, then <code>view_as(weight)</code>.</details>
+
+
+# %%
+# EXERCISE magnitude_mask
+def magnitude_mask(weight, sparsity):
+    """Keeps the largest weights of a layer."""
+    ### BEGIN SOLUTION
+    smallest = weight.abs().flatten().argsort()[: round(sparsity * weight.numel())]
+    mask = torch.ones(weight.numel(), dtype=torch.bool)
+    mask[smallest] = False
+    return mask.view_as(weight)
+    ### END SOLUTION
+
+
+# %%
+# CHECK magnitude_mask
+ch04.magnitude_mask(magnitude_mask)
+
+# %% [markdown]
+# ## Exercise 4.3: wanda_mask
+#
+# Write `wanda_mask(weight, norms, sparsity)`: score |W_ij| · norms_j; in **each row** False for exactly
+# `round(sparsity * in_features)` smallest scores. weight (out, in), norms (in,). 4 lines, 8 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>Broadcasting multiplies each column by its norm. <code>argsort(dim=1)</code> ranks inside each row.</details>
+# <details><summary>Hint 2</summary><code>mask.scatter_(1, smallest, False)</code> with smallest of shape (out, how many).</details>
+
+
+# %%
+# EXERCISE wanda_mask
+def wanda_mask(weight, norms, sparsity):
+    """Keeps the largest |W| · ‖X‖ of each row."""
+    ### BEGIN SOLUTION
+    scores = weight.abs() * norms
+    smallest = scores.argsort(dim=1)[:, : round(sparsity * weight.shape[1])]
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    return mask.scatter_(1, smallest, False)
+    ### END SOLUTION
+
+
+# %%
+# CHECK wanda_mask
+ch04.wanda_mask(wanda_mask)
+
+# %% [markdown]
+# Hardware does not like scattered zeros. **N:M** sparsity keeps n of every m neighbours in a row: 2:4 is what NVIDIA's sparse
+# tensor cores multiply (Mishra et al. 2021, arXiv:2104.08378). Any criterion can fill the pattern.
+#
+# ## Exercise 4.4: two_of_four
+#
+# Write `two_of_four(scores)`: scores (out, in), in a multiple of 4; a boolean mask that keeps the two largest of every four
+# neighbours of a row. No two scores are equal. 3 lines, 8 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>Reshape to (…, 4): each line then holds one group.</details>
+# <details><summary>Hint 2</summary><code>topk(2, dim=-1).indices</code>, then <code>scatter_</code> True into zeros, then back to the first shape.</details>
+
+
+# %%
+# EXERCISE two_of_four
+def two_of_four(scores):
+    """Keeps the two largest of every four neighbours."""
+    ### BEGIN SOLUTION
+    fours = scores.reshape(-1, 4)
+    mask = torch.zeros_like(fours, dtype=torch.bool)
+    return mask.scatter_(1, fours.topk(2, dim=1).indices, True).view_as(scores)
+    ### END SOLUTION
+
+
+# %%
+# CHECK two_of_four
+ch04.two_of_four(two_of_four)
+
+# %%
+from labutils.pruning.masks import apply_masks_, change_weights_, mask_layer, mask_model, mask_rows, sparsity
+from labutils.pruning.scores import magnitude_scores, wanda_scores
+
+magnitudes, wandas = magnitude_scores(model), wanda_scores(model, statistics)
+NAME = "model.layers.2.mlp.down_proj"
+masks = {
+    "magnitude, layer": mask_layer(magnitudes[NAME], 0.5),
+    "magnitude, row": mask_rows(magnitudes[NAME], 0.5),
+    "Wanda, row": mask_rows(wandas[NAME], 0.5),
+    "magnitude, 2:4": mask_model({"": magnitudes[NAME]}, (2, 4))[""],
+}
+figure, panels = plt.subplots(1, 4, figsize=(10, 3), layout="constrained")
+plots.draw_masks(panels, masks)
+differ = (masks["magnitude, row"] != masks["Wanda, row"]).float().mean()
+figure.suptitle(f"Half of the weights, four ways; Wanda decides differently from magnitude for {differ:.0%}")
+plt.show()
+
+# %% [markdown]
+# *The upper left corner (32 × 32) of layer 2's `down_proj`; dark weights stay. Under Wanda some columns are fuller or
+# emptier: those inputs are loud or quiet. 2:4 leaves two dark squares in every four.*
+
+# %% [markdown]
+# ## 3 · The surgeon's update
+#
+# Magnitude and Wanda only choose. **Optimal Brain Surgeon** (Hassibi and Stork 1993) also repairs: when weight q of a row w
+# becomes zero, the change of the others that hurts $\lVert (w-\hat w) X\rVert^2$ least, and what is then still lost, are
+#
+# $$\delta w = -\frac{w_q}{[H^{-1}]_{qq}}\, H^{-1}_{:,q}, \qquad \varepsilon_q = \frac{w_q^2}{[H^{-1}]_{qq}}, \qquad H = X^\top X$$
+#
+# (X holds one input a row.) **Tiny numbers:** two inputs that always agree, w = [1, 10]. Drop the 1: the other becomes 11, and
+# nothing is lost. Magnitude alone would have lost 1.
+
+# %% [markdown]
+# ## Exercise 4.5: remove_one
+#
+# Write `remove_one(weights, inverse, index)`: weights (n,) of one row, inverse (n, n) = H⁻¹, already inverted. Return the new
+# row with weights[index] exactly 0. Do not change the input. 3 lines, 8 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>One line of the inverse tells in which proportion the others move.</details>
+# <details><summary>Hint 2</summary><code>weights - weights[index] / inverse[index, index] * inverse[index]</code>; rounding may leave 1e-9 there: set it to 0.</details>
+
+
+# %%
+# EXERCISE remove_one
+def remove_one(weights, inverse, index):
+    """Removes one weight and lets the others make up for it."""
+    ### BEGIN SOLUTION
+    changed = weights - weights[index] / inverse[index, index] * inverse[index]
+    changed[index] = 0
+    return changed
+    ### END SOLUTION
+
+
+# %%
+# CHECK remove_one
+ch04.remove_one(remove_one)
+
+# %% [markdown]
+# One inverse for each weight would take for ever. **SparseGPT** (Frantar and Alistarh 2023, arXiv:2301.00774) goes through the
+# columns from left to right, all rows at once; what is left of a column stays fixed, so one Cholesky factor of $H^{-1}$ holds
+# every inverse that it needs. Masks are chosen for 128 columns at a time.
+#
+# The yardstick is text that nobody calibrated on. **Predict:** in how many of LabLM's 42 matrices does SparseGPT beat
+# magnitude there, at 50%?
+
+# %%
+from labutils.pruning.sparsegpt import sparsegpt
+
+unseen_ids = [tokenizer(d.text, return_tensors="pt").input_ids[:, :256] for d in documents]
+unseen = input_statistics(model, unseen_ids, with_gram=True)
+rows = {"magnitude": [], "Wanda": [], "SparseGPT": []}
+for name, layer in linear_layers(model):
+    w, gram = weight_of(layer), unseen[name].gram
+    rows["magnitude"].append(layer_error(w, w * mask_layer(magnitudes[name], 0.5), gram))
+    rows["Wanda"].append(layer_error(w, w * mask_rows(wandas[name], 0.5), gram))
+    rows["SparseGPT"].append(layer_error(w, sparsegpt(w, statistics[name].gram, 0.5), gram))
+wins = sum(ours < theirs for ours, theirs in zip(rows["SparseGPT"], rows["magnitude"], strict=True))
+print(f"SparseGPT beats magnitude in {wins} of {len(rows['magnitude'])} matrices")
+
+# %%
+figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
+for index, (name, errors) in enumerate(rows.items()):
+    axes.plot([100 * e for e in errors], linestyle="none", label=name, **series_style(index))
+axes.set_xticks(range(0, 42, 7), [f"layer {i}" for i in range(6)], ha="left")
+axes.set(ylabel="output lost (%)", title=f"At 50% zeros SparseGPT loses least in {wins} of 42 matrices")
+axes.grid(alpha=0.25)
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# *Share of each matrix' output that pruning half of it destroys, on held-out text; seven matrices a layer, in the order q, k,
+# v, o, gate, up, down. Lower is better.*
+
+# %% [markdown]
+# ## 4 · What a whole model loses
+#
+# Now prune all 42 matrices (embeddings and head stay: they are one tensor here, and pruning it would prune both). The
+# baseline and every variant read the same documents, so each difference has its own paired interval.
+#
+# **Predict:** which criterion wins at 70%? Published results for large models put magnitude last by far.
+
+# %%
+from labutils.pruning.scores import gradient_scores
+
+tailored = gradient_scores(model, [b[:4] for b in calibration]).taylor
+CRITERIA = {
+    "magnitude, layer": (magnitudes, "layer"),
+    "magnitude, global": (magnitudes, "global"),
+    "magnitude, row": (magnitudes, "row"),
+    "Taylor, global": (tailored, "global"),
+    "Wanda, row": (wandas, "row"),
+}
+
+
+def pruned_by(criterion, pattern):
+    variant = copy.deepcopy(model)
+    if criterion == "SparseGPT":
+        change_weights_(variant, lambda name, w: sparsegpt(w, statistics[name].gram, pattern))
+    else:
+        scores, scope = CRITERIA[criterion]
+        apply_masks_(variant, mask_model(scores, pattern, scope=scope))
+    return variant
+
+
+# %%
+LEVELS = (0.3, 0.5, 0.7)
+curves = {}
+for criterion in (*CRITERIA, "SparseGPT"):
+    variants = [pruned_by(criterion, level) for level in LEVELS]
+    assert [round(sparsity(v), 2) for v in variants] == list(LEVELS)
+    curves[criterion] = [(level, quality_of(v)) for level, v in zip(LEVELS, variants, strict=True)]
+    print(f"{criterion:<18}", "  ".join(f"{level:.0%}: {q.difference:+.3f}" for level, q in curves[criterion]))
+
+# %%
+patterns = {}
+for ours, criterion in (("magnitude", "magnitude, layer"), ("Wanda", "Wanda, row"), ("SparseGPT", "SparseGPT")):
+    half = next(q for level, q in curves[criterion] if level == 0.5)
+    patterns[ours] = [half, *(quality_of(pruned_by(criterion, p)) for p in ((4, 8), (2, 4)))]
+    print(
+        f"{ours:<10}",
+        "  ".join(f"{p}: {q.difference:+.3f}" for p, q in zip(plots.PATTERNS, patterns[ours], strict=True)),
+    )
+both = [quality_of(pruned_by("Taylor, global", p)).difference for p in ((4, 8), (2, 4))]
+print(f"Taylor      4:8: {both[0]:+.3f}  2:4: {both[1]:+.3f}")
+
+# %%
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+plots.draw_curves(left, curves)
+plots.draw_published(middle, right, patterns)
+plt.show()
+
+# %% [markdown]
+# *Left: bits per byte lost over the share of zeros, with paired 95% intervals over the 17 modules. Middle: half of the weights
+# in three patterns, here. Right: the same three patterns for Llama-2-7B, perplexity above the dense 5.12, as published in
+# Wanda's repository (not measured here; another unit).*
+#
+# **Explain.** Two orderings carry over: SparseGPT beats both others, and the freer the pattern the less is lost (50%, then
+# 4:8, then 2:4). One need not: at 7B, magnitude is far behind Wanda, because a few input channels are huge. Those outliers
+# appear at a few billion parameters; LabLM has none, so here the two lie close together. Read your own numbers above before you
+# quote a paper's.
+
+# %% [markdown]
+# ## 5 · Slowly, and back to the start
+#
+# Pruning all at once shocks a model. **Gradual** pruning trains on while sparsity rises (Zhu and Gupta 2017,
+# arXiv:1710.01878):
+#
+# $$s_t = s_f + (s_i - s_f)\left(1 - \tfrac{t}{T}\right)^3$$
+#
+# **Tiny numbers:** from 0 to 80% in two steps: after one, 80% · (1 − 1/8) = 70%. Fast while there is much to spare, slow at the
+# end.
+#
+# ## Exercise 4.6: sparsity_at
+#
+# Write `sparsity_at(step, steps, final)`: the schedule from 0 to `final`. 1 line, 4 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>Set the initial sparsity to 0 in the formula.</details>
+# <details><summary>Hint 2</summary>final · (1 − remaining³), where remaining = 1 − step / steps.</details>
+
+
+# %%
+# EXERCISE sparsity_at
+def sparsity_at(step, steps, final):
+    """Cubic schedule from 0 to the final sparsity."""
+    ### BEGIN SOLUTION
+    return final * (1 - (1 - step / steps) ** 3)
+    ### END SOLUTION
+
+
+# %%
+# CHECK sparsity_at
+ch04_removal.sparsity_at(sparsity_at)
+
+# %% [markdown]
+# Try it on LabLM-small, which becomes a specialist: 16 steps of fine-tuning on service dialogues only, ending at 70% zeros.
+# By magnitude, by **movement** (keep what training pushes away from zero), and all at once before the same 16 steps.
+# Quality: bits per byte on dialogues of held-out phrasings.
+
+# %%
+from labutils.data import service
+from labutils.data.corpus import Document
+from labutils.models.mixture import chat_text
+from labutils.pruning.recovery import fine_tune_, gradual_
+
+small, _ = load_model("lablm-small")
+talks = ["".join(chat_text(d.messages) for d in service.dialogues(seed=s, split="test", count=5)) for s in range(8)]
+talks = [Document(str(i), text) for i, text in enumerate(talks)]
+small_base = bits_by_document(small, tokenizer, talks)
+lessons = calibration_batches(tokenizer, code=0, dialogues=128, context=128, batch=8, seed=1)
+at_once = mask_model(magnitude_scores(small), 0.7)
+specialists = {name: copy.deepcopy(small) for name in ("at once", "gradual, magnitude", "gradual, movement")}
+apply_masks_(specialists["at once"], at_once)
+fine_tune_(specialists["at once"], lessons, lr=1e-3, masks=at_once)
+gradual_(specialists["gradual, magnitude"], lessons, final=0.7, lr=1e-3)
+gradual_(specialists["gradual, movement"], lessons, final=0.7, lr=1e-3, by_movement=True)
+for name, variant in specialists.items():
+    print(f"{name:<20}", paired_quality(bits_by_document(variant, tokenizer, talks), small_base))
+
+# %% [markdown]
+# **Explain.** Movement needs a long fine-tuning before its sums say more than noise (its paper takes tens of thousands of
+# steps); after sixteen it is a bad guide. That is a property of the budget, not of the method. Whether gradual beats at-once
+# in so few steps, your numbers say.
+#
+# **Lottery tickets** (Frankle and Carbin 2019, arXiv:1803.03635): train, prune the smallest, set the survivors *back to their
+# first values*, and train again. If the same mask with other first values does worse, the ticket was the initialisation. A
+# network small enough to train many times: which of 63 intents is this query?
+
+# %%
+NAMES = list(service.intents())
+
+
+def bag_of_tokens(split, count):
+    rng = random.Random(split)
+    queries = [service.sample_query(rng, split) for _ in range(count)]
+    bags = torch.zeros(count, len(tokenizer))
+    for row, query in enumerate(queries):
+        bags[row, tokenizer(query.text_en)["input_ids"]] = 1
+    return bags, torch.tensor([NAMES.index(q.intent) for q in queries])
+
+
+(train_bags, train_labels), (test_bags, test_labels) = bag_of_tokens("train", 1500), bag_of_tokens("test", 800)
+used = train_bags.any(dim=0)
+train_bags, test_bags = train_bags[:, used], test_bags[:, used]
+print(f"{train_bags.shape[1]} different tokens in {len(train_bags)} training queries, {len(test_bags)} test queries")
+
+
+# %%
+def new_network(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(train_bags.shape[1], 128), nn.ReLU(), nn.Linear(128, len(NAMES)))
+
+
+def trained_accuracy(network, masks=None, steps=60):
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    for _ in range(steps):
+        rows = torch.randint(len(train_bags), (256,))
+        loss = nn.functional.cross_entropy(network(train_bags[rows]), train_labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if masks:
+            apply_masks_(network, masks)
+    with torch.no_grad():
+        return (network(test_bags).argmax(dim=1) == test_labels).float().mean().item()
+
+
+# %%
+from labutils.pruning.recovery import rewound_
+
+tickets = {name: {} for name in ("ticket, rewound", "same mask, other start", "random mask")}
+for seed in (0, 1):
+    network = new_network(seed)
+    start, masks = copy.deepcopy(network.state_dict()), None
+    dense_accuracy = trained_accuracy(network)
+    for kept in (1 / 4, 1 / 8, 1 / 16):
+        sizes = {n: s * masks[n] if masks else s for n, s in magnitude_scores(network).items()}
+        masks = mask_model(sizes, 1 - kept)
+        luck = mask_model({n: torch.rand_like(s) for n, s in sizes.items()}, 1 - kept)
+        rewound_(network, start, masks)
+        others = [(new_network(seed + 100), masks), (new_network(seed), luck)]
+        for contender, mask in others:
+            apply_masks_(contender, mask)
+        for name, (contender, mask) in zip(tickets, [(network, masks), *others], strict=True):
+            tickets[name].setdefault(kept, []).append(trained_accuracy(contender, mask))
+
+# %%
+ends = {name: sum(runs[1 / 16]) / len(runs[1 / 16]) for name, runs in tickets.items()}
+print({name: round(value, 3) for name, value in ends.items()}, "dense:", round(dense_accuracy, 3))
+figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+for index, (name, results) in enumerate(tickets.items()):
+    kept, style = [f"{k:.3g}" for k in (100 * k for k in results)], series_style(index)
+    axes.plot(kept, [sum(r) / len(r) for r in results.values()], label=name, **style)
+    for run in zip(*results.values(), strict=True):
+        axes.plot(kept, run, linestyle="none", alpha=0.4, **style)
+axes.axhline(dense_accuracy, color="0.4", linestyle="--", label="dense")
+axes.set(xlabel="weights kept (%)", ylabel="accuracy")
+axes.set_title(f"With 1 of 16 weights: best is the {max(ends, key=ends.get)}")
+axes.legend(fontsize="small")
+plt.show()
+
+# %% [markdown]
+# *Test accuracy on 63 intents over the share of weights kept; faint: the two seeds, solid: their mean; 60 steps of training each.*
+# The mask carries most of the luck: a random mask of the same density is clearly worse. How much the first values add shows in
+# the gap between the first two curves; two seeds are too few for more than a hint.
+
+# %% [markdown]
+# ## 6 · Structure: remove, do not mask
+#
+# A zero still lies in memory. Structured pruning takes whole parts out, and what is left is an **ordinary smaller
+# checkpoint**:
+#
+# - **neurons** of the MLP: rows of gate and up, columns of down;
+# - **heads**: a key-value head goes with *all* query heads that share it (GQA), or the rest would look up the wrong keys;
+# - **layers** with little influence;
+# - **width**: channels of the residual stream, through embeddings, norms and every matrix.
+#
+# ## Exercise 4.7: remove_neurons
+#
+# Write `remove_neurons(gate, up, down, kept)`: gate and up (intermediate, hidden), down (hidden, intermediate), kept: indices.
+# Return the three smaller matrices. (In the check all three are square: shapes alone will not warn you.)
+# 1 line, 5 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>down(silu(gate x) · up x): where does neuron 7 stand in each matrix?</details>
+# <details><summary>Hint 2</summary>It is an output (row) of gate and up, and an input (column) of down.</details>
+
+
+# %%
+# EXERCISE remove_neurons
+def remove_neurons(gate, up, down, kept):
+    """The MLP with only the kept neurons."""
+    ### BEGIN SOLUTION
+    return gate[kept], up[kept], down[:, kept]
+    ### END SOLUTION
+
+
+# %%
+# CHECK remove_neurons
+ch04_removal.remove_neurons(remove_neurons)
+
+# %% [markdown]
+# Which layer does least? **Block influence** (ShortGPT, Men et al. 2024, arXiv:2403.03853):
+#
+# $$\text{BI} = 1 - \frac{1}{n}\sum_{t} \frac{x_t \cdot y_t}{\lVert x_t\rVert\,\lVert y_t\rVert}$$
+#
+# with x going into a layer and y coming out, one row a position. Near 0, the layer hardly turns the stream.
+#
+# ## Exercise 4.8: influence
+#
+# Write `influence(before, after)`: both (positions, hidden); return a float. 2 lines, 5 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>One cosine a position, then the mean, then 1 minus it.</details>
+# <details><summary>Hint 2</summary><code>torch.cosine_similarity(before, after, dim=-1)</code>.</details>
+
+
+# %%
+# EXERCISE influence
+def influence(before, after):
+    """Block influence of a layer."""
+    ### BEGIN SOLUTION
+    return 1 - torch.cosine_similarity(before, after, dim=-1).mean().item()
+    ### END SOLUTION
+
+
+# %%
+# CHECK influence
+ch04_removal.influence(influence)
+
+# %%
+from labutils.pruning.low_rank import low_rank, principal_axes, rank_for, rotated
+from labutils.pruning.structured import (
+    block_influence,
+    channel_scores,
+    head_group_scores,
+    keep_channels,
+    keep_head_groups,
+    keep_layers,
+    keep_neurons,
+)
+
+influences = block_influence(model, calibration[:2])
+least = min(range(6), key=influences.__getitem__)
+print("block influence:", [round(v, 3) for v in influences], "so layer", least, "goes first")
+
+# %%
+halves = [strongest(s, 384) for s in neuron_scores(model, statistics)]
+groups = [strongest(s, 1) for s in head_group_scores(model, statistics)]
+turned = rotated(model, principal_axes(model, calibration[:2]))  # SliceGPT, with one rotation for all layers
+smaller = {
+    "3/4 of the neurons": keep_neurons(model, chosen),
+    "3/4 of the neurons, reconstructed": keep_neurons(model, chosen, grams=down_grams),
+    "1/2 of the neurons, reconstructed": keep_neurons(model, halves, grams=down_grams),
+    "1 of 2 head groups": keep_head_groups(model, groups),
+    f"without layer {least}": keep_layers(model, [i for i in range(6) if i != least]),
+    "width 224 of 256": keep_channels(model, strongest(channel_scores(model, statistics), 224)),
+    "SliceGPT, width 224": keep_channels(turned, torch.arange(224)),
+    "SliceGPT, width 192": keep_channels(turned, torch.arange(192)),
+}
+
+# %%
+structure = {name: (variant.num_parameters(), quality_of(variant)) for name, variant in smaller.items()}
+for aware in (False, True):
+    variant = copy.deepcopy(model)
+
+    def thin(name, w, aware=aware):
+        rank = rank_for(0.75, out_features=len(w), in_features=w.shape[1])
+        left, right = low_rank(w, rank, gram=statistics[name].gram if aware else None)
+        return left @ right
+
+    change_weights_(variant, thin)
+    stored = model.num_parameters() - sum(m.numel() for m in magnitudes.values()) // 4
+    structure[f"low rank, 3/4, {'activation-aware' if aware else 'plain SVD'}"] = (stored, quality_of(variant))
+for name, (count, quality) in structure.items():
+    print(f"{name:<36} {count / 1e6:5.2f} M parameters  {quality}")
+
+# %%
+figure, axes = plt.subplots(figsize=(10, 4.6), layout="constrained")
+plots.draw_structure(axes, structure, dense=model.num_parameters())
+plt.show()
+
+# %% [markdown]
+# *Each point is one smaller model: what it stores against what it lost, with paired 95% intervals; dotted: the dense model.*
+#
+# **Explain.** A small model has no free layer: each one it loses shows. Slicing along principal axes beats dropping channels,
+# but LabLM's embedding and head are one tensor: the rotation needs two, so a slice can *store more* than the model it came
+# from. In a large model the vocabulary is a small share and this cost vanishes. SliceGPT proper gives every block its own
+# rotation and pays with an extra matrix on each residual connection; one rotation for all keeps the checkpoint ordinary.
+
+# %% [markdown]
+# Removal equals masking, and the result is a checkpoint like any other. The proof, with LabLM itself:
+
+# %%
+from transformers import AutoModelForCausalLM
+
+from labutils.models.gguf import export_gguf
+
+shorter = smaller["3/4 of the neurons"]
+masked = copy.deepcopy(model)
+for layer, kept in zip(masked.model.layers, chosen, strict=True):
+    layer.mlp.down_proj.weight.data *= torch.isin(torch.arange(768), kept)
+with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+    ours, theirs = shorter(unseen_ids[0]).logits, masked(unseen_ids[0]).logits
+    difference = (ours - theirs).abs().max() / theirs.abs().max()
+    shorter.save_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    same = torch.equal(again(unseen_ids[0]).logits, ours)
+    export_gguf(shorter, tokenizer, Path(folder) / "model.gguf", format="Q8_0")
+    print(f"masked against removed, of the largest logit: {difference:.1e}; loaded again, the same logits: {same}")
+    print(f"GGUF for llama.cpp: {(Path(folder) / 'model.gguf').stat().st_size / 1e6:.1f} MB")
+
+# %% [markdown]
+# ## 7 · Which layer bears how much
+#
+# A uniform 70% treats all matrices alike. Measure instead: prune one matrix alone, read the loss on a little training text,
+# put it back. Then solve for a budget: again and again raise the matrix where the next step costs least per weight.
+# (Damages are taken to add up. They do not quite: it is a heuristic.)
+
+# %%
+from labutils.pruning.allocation import sensitivity, solve_budget
+
+probe = calibration_batches(tokenizer, code=2, dialogues=2, context=128, seed=5)[0]
+
+
+@torch.no_grad()
+def probe_loss():
+    return scout(input_ids=probe, labels=probe, use_cache=False).loss.item()
+
+
+scout, GRID = copy.deepcopy(model), (0.0, 0.5, 0.7, 0.85)
+dense_loss = probe_loss()
+damage = sensitivity(
+    scout,
+    lambda name, s: weight_of(dict(linear_layers(model))[name]) * mask_layer(magnitudes[name], s),
+    probe_loss,
+    levels=GRID[1:],
+)
+damage = {name: [dense_loss, *losses] for name, losses in damage.items()}
+figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+plots.draw_sensitivity(axes, {name: losses[:3] for name, losses in damage.items()}, dense_loss, "70%")
+plt.show()
+
+# %% [markdown]
+# *Nats per token that the loss on 512 tokens rises by when this matrix alone loses 70% of its weights by magnitude.
+# Small negative numbers are the noise of so short a probe.*
+#
+# **Predict:** does a budget solved from this picture beat the same 70% everywhere?
+
+# %%
+sizes = {name: w.numel() for name, w in magnitudes.items()}
+budget = solve_budget(damage, sizes, levels=GRID, sparsity=0.7)
+allotted = copy.deepcopy(model)
+apply_masks_(allotted, mask_model(magnitudes, budget))
+print("levels chosen:", {level: list(budget.values()).count(level) for level in GRID})
+print(f"uniform 70%:   {dict(curves['magnitude, layer'])[0.7]}")
+print(f"solved, {sparsity(allotted):.1%}: {quality_of(allotted)}")
+
+# %%
+figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in damage))
+for index, kind in enumerate(kinds):
+    rows_of = [losses for name, losses in damage.items() if name.endswith(kind)]
+    means = [sum(r[i] for r in rows_of) / len(rows_of) - dense_loss for i in range(len(GRID))]
+    axes.plot([100 * g for g in GRID], means, label=kind, **series_style(index))
+axes.set(xlabel="zeros in this matrix alone (%)", ylabel="loss added (nats per token)")
+worst = max(kinds, key=lambda k: sum(r[-1] for n, r in damage.items() if n.endswith(k)))
+axes.set_title(f"Sensitivity curves: {worst} suffers most at {GRID[-1]:.0%}")
+axes.grid(alpha=0.25)
+axes.legend(fontsize="small", ncols=2)
+plt.show()
+
+# %% [markdown]
+# *The same measurement as curves, averaged over the six layers: what one matrix alone costs as it gets sparser.*
+
+# %% [markdown]
+# ## 8 · Recovery, and pruning with quantization
+#
+# A few steps of training repair much. Three ways, each 12 steps on 1,024 tokens, zeros kept at zero: on the text itself; on
+# the dense model's predictions (it is a teacher, chapter 05); and **LoRA**, which trains only thin matrices. Plain LoRA would
+# fill the zeros when it is merged, so its change is masked too: $W + M \odot (BA)$.
+
+# %%
+from labutils.pruning.recovery import add_lora_, merge_lora_
+
+refresher = calibration_batches(tokenizer, code=48, dialogues=48, context=128, batch=8, seed=2)
+random.Random(0).shuffle(refresher)
+at_70 = mask_model(magnitudes, 0.7)
+recovered = {}
+for name in ("on text", "with the dense teacher", "LoRA, rank 8"):
+    variant = pruned_by("magnitude, layer", 0.7)
+    if name.startswith("LoRA"):
+        add_lora_(variant, at_70, rank=8, generator=torch.Generator().manual_seed(0))
+        fine_tune_(variant, refresher, lr=3e-3)
+        merge_lora_(variant)
+    else:
+        fine_tune_(variant, refresher, lr=1e-3, masks=at_70, teacher=model if "teacher" in name else None)
+    recovered[name] = quality_of(variant)
+    print(f"{name:<24} {sparsity(variant):.0%} zeros  {recovered[name]}")
+print(f"{'before':<24} 70% zeros  {dict(curves['magnitude, layer'])[0.7]}")
+
+# %% [markdown]
+# Chapter 03 made weights small in bits; here they get few. **Together**, which comes first? And SparseGPT can do both in one
+# pass: round each kept weight while its error can still be handed on. 50% zeros and 4 bits a weight, one scale a row.
+
+# %%
+from labutils.quantization.affine import Scheme, choose_qparams, dequantize, fake_quantize, quantize
+
+FOUR = Scheme(bits=4)
+
+
+def one_pass(name, w):
+    grid = choose_qparams(w, FOUR)
+    return sparsegpt(
+        w, statistics[name].gram, 0.5, quantize=lambda c: dequantize(quantize(c[:, None], grid), grid)[:, 0]
+    )
+
+
+def prune(name, w):
+    return sparsegpt(w, statistics[name].gram, 0.5)
+
+
+orders = {
+    "only pruned": prune,
+    "only 4 bits": lambda name, w: fake_quantize(w, FOUR),
+    "pruned, then 4 bits": lambda name, w: fake_quantize(prune(name, w), FOUR),
+    "4 bits, then pruned by size": lambda name, w: (q := fake_quantize(w, FOUR)) * mask_layer(q.abs(), 0.5),
+    "both in one pass": one_pass,
+}
+
+# %%
+together = {}
+for name, change in orders.items():
+    variant = copy.deepcopy(model)
+    change_weights_(variant, change)
+    together[name] = quality_of(variant)
+    print(f"{name:<28} {sparsity(variant):.0%} zeros  {together[name]}")
+
+# %% [markdown]
+# **Explain.** After rounding, many weights have the same size and a criterion by size cannot tell them apart; and a later
+# pruning that *updates* weights would leave the grid. So prune first, or do both at once. In bits: a kept 4-bit weight with its
+# 2-bit place costs 6 bits, so half of them cost 3 bits for every weight of the dense matrix.
+
+# %% [markdown]
+# ## 9 · Which zeros buy time
+#
+# Decoding waits for memory (chapter 01), so a zero pays when it is *not read*. Three ways to store a sparse matrix: dense, zeros
+# and all; **CSR**, each weight with its 32-bit column; **2:4 packed**, two weights of every four and their places.
+#
+# ## Exercise 4.9: packed_bits
+#
+# Write `packed_bits(rows, columns, bits)`: the bits of a 2:4 packed matrix whose weights have `bits` bits each. A kept weight is
+# stored with its place among the four. 1 line, 5 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>How many bits tell four places apart?</details>
+# <details><summary>Hint 2</summary>Half of the weights, each bits + 2. In fp16: 36 bits for four weights, in place of 64.</details>
+
+
+# %%
+# EXERCISE packed_bits
+def packed_bits(rows, columns, bits):
+    """Bits of a 2:4 packed matrix."""
+    ### BEGIN SOLUTION
+    return rows * columns // 2 * (bits + 2)
+    ### END SOLUTION
+
+
+# %%
+# CHECK packed_bits
+ch04_removal.packed_bits(packed_bits)
+
+# %% [markdown]
+# Now a clock. Matrix times vector, 1024 × 2816 in float32, eight different matrices in a row so that no small cache holds them;
+# one thread. Our kernels are C (`labutils/pruning/sparse_matvec.c`), compiled on first use.
+#
+# **Predict:** from which share of zeros on does CSR beat dense? When does 2:4? And what do zeros buy that are stored?
+
+# %%
+from labutils.measurement.threads import thread_count
+from labutils.measurement.timing import measure_interleaved, paired_ratio
+from labutils.pruning.masks import mask_n_of_m
+from labutils.pruning.sparse import matvec_2_4, matvec_csr, pack_2_4, to_csr
+
+SHARES, vector = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95), torch.randn(2816)
+originals = [torch.randn(1024, 2816, generator=torch.Generator().manual_seed(s)) for s in range(8)]
+
+
+def each(function, matrices):
+    return lambda: [function(m, vector) for m in matrices]
+
+
+contest = {"dense": each(torch.mv, originals)}
+packs = [pack_2_4(m * mask_n_of_m(m.abs(), 2, 4)) for m in originals]
+contest["2:4 packed"] = each(matvec_2_4, packs)
+for share in SHARES:
+    zeroed = [m * (torch.rand_like(m) >= share) for m in originals]  # which ones does not matter for time
+    contest[f"stored {share}"] = each(torch.mv, zeroed)
+    contest[f"CSR {share}"] = each(matvec_csr, [to_csr(m) for m in zeroed])
+    contest[f"torch CSR {share}"] = each(torch.mv, [m.to_sparse_csr() for m in zeroed])
+
+# %%
+with thread_count(1):
+    times = measure_interleaved(contest, repeats=11, warmup=1)
+
+
+def gain(name):
+    return paired_ratio(times["dense"].samples_s, times[name].samples_s)
+
+
+print(times["dense"], times["2:4 packed"], sep="\n")
+print("2:4 packed:", gain("2:4 packed"), f"by the clock, {originals[0].nbytes / packs[0].nbytes:.2f}x by bytes")
+for share in (0.5, 0.9):
+    print(f"{share:.0%} zeros stored dense: {gain(f'stored {share}')}, as CSR: {gain(f'CSR {share}')}")
+curve = {kind: {s: gain(f"{kind} {s}").value for s in SHARES} for kind in ("stored", "CSR", "torch CSR")}
+curve = {"zeros stored": curve["stored"], "CSR, our kernel": curve["CSR"], "CSR, torch": curve["torch CSR"]}
+
+# %%
+figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+crossings = plots.draw_break_even(axes, curve)
+packed_gain = gain("2:4 packed").value
+axes.plot([50], [packed_gain], markersize=11, linestyle="none", label="2:4 packed, our kernel", **series_style(3))
+axes.annotate(f"2:4: {packed_gain:.2f}x", (50, packed_gain), xytext=(-52, 6), textcoords="offset points")
+at = crossings["CSR, our kernel"]
+pays = "pays" if packed_gain > 1 else "does not pay"
+axes.set_title(
+    f"CSR pays from {at:.0%} zeros; 2:4 {pays} at half" if at else f"CSR never pays here; 2:4 {pays} at half"
+)
+axes.legend(fontsize="small", loc="upper left")
+plt.show()
+print("break-even:", {name: None if c is None else round(c, 3) for name, c in crossings.items()})
+
+# %% [markdown]
+# *How many times as fast as the dense product (dashed) each format is, over the share of zeros; medians of 11 interleaved rounds,
+# one thread, float32. Stored zeros may cross the line by noise alone: they do the same work.*
+#
+# **Explain.** Stored zeros are read and multiplied like any other number. CSR reads 8 bytes for a weight where dense reads 4, so
+# by bytes it breaks even at 50%; gathering inputs one by one costs more, so by the clock it is later. 2:4 knows its places in
+# advance: a fixed stride, 17 bytes for every 32. That is why hardware asks for structure.
+
+# %% [markdown]
+# The same on a GPU is one call, and needs fp16 or int8 and sparse tensor cores (Ampere or newer). **We could not test this cell on
+# such a card**; without one it only says so.
+
+# %%
+if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+    dense_half = (originals[0] * mask_n_of_m(originals[0].abs(), 2, 4)).half().cuda()
+    packed_half = torch.sparse.to_sparse_semi_structured(dense_half)
+    batch = torch.randn(256, 2816, device="cuda", dtype=torch.half)
+    halves_run = {
+        "dense": lambda: nn.functional.linear(batch, dense_half),
+        "2:4": lambda: nn.functional.linear(batch, packed_half),
+    }
+    print(*measure_interleaved(halves_run, device="cuda").values(), sep="\n")
+else:
+    print("no CUDA device of capability 8.0 or newer: to_sparse_semi_structured was not run")
+
+# %% [markdown]
+# A matrix is not a model. End to end: one decoding step of a random-weight Llama (values do not change speed), dense, with zeros
+# stored, 2:4 packed, and with half of its neurons removed. `python -m labutils bench pruning` does the same for 0.2 billion
+# parameters; here a smaller one, for time.
+
+# %%
+from labutils.bench.pruning import bench_pruning
+from labutils.bench.subject import speed_subject
+
+subject = speed_subject(hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, vocab_size=8192)
+bench_rows, bars = bench_pruning(subject, rounds=9)
+for row in bench_rows:
+    print(
+        f"{row.technique:<20} {row.tokens_per_s:6.1f} tokens/s  {paired_ratio(row.samples, bench_rows[0].samples)}  {row.note}"
+    )
+print(*bars, sep="\n")
+
+# %% [markdown]
+# ## 10 · Who pays?
+#
+# An average hides who is hurt. LabLM serves customers too: 63 intents, two languages. We name each query's intent (the model's own
+# greedy reply, compared token by token) on held-out phrasings, before and after SparseGPT at 50%. The corpus draws every intent
+# equally often, so none is rare *by number*. Two other kinds of rare can be measured:
+#
+# - **novel** verb phrases, which training never showed;
+# - what was rare in the **calibration** text: code only, dialogues only, or both.
+#
+# **Predict:** calibrated on code alone, bits per byte on code will be fine. And the customers?
+
+# %%
+from torch.nn.utils.rnn import pad_sequence
+
+from labutils.models.mixture import reply_labels
+from labutils.models.tokenizer import role_ids
+
+queries = sorted(
+    service.evaluation_set(service.INTENT, "test", 315, seed=0), key=lambda d: len(d.messages[-2]["content"])
+)
+encoded = [torch.tensor(tokenizer(chat_text(q.messages), add_special_tokens=False)["input_ids"]) for q in queries]
+
+
+@torch.no_grad()
+def intents_right(variant):
+    """Whether the greedy reply equals the label: every label token is the most likely one after those before it."""
+    right = []
+    for begin in range(0, len(encoded), 63):
+        rows = encoded[begin : begin + 63]
+        labels = pad_sequence([reply_labels(ids, roles=role_ids(tokenizer)) for ids in rows], True, -100)[:, 1:]
+        said = variant(pad_sequence(rows, True, tokenizer.pad_token_id), use_cache=False).logits[:, :-1].argmax(dim=-1)
+        right += ((said == labels) | (labels == -100)).all(dim=1).tolist()
+    return torch.tensor(right).float()
+
+
+# %%
+texts = {"code and dialogues": statistics}
+for name, counts in {"code only": {"code": 48, "dialogues": 0}, "dialogues only": {"code": 0, "dialogues": 48}}.items():
+    seen = calibration_batches(tokenizer, context=256, **counts)
+    texts[name] = input_statistics(model, seen, with_gram=True)
+outcomes, code_lost = {"dense": intents_right(model)}, {"dense": 0.0}
+for name, seen in texts.items():
+    variant = copy.deepcopy(model)
+    change_weights_(variant, lambda layer, w, seen=seen: sparsegpt(w, seen[layer].gram, 0.5))
+    outcomes[name], code_lost[name] = intents_right(variant), quality_of(variant).difference
+outcomes["magnitude"] = intents_right(pruned_by("magnitude, layer", 0.5))
+code_lost["magnitude"] = dict(curves["magnitude, layer"])[0.5].difference
+
+# %%
+groups_of = {
+    "all": torch.ones(len(queries), dtype=torch.bool),
+    "English": torch.tensor([q.language == "en" for q in queries]),
+    "Chinese": torch.tensor([q.language == "zh" for q in queries]),
+    "known phrases": torch.tensor([not service.is_novel_act(q.phrasings[0]) for q in queries]),
+    "novel phrases": torch.tensor([service.is_novel_act(q.phrasings[0]) for q in queries]),
+}
+print(f"{'calibrated on':<20}{'code lost':>10}" + "".join(f"{g:>16}" for g in groups_of))
+for name, right in outcomes.items():
+    shares = "".join(f"{right[m].mean().item():>16.3f}" for m in groups_of.values())
+    print(f"{name:<20}{code_lost[name]:>+10.3f}{shares}")
+print("items:", {g: int(m.sum()) for g, m in groups_of.items()})
+
+# %%
+figure, (left, right_axes) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(1.3, 1))
+shares = {name: [right[m].mean().item() for m in groups_of.values()] for name, right in outcomes.items()}
+plots.draw_groups(left, shares, {group: int(m.sum()) for group, m in groups_of.items()})
+worst = min(texts, key=lambda name: shares[name][0])
+left.set_title(f"SparseGPT hurts customers most when calibrated on {worst}")
+by_intent = {n: [i for i, q in enumerate(queries) if q.phrasings[0].intent == n] for n in NAMES}
+drops = {n: (outcomes["dense"][i] - outcomes["code and dialogues"][i]).mean().item() for n, i in by_intent.items() if i}
+first = sorted(drops, key=drops.get, reverse=True)[:10]
+right_axes.barh(first[::-1], [drops[n] for n in first[::-1]], color="#0072B2")
+untouched = sum(d <= 0 for d in drops.values())
+right_axes.set(
+    xlabel="share of queries that pruning broke", title=f"The first ten to go; {untouched} of {len(drops)} lost nothing"
+)
+plt.show()
+
+# %% [markdown]
+# *Left: share of held-out queries whose intent is named right, 50% of the weights zero, by calibration text and by group (bars: one
+# standard error). Right: the ten intents that lose most when calibrated on both; about five queries each, so read it as "uneven",
+# not as a ranking.*
+#
+# **Explain.** One average, bits per byte on code, hardly tells the variants apart, while the customers' service lives or dies with
+# what the calibration text contained. Hooker et al. 2020 (arXiv:2010.03058) found the same unequal harm in images. Whoever is rare
+# in your calibration set is pruned first, so measure by group, always.
+
+# %% [markdown]
+# ## 11 · Prune it while it speaks
+#
+# How does a model sound as its weights go? Move the slider: LabLM goes on with the text at that sparsity. Below it, the plain
+# function does the same for three levels. **Predict:** at which sparsity does it stop making sense?
+
+# %%
+from labutils.widgets.pruning import PrunedSpeaker, print_speech, pruning_widget
+
+PROMPT = "<|endoftext|>import os\n\n\ndef read_lines(path):\n    "
+pruning_widget(PrunedSpeaker(model, tokenizer, statistics, PROMPT))
+
+# %%
+print_speech(PrunedSpeaker(model, tokenizer, statistics, PROMPT), [0.0, 0.5, 0.8])
+
+# %% [markdown]
+# ## 12 · All points on the one plot
+#
+# Every variant that can be decoded becomes a record: tokens per second (here with LabLM, 32 tokens, growing cache), bits per byte,
+# and the size of its checkpoint **on disk**, in bfloat16, as written. **Predict:** which of them is smaller on disk, and which
+# is faster?
+
+# %%
+from labutils.generation.decode import generate_cached
+
+final = {
+    "dense": model,
+    "50% zeros, SparseGPT": pruned_by("SparseGPT", 0.5),
+    "2:4 zeros, SparseGPT": pruned_by("SparseGPT", (2, 4)),
+    "neurons 3/4, reconstructed": smaller["3/4 of the neurons, reconstructed"],
+    "neurons 1/2, reconstructed": smaller["1/2 of the neurons, reconstructed"],
+    "1 of 2 head groups": smaller["1 of 2 head groups"],
+    f"without layer {least}": smaller[f"without layer {least}"],
+    "SliceGPT, width 192": smaller["SliceGPT, width 192"],
+}
+ask = unseen_ids[0][:, :16]
+decoders = {name: lambda m=m: generate_cached(m, ask, 32) for name, m in final.items()}
+runs = measure_interleaved(decoders, repeats=7, warmup=1)
+
+# %%
+import zipfile
+
+from safetensors.torch import save_file
+
+
+def disk_bytes(variant):
+    """Size of the saved weights, and of a zip around them."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy.deepcopy(variant).to(torch.bfloat16).save_pretrained(folder)
+        plain = Path(folder) / "model.safetensors"
+        with zipfile.ZipFile(Path(folder) / "model.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            archive.write(plain)
+        return plain.stat().st_size, (Path(folder) / "model.zip").stat().st_size
+
+
+# %%
+def packed_disk_bytes(variant):
+    """Size of a 2:4 packed file: fp16 weights and 2-bit places, the rest in bfloat16."""
+    packed = {name: pack_2_4(weight_of(layer)) for name, layer in linear_layers(variant)}
+    tensors = {f"{n}.weights": p.weights.half() for n, p in packed.items()}
+    tensors |= {f"{n}.places": p.places for n, p in packed.items()}
+    body = {f"{n}.weight" for n in packed} | {"lm_head.weight"}
+    tensors |= {n: t.bfloat16() for n, t in variant.state_dict().items() if n not in body}
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, Path(folder) / "packed.safetensors")
+        return (Path(folder) / "packed.safetensors").stat().st_size
+
+
+# %%
+from labutils.measurement import ledger
+
+print(f"{'technique':<28}{'on disk':>9}{'zipped':>9}{'tokens/s':>10}{'against dense':>22}  bits per byte lost")
+for name, variant in final.items():
+    quality, (plain, zipped) = quality_of(variant), disk_bytes(variant)
+    speed = [32 / s for s in runs[name].samples_s]
+    record = ledger.Record(
+        technique=name, model="lablm", device="cpu", dtype="float32", threads=torch.get_num_threads(),
+        prompt_tokens=16, output_tokens=32, samples=speed, bits_per_byte=quality.bits_per_byte,
+        baseline_bits_per_byte=quality.baseline_bits_per_byte, bytes_resident=4 * variant.num_parameters(),
+        quality_tokens=sum(len(tokenizer(d.text)["input_ids"]) for d in documents), chapter="04",
+    )  # fmt: skip
+    ledger.append(record)
+    ratio = paired_ratio(runs["dense"].samples_s, runs[name].samples_s)
+    print(
+        f"{name:<28}{plain / 1e6:6.2f} MB{zipped / 1e6:6.2f} MB{record.tokens_per_s:10.1f}{ratio!s:>22}  {quality.difference:+.4f}"
+    )
+print(f"2:4 zeros in a packed file: {packed_disk_bytes(final['2:4 zeros, SparseGPT']) / 1e6:.2f} MB")
+
+# %%
+from labutils.plots.speed_quality import draw_speed_quality
+
+records = [r for r in ledger.read() if r.chapter == "04" and r.bits_per_byte is not None]
+figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+draw_speed_quality(records[-len(final) :], ax=axes)
+plt.show()
+
+# %% [markdown]
+# *Tokens per second (median of 7 rounds, 95% interval) against bits per byte, for this chapter's decodable variants.*
+#
+# **Explain.** A checkpoint with zeros is as large as the dense one and decodes at its speed; only a zip or a packed file notices them.
+# What was removed for good is smaller on disk and faster to run, in any program. LabLM is so small that Python between the kernels takes
+# its share of each token; section 9 has the model for claims about bytes.
+
+# %% [markdown]
+# ## What you have
+#
+# - the article's rule turned round: similar means redundant, and the kept ones speak for the removed;
+# - six criteria, n:m patterns and the surgeon's update, each with its cost and interval;
+# - smaller ordinary checkpoints: neurons, heads, layers, width, slices;
+# - the share of zeros from which a sparse format pays *on this machine*, and one that is stored dense and pays nothing;
+# - a table by group, which an average would have hidden.
+#
+# **Open question:** you have a budget of one percent in quality. Would you spend it on 2:4 zeros, on fewer layers, or on 4 bits? Which
+# measurement of this chapter would you repeat on *your* model before you answer?
+#
+# Next: **05 · Knowledge distillation**.
+
+# %%
+from labutils.course.progress import progress
+
+progress()

@@ -1,0 +1,317 @@
+# %% WRONG explained_share | the article's coefficient
+# EXERCISE explained_share
+def explained_share(rows):
+    gram = rows @ rows.T
+    return gram / gram.diagonal()[:, None]
+
+
+# %% WRONG explained_share | the cosine, and it can be negative
+# EXERCISE explained_share
+def explained_share(rows):
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    return unit @ unit.T
+
+
+# %% WRONG explained_share | one row only
+# EXERCISE explained_share
+def explained_share(rows):
+    gram = rows @ rows.T
+    return gram / gram.diagonal()[None, :]
+
+
+# %% WRONG explained_share | stays unexplained
+# EXERCISE explained_share
+def explained_share(rows):
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    return 1 - (unit @ unit.T) ** 2
+
+
+# %% WRONG explained_share | compared the columns
+# EXERCISE explained_share
+def explained_share(rows):
+    gram = rows.T @ rows
+    power = gram.diagonal()
+    return gram**2 / (power[:, None] * power[None, :])
+
+
+# %% WRONG magnitude_mask | inverted
+# EXERCISE magnitude_mask
+def magnitude_mask(weight, sparsity):
+    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[weight.abs().flatten().argsort()[: round(sparsity * weight.numel())]] = True
+    return mask.view_as(weight)
+
+
+# %% WRONG magnitude_mask | signs were left in
+# EXERCISE magnitude_mask
+def magnitude_mask(weight, sparsity):
+    mask = torch.ones(weight.numel(), dtype=torch.bool)
+    mask[weight.flatten().argsort()[: round(sparsity * weight.numel())]] = False
+    return mask.view_as(weight)
+
+
+# %% WRONG magnitude_mask | the largest went
+# EXERCISE magnitude_mask
+def magnitude_mask(weight, sparsity):
+    mask = torch.ones(weight.numel(), dtype=torch.bool)
+    mask[weight.abs().flatten().argsort(descending=True)[: round(sparsity * weight.numel())]] = False
+    return mask.view_as(weight)
+
+
+# %% WRONG magnitude_mask | the whole layer competes
+# EXERCISE magnitude_mask
+def magnitude_mask(weight, sparsity):
+    smallest = weight.abs().argsort(dim=1)[:, : round(sparsity * weight.shape[1])]
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(1, smallest, False)
+
+
+# %% WRONG magnitude_mask | not the share kept
+# EXERCISE magnitude_mask
+def magnitude_mask(weight, sparsity):
+    mask = torch.ones(weight.numel(), dtype=torch.bool)
+    mask[weight.abs().flatten().argsort()[: round((1 - sparsity) * weight.numel())]] = False
+    return mask.view_as(weight)
+
+
+# %% WRONG magnitude_mask | rank them, and count
+# EXERCISE magnitude_mask
+def magnitude_mask(weight, sparsity):
+    return weight.abs() > sparsity * weight.abs().max()
+
+
+# %% WRONG wanda_mask | the whole layer competed
+# EXERCISE wanda_mask
+def wanda_mask(weight, norms, sparsity):
+    scores = weight.abs() * norms
+    mask = torch.ones(weight.numel(), dtype=torch.bool)
+    mask[scores.flatten().argsort()[: round(sparsity * weight.numel())]] = False
+    return mask.view_as(weight)
+
+
+# %% WRONG wanda_mask | the inputs are missing
+# EXERCISE wanda_mask
+def wanda_mask(weight, norms, sparsity):
+    smallest = weight.abs().argsort(dim=1)[:, : round(sparsity * weight.shape[1])]
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(1, smallest, False)
+
+
+# %% WRONG wanda_mask | signs were left in
+# EXERCISE wanda_mask
+def wanda_mask(weight, norms, sparsity):
+    smallest = (weight * norms).argsort(dim=1)[:, : round(sparsity * weight.shape[1])]
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(1, smallest, False)
+
+
+# %% WRONG wanda_mask | you divided by the norms
+# EXERCISE wanda_mask
+def wanda_mask(weight, norms, sparsity):
+    smallest = (weight.abs() / norms).argsort(dim=1)[:, : round(sparsity * weight.shape[1])]
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(1, smallest, False)
+
+
+# %% WRONG wanda_mask | within each column
+# EXERCISE wanda_mask
+def wanda_mask(weight, norms, sparsity):
+    smallest = (weight.abs() * norms).argsort(dim=0)[: round(sparsity * weight.shape[0])]
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(0, smallest, False)
+
+
+# %% WRONG two_of_four | two smallest of each four
+# EXERCISE two_of_four
+def two_of_four(scores):
+    fours = scores.reshape(-1, 4)
+    smallest = fours.topk(2, dim=1, largest=False).indices
+    return torch.zeros_like(fours, dtype=torch.bool).scatter_(1, smallest, True).view_as(scores)
+
+
+# %% WRONG two_of_four | half of each row
+# EXERCISE two_of_four
+def two_of_four(scores):
+    largest = scores.topk(scores.shape[1] // 2, dim=1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, largest, True)
+
+
+# %% WRONG two_of_four | one of four
+# EXERCISE two_of_four
+def two_of_four(scores):
+    fours = scores.reshape(-1, 4)
+    return torch.zeros_like(fours, dtype=torch.bool).scatter_(1, fours.argmax(dim=1)[:, None], True).view_as(scores)
+
+
+# %% WRONG two_of_four | that is 4:8
+# EXERCISE two_of_four
+def two_of_four(scores):
+    eights = scores.reshape(-1, 8)
+    largest = eights.topk(4, dim=1).indices
+    return torch.zeros_like(eights, dtype=torch.bool).scatter_(1, largest, True).view_as(scores)
+
+
+# %% WRONG two_of_four | half of the layer
+# EXERCISE two_of_four
+def two_of_four(scores):
+    largest = scores.flatten().topk(scores.numel() // 2).indices
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[largest] = True
+    return mask.view_as(scores)
+
+
+# %% WRONG remove_one | nobody made up for it
+# EXERCISE remove_one
+def remove_one(weights, inverse, index):
+    changed = weights.clone()
+    changed[index] = 0
+    return changed
+
+
+# %% WRONG remove_one | the others moved the wrong way
+# EXERCISE remove_one
+def remove_one(weights, inverse, index):
+    changed = weights + weights[index] / inverse[index, index] * inverse[index]
+    changed[index] = 0
+    return changed
+
+
+# %% WRONG remove_one | so that the weight itself lands on 0
+# EXERCISE remove_one
+def remove_one(weights, inverse, index):
+    changed = weights - weights[index] * inverse[index]
+    changed[index] = 0
+    return changed
+
+
+# %% WRONG remove_one | inverted already
+# EXERCISE remove_one
+def remove_one(weights, inverse, index):
+    h = torch.linalg.inv(inverse)
+    changed = weights - weights[index] / h[index, index] * h[index]
+    changed[index] = 0
+    return changed
+
+
+# %% WRONG remove_one | the weight doubled
+# EXERCISE remove_one
+def remove_one(weights, inverse, index):
+    return weights + weights[index] / inverse[index, index] * inverse[index]
+
+
+# %% WRONG sparsity_at | straight line
+# EXERCISE sparsity_at
+def sparsity_at(step, steps, final):
+    return final * step / steps
+
+
+# %% WRONG sparsity_at | wrong way round
+# EXERCISE sparsity_at
+def sparsity_at(step, steps, final):
+    return final * (step / steps) ** 3
+
+
+# %% WRONG sparsity_at | starts at the final sparsity
+# EXERCISE sparsity_at
+def sparsity_at(step, steps, final):
+    return final * (1 - step / steps) ** 3
+
+
+# %% WRONG sparsity_at | it ends at 1
+# EXERCISE sparsity_at
+def sparsity_at(step, steps, final):
+    return 1 - (1 - step / steps) ** 3
+
+
+# %% WRONG sparsity_at | squared where
+# EXERCISE sparsity_at
+def sparsity_at(step, steps, final):
+    return final * (1 - (1 - step / steps) ** 2)
+
+
+# %% WRONG remove_neurons | take down's columns
+# EXERCISE remove_neurons
+def remove_neurons(gate, up, down, kept):
+    return gate[kept], up[kept], down[kept]
+
+
+# %% WRONG remove_neurons | up still has every neuron
+# EXERCISE remove_neurons
+def remove_neurons(gate, up, down, kept):
+    return gate[kept], up, down[:, kept]
+
+
+# %% WRONG remove_neurons | swapped
+# EXERCISE remove_neurons
+def remove_neurons(gate, up, down, kept):
+    return gate[:, kept], up[:, kept], down[kept]
+
+
+# %% WRONG remove_neurons | masked, not removed
+# EXERCISE remove_neurons
+def remove_neurons(gate, up, down, kept):
+    mask = torch.zeros(len(gate))
+    mask[kept] = 1
+    return gate * mask[:, None], up * mask[:, None], down * mask
+
+
+# %% WRONG remove_neurons | the first neurons
+# EXERCISE remove_neurons
+def remove_neurons(gate, up, down, kept):
+    n = len(kept)
+    return gate[:n], up[:n], down[:, :n]
+
+
+# %% WRONG influence | how little it does
+# EXERCISE influence
+def influence(before, after):
+    return torch.cosine_similarity(before, after, dim=-1).mean().item()
+
+
+# %% WRONG influence | channel by channel
+# EXERCISE influence
+def influence(before, after):
+    return 1 - torch.cosine_similarity(before, after, dim=0).mean().item()
+
+
+# %% WRONG influence | one cosine over everything
+# EXERCISE influence
+def influence(before, after):
+    return 1 - torch.cosine_similarity(before.flatten(), after.flatten(), dim=0).item()
+
+
+# %% WRONG influence | size of the change
+# EXERCISE influence
+def influence(before, after):
+    return ((after - before).norm() / before.norm()).item()
+
+
+# %% WRONG influence | divide by both norms
+# EXERCISE influence
+def influence(before, after):
+    return 1 - (before * after).sum(dim=-1).mean().item()
+
+
+# %% WRONG packed_bits | the places are missing
+# EXERCISE packed_bits
+def packed_bits(rows, columns, bits):
+    return rows * columns // 2 * bits
+
+
+# %% WRONG packed_bits | all weights are counted
+# EXERCISE packed_bits
+def packed_bits(rows, columns, bits):
+    return rows * columns * (bits + 2)
+
+
+# %% WRONG packed_bits | one bit tells two places apart
+# EXERCISE packed_bits
+def packed_bits(rows, columns, bits):
+    return rows * columns // 2 * (bits + 1)
+
+
+# %% WRONG packed_bits | those are bytes
+# EXERCISE packed_bits
+def packed_bits(rows, columns, bits):
+    return rows * columns // 2 * (bits + 2) / 8
+
+
+# %% WRONG packed_bits | that is CSR
+# EXERCISE packed_bits
+def packed_bits(rows, columns, bits):
+    return rows * columns // 2 * (bits + 32)
