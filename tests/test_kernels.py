@@ -99,7 +99,7 @@ def test_a_library_appears_whole_or_not_at_all(monkeypatch, home):
 
 def test_a_finished_library_is_renamed_not_copied(monkeypatch):
     """A reader never meets half a file: the name moves to the finished one."""
-    run, inodes = kernels._run, []
+    run, inodes = compile._run, []
 
     def noting(command):
         output = run(command)
@@ -107,7 +107,7 @@ def test_a_finished_library_is_renamed_not_copied(monkeypatch):
             inodes.append(os.stat(command[command.index("-o") + 1]).st_ino)
         return output
 
-    monkeypatch.setattr(kernels, "_run", noting)
+    monkeypatch.setattr(compile, "_run", noting)
     assert [compile_c(SEVEN).stat().st_ino] == inodes
 
 

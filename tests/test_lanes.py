@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 from hand_ins import DEMO
 from lanes import read_wrong_answers, run_lanes
 
@@ -17,6 +18,8 @@ def _isolated(monkeypatch, tmp_path):
     matplotlib.use("agg")
     monkeypatch.syspath_prepend(str(DEMO))
     monkeypatch.setenv("LABUTILS_HOME", str(tmp_path / "learner"))
+    yield
+    torch.set_printoptions(profile="default")  # a chapter may choose its own; doctests of this process come later
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
