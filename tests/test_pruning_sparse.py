@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ from labutils.pruning.scores import magnitude_scores
 def two_of_four(rows=16, columns=64, seed=0):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     return weight * mask_n_of_m(weight.abs(), 2, 4)
+
+
+def test_kernels_leave_the_process_its_subnormal_numbers():
+    sparse.kernels()
+    assert sys.float_info.min / 2 > 0, "loading the library set flush-to-zero, as one linked with -ffast-math does"
 
 
 def test_the_kernels_say_why_they_cannot_be_built(monkeypatch):

@@ -1042,7 +1042,8 @@ for bits in (8, 4):
 # first step forbids the compiler to use vectors; the second lets it.
 
 # %%
-from labutils.quantization.kernels import compile_c, find_kernels, instruction_set
+from labutils.layers.compile import compile_c
+from labutils.quantization.kernels import find_kernels, instruction_set
 
 kernels, reason = find_kernels()
 print(f"{instruction_set(kernels)}, compiled by this machine" if kernels else f"no kernels here: {reason}")
