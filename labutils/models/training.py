@@ -4,10 +4,6 @@ Muon for the weight matrices, AdamW for embeddings and norms; the learning rate 
 zero (warm-up-stable-decay, Hu et al. 2024, arXiv:2404.06395); towards the end sequences get longer.
 """
 
-import json
-import math
-import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,9 +27,8 @@ from labutils.models.mixture import (
 )
 from labutils.models.optimizer import Muon
 from labutils.models.tokenizer import role_ids, train_tokenizer
-
-Part = tuple[torch.Tensor, torch.Tensor]  # ids and labels, each (sequences, tokens)
-LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from labutils.training.loop import Part, Record, TrainingState, backward, run_steps, targets_in
+from labutils.training.losses import LossOf, text_loss
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ def optimizers(model: LlamaForCausalLM, plan: TrainingPlan) -> list[torch.optim.
     return [Muon(matrices, lr=plan.muon_lr, weight_decay=plan.weight_decay), adam]
 
 
-class Run:
+class Run(TrainingState):
     """One training run: model, optimizers, step and curve, with its state on disk."""
 
     def __init__(
@@ -144,11 +139,10 @@ class Run:
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(state_dir / "tokenizer")
         self.streams = read_streams(state_dir)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = new_model(plan, self.tokenizer).to(self.device)
+        model = new_model(plan, self.tokenizer).to(self.device)
         if init_from is not None:
-            take_layers_(self.model, LlamaForCausalLM.from_pretrained(init_from, dtype=torch.float32))
-        self.optimizers = optimizers(self.model, plan)
-        self.step, self.curve = 0, []
+            take_layers_(model, LlamaForCausalLM.from_pretrained(init_from, dtype=torch.float32))
+        super().__init__(model, optimizers(model, plan))
         if self.state_path.is_file():
             self._load()
 
@@ -161,42 +155,23 @@ class Run:
                 "a saved run continues under its own plan, of which only steps may change, and only before the decay; "
                 f"got {self.plan} after {saved_plan}"
             )
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.curve = state["step"], state["curve"]
+        self.restore_(state)
 
     def save(self) -> None:
-        """Writes the whole state; a kill in the middle leaves the older one."""
-        state = {
-            "plan": asdict(self.plan),
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
-            "curve": self.curve,
-        }
-        torch.save(state, self.state_path.with_suffix(".new"))
-        os.replace(self.state_path.with_suffix(".new"), self.state_path)
+        """Writes the whole state."""
+        self.write(self.state_path, plan=asdict(self.plan))
 
     def train_step(self, code_loss: LossOf, dialogue_loss: LossOf, micro_batch: int) -> tuple[float, float]:
         """One optimizer step on this step's batch, shared among ranks; returns nats per token of code and dialogues."""
         code, dialogues = self._my_parts(micro_batch)
-        tokens = sum((labels[:, 1:] != -100).sum().item() for _, labels in code + dialogues)
+        tokens = targets_in(code + dialogues)
         losses = []
         for loss_of, parts in ((code_loss, code), (dialogue_loss, dialogues)):
-            nats = 0.0
-            for ids, labels in parts:
-                count = (labels[:, 1:] != -100).sum().item()
-                loss = loss_of(ids.to(self.device), labels.to(self.device))
-                (loss * (count / tokens)).backward()
-                nats += loss.item() * count
-            losses.append(nats / sum((labels[:, 1:] != -100).sum().item() for _, labels in parts))
+            nats = backward(parts, loss_of, tokens=tokens, device=self.device)
+            losses.append(nats / targets_in(parts))
         self._average_gradients()
-        for optimizer, lr in zip(self.optimizers, (self.plan.muon_lr, self.plan.adam_lr), strict=True):
-            optimizer.param_groups[0]["lr"] = lr * self.plan.lr_factor(self.step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        factor = self.plan.lr_factor(self.step)
+        self.update_(sum(losses), [self.plan.muon_lr * factor, self.plan.adam_lr * factor])
         return losses[0], losses[1]
 
     def _my_parts(self, micro_batch: int) -> tuple[list[Part], list[Part]]:
@@ -240,35 +215,42 @@ class Run:
         return bits
 
 
-def train(run: Run, *, micro_batch: int, compile_model: bool, save_every: int, log: Callable[[str], None]) -> None:
-    """Trains to the plan's last step, saving, validating and reporting on the way."""
+def train(
+    run: Run,
+    *,
+    micro_batch: int,
+    compile_model: bool,
+    save_every: int,
+    log: Callable[[str], None],
+    loss_of: LossOf | None = None,
+) -> None:
+    """Trains to the plan's last step, saving, validating and reporting on the way.
 
-    def loss_of(ids, labels):
-        return run.model(input_ids=ids, labels=labels, use_cache=False).loss
-
+    Args:
+        run: where it stands.
+        micro_batch: tokens in one forward pass.
+        compile_model: whether to compile the loss of code, whose batches have one shape.
+        save_every: steps between saves and validations.
+        log: gets a line every tenth step, from the first rank.
+        loss_of: ids and labels to nats per token; by default the text's own next token (see `distillation.recipe`).
+    """
+    loss_of = loss_of or text_loss(run.model)
     compiled = torch.compile(loss_of, dynamic=False) if compile_model else loss_of  # dialogues differ in length
-    run.model.train()
-    started, first = time.monotonic(), run.step
-    while run.step < run.plan.steps:
+
+    def train_step() -> Record:
         code, dialogues = run.train_step(compiled, loss_of, micro_batch)
-        done = run.step == run.plan.steps
-        record = {
-            "step": run.step,
-            "code_nats_per_token": round(code, 4),
-            "dialogue_nats_per_token": round(dialogues, 4),
-        }
-        if math.isnan(code + dialogues):
-            raise FloatingPointError(f"the loss must be a number; got nan at step {run.step}")
-        if run.step % save_every == 0 or done:
-            record["validation_bits_per_byte"] = round(run.validation_bits_per_byte(60_000), 4)
-        run.curve.append(record)
-        if rank() == 0 and (run.step % save_every == 0 or done):
-            run.save()
-        if rank() == 0 and (run.step % 10 == 0 or done):
-            elapsed = time.monotonic() - started
-            left = elapsed / (run.step - first) * (run.plan.steps - run.step)
-            seconds = elapsed / (run.step - first)
-            log(f"{json.dumps(record)} {seconds:.2f} s a step, {left / 60:.0f} min left")
+        return {"code_nats_per_token": round(code, 4), "dialogue_nats_per_token": round(dialogues, 4)}
+
+    run.model.train()
+    run_steps(
+        run,
+        train_step,
+        steps=run.plan.steps,
+        save=run.save if rank() == 0 else lambda: None,
+        save_every=save_every,
+        evaluate=lambda: {"validation_bits_per_byte": round(run.validation_bits_per_byte(60_000), 4)},
+        log=log if rank() == 0 else lambda line: None,
+    )
 
 
 def rank() -> int:

@@ -5,11 +5,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, linear, log_softmax
+from torch.nn.functional import linear
 
 from labutils.layers.linears import linear_layers, replace_module_, set_weight_, weight_of
 from labutils.pruning.masks import Masks, apply_masks_, mask_model
 from labutils.pruning.scores import magnitude_scores, schedule, weighted_gradient
+from labutils.training.loop import FitPlan, fit_
+from labutils.training.losses import teacher_loss, text_loss
 
 
 def fine_tune_(
@@ -32,31 +34,16 @@ def fine_tune_(
     Raises:
         ValueError: when there is no batch.
     """
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-    losses = []
-    model.train()
-    for token_ids in batches:
-        loss = _loss(model, token_ids, teacher)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if masks is not None:
-            apply_masks_(model, masks)
-        losses.append(loss.item())
-    model.eval()
-    if not losses:
+    rows = list(batches)
+    if not rows:
         raise ValueError("fine-tuning needs at least one batch; got none")
-    return losses
-
-
-def _loss(model: nn.Module, token_ids: Int[Tensor, "b positions"], teacher: nn.Module | None) -> Tensor:
-    output = model(input_ids=token_ids, labels=token_ids, use_cache=False)
-    if teacher is None:
-        return output.loss
-    with torch.no_grad():
-        target = log_softmax(teacher(input_ids=token_ids, use_cache=False).logits[:, :-1], dim=-1)
-    predicted = log_softmax(output.logits[:, :-1], dim=-1)
-    return kl_div(predicted.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
+    return fit_(
+        model,
+        lambda step: [(rows[step], rows[step])],
+        text_loss(model) if teacher is None else teacher_loss(model, teacher),
+        FitPlan(steps=len(rows), lr=lr),
+        after_step=None if masks is None else lambda: apply_masks_(model, masks),
+    )
 
 
 def gradual_(
@@ -97,7 +84,7 @@ def gradual_(
         whole = {name: weight_of(layer).clone() for name, layer in layers.items()}
         apply_masks_(model, masks)
         optimizer.zero_grad(set_to_none=True)
-        _loss(model, token_ids, None).backward()
+        text_loss(model)(token_ids, token_ids).backward()
         for name, layer in layers.items():
             set_weight_(layer, whole[name])
             moved[name] -= weighted_gradient(layer)

@@ -5,13 +5,14 @@ The straight-through estimator (Bengio et al. 2013, arXiv:1308.3432): ∂round(w
 
 from collections.abc import Iterable
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from labutils.layers.linears import linear_layers
 from labutils.quantization.affine import Scheme, fake_quantize
+from labutils.training.loop import FitPlan, fit_
+from labutils.training.losses import teacher_loss, text_loss
 
 
 def straight_through(weight: Float[Tensor, "*shape"], scheme: Scheme) -> Float[Tensor, "*shape"]:
@@ -33,7 +34,12 @@ class _Rounded(nn.Module):
 
 
 def train_quantized_(
-    model: nn.Module, batches: Iterable[Int[Tensor, "b positions"]], scheme: Scheme, *, learning_rate: float = 2e-4
+    model: nn.Module,
+    batches: Iterable[Int[Tensor, "b positions"]],
+    scheme: Scheme,
+    *,
+    learning_rate: float = 2e-4,
+    teacher: nn.Module | None = None,
 ) -> list[float]:
     """Trains a causal LM whose linear layers are rounded in every forward pass, and leaves the rounded weights in it.
 
@@ -42,6 +48,7 @@ def train_quantized_(
         batches: token ids of training text without padding.
         scheme: for every layer but the head.
         learning_rate: constant.
+        teacher: with it the loss is KL(teacher ‖ model): quantization-aware distillation.
 
     Returns:
         The loss of every step, in nats per token.
@@ -50,16 +57,11 @@ def train_quantized_(
     for layer in layers:
         rounded = _Rounded(scheme, is_transposed=not isinstance(layer, nn.Linear))
         parametrize.register_parametrization(layer, "weight", rounded)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    losses = []
+    rows = list(batches)
+    loss_of = text_loss(model) if teacher is None else teacher_loss(model, teacher)
+    plan = FitPlan(steps=len(rows), lr=learning_rate)
     try:
-        for token_ids in batches:
-            loss = model(token_ids, labels=token_ids, use_cache=False).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+        return fit_(model, lambda step: [(rows[step], rows[step])], loss_of, plan)
     finally:
         for layer in layers:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    return losses

@@ -1,0 +1,222 @@
+"""The training loop: parts that add up to one step, a learning rate over time, a state on disk, a stop at NaN.
+
+What a step reads must depend on the step's number alone; then a run that was killed continues as if nothing had been.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from labutils.training.losses import LossOf, counted
+
+Part = tuple[Tensor, Tensor]  # ids and labels, each (sequences, tokens)
+Record = dict[str, float]
+
+
+def _silent(_line: str) -> None:
+    """Says nothing."""
+
+
+@dataclass
+class TrainingState:
+    """What a run is between two steps."""
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+    curve: list[Record] = field(default_factory=list)
+
+    def write(self, path: Path, *, plan: dict) -> None:
+        """Writes everything that decides how the run goes on; a kill in the middle leaves the older file."""
+        state = {
+            "plan": plan,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "curve": self.curve,
+            "random": torch.get_rng_state(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+
+    def restore_(self, saved: dict) -> None:
+        """Takes over what `torch.load` read of such a file, torch's own random state included (dropout needs it)."""
+        self.model.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.step, self.curve = saved["step"], saved["curve"]
+        torch.set_rng_state(saved["random"].cpu())
+
+    def update_(self, loss: float, learning_rates: Sequence[float], *, max_grad_norm: float | None = None) -> None:
+        """One step of every optimizer on the gradients that lie ready.
+
+        Raises:
+            FloatingPointError: when the loss is no number; weights and the file on disk are then as before the step.
+        """
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss must be a number; got {loss} at step {self.step + 1}")
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+        for optimizer, lr in zip(self.optimizers, learning_rates, strict=True):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+
+def targets_in(parts: Sequence[Part]) -> int:
+    """How many labels count."""
+    return sum(int(counted(labels).sum()) for _, labels in parts)
+
+
+def backward(
+    parts: Sequence[Part], loss_of: LossOf, *, tokens: int, device: torch.device | str, mixed_precision: bool = False
+) -> float:
+    """Adds up the gradients of the parts' losses, each weighted by its labels, and returns their sum in nats.
+
+    Gradient accumulation: Σ_parts (labels in the part ÷ `tokens`) · mean loss of the part is the mean over all labels,
+    however they were cut. Mixed precision runs the products in bfloat16, whose range needs no loss scaling.
+    """
+    nats = 0.0
+    kind = torch.device(device).type
+    for ids, labels in parts:
+        count = int(counted(labels).sum())
+        with torch.autocast(kind, dtype=torch.bfloat16) if mixed_precision else nullcontext():
+            loss = loss_of(ids.to(device), labels.to(device))
+        (loss * (count / tokens)).backward()
+        nats += loss.item() * count
+    return nats
+
+
+def run_steps(
+    state: TrainingState,
+    train_step: Callable[[], Record],
+    *,
+    steps: int,
+    save: Callable[[], None],
+    save_every: int,
+    evaluate: Callable[[], Record] = dict,
+    log: Callable[[str], None] = _silent,
+) -> None:
+    """Steps up to `steps`; every `save_every` steps and at the end it evaluates and saves; it logs every tenth.
+
+    Args:
+        state: its step decides where the run begins.
+        train_step: one optimizer step; what it returns goes into the curve.
+        steps: of the whole run.
+        save: writes the state.
+        save_every: steps.
+        evaluate: more for the curve, at each save.
+        log: gets a line with the record, the rate and the time left.
+    """
+    started, first = time.monotonic(), state.step
+    while state.step < steps:
+        numbers = train_step()
+        record, done = {"step": state.step} | numbers, state.step == steps
+        is_due = done or state.step % save_every == 0
+        if is_due:
+            record |= evaluate()
+        state.curve.append(record)
+        if is_due:
+            save()
+        if done or state.step % 10 == 0:
+            seconds = (time.monotonic() - started) / (state.step - first)
+            left = seconds * (steps - state.step) / 60
+            log(f"{json.dumps(record)} {seconds:.2f} s a step, {left:.0f} min left")
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """How `fit_` trains: AdamW, a warm-up, then a cosine down to a share of the learning rate."""
+
+    steps: int
+    lr: float
+    warmup_steps: int = 0
+    final_lr_share: float = 1.0  # of lr, at the last step; 1 keeps it constant
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    mixed_precision: bool = False
+    save_every: int = 100  # steps
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0: linear warm-up, then half a cosine (Loshchilov and Hutter 2016).
+
+        >>> plan = FitPlan(steps=12, lr=1.0, warmup_steps=2, final_lr_share=0.0)
+        >>> [round(plan.lr_at(step), 3) for step in (0, 1, 6, 11)]
+        [0.5, 1.0, 0.5, 0.024]
+        """
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps + 1) / (self.steps - self.warmup_steps + 1)
+        return self.lr * (self.final_lr_share + (1 - self.final_lr_share) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def fit_(
+    model: nn.Module,
+    parts_of: Callable[[int], Sequence[Part]],
+    loss_of: LossOf,
+    plan: FitPlan,
+    *,
+    state_path: Path | None = None,
+    after_step: Callable[[], None] | None = None,
+    log: Callable[[str], None] = _silent,
+) -> list[float]:
+    """Trains what requires a gradient, and leaves the model in evaluation mode.
+
+    Args:
+        model: a module whose parameters the loss depends on.
+        parts_of: a step's number to its parts; their gradients add up (see `backward`).
+        loss_of: ids and labels to the mean loss over the labels that count.
+        plan: steps and learning rates.
+        state_path: where the state is kept; a run that finds one goes on from it.
+        after_step: called after each step, such as to put pruned zeros back.
+        log: gets a line every tenth step.
+
+    Returns:
+        The loss of every step, in nats per token, those before a resumption included.
+
+    Raises:
+        FloatingPointError: when a loss is no number; the state on disk is the last good one.
+        ValueError: when the state on disk belongs to another plan.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=plan.lr, weight_decay=plan.weight_decay)
+    state, device = TrainingState(model, [optimizer]), trained[0].device
+    if state_path is not None and state_path.is_file():
+        _resume_(state, state_path, plan, device)
+
+    def train_step() -> Record:
+        parts = parts_of(state.step)
+        tokens = targets_in(parts)
+        nats = backward(parts, loss_of, tokens=tokens, device=device, mixed_precision=plan.mixed_precision)
+        state.update_(nats / tokens, [plan.lr_at(state.step)], max_grad_norm=plan.max_grad_norm)
+        if after_step is not None:
+            after_step()
+        return {"nats_per_token": nats / tokens}
+
+    def save() -> None:
+        if state_path is not None:
+            state.write(state_path, plan=asdict(plan))
+
+    model.train()
+    try:
+        run_steps(state, train_step, steps=plan.steps, save=save, save_every=plan.save_every, log=log)
+    finally:
+        model.eval()
+    return [record["nats_per_token"] for record in state.curve]
+
+
+def _resume_(state: TrainingState, path: Path, plan: FitPlan, device: torch.device) -> None:
+    saved = torch.load(path, map_location=device, weights_only=True)
+    if saved["plan"] != asdict(plan):
+        raise ValueError(f"a saved run continues under its own plan; got {asdict(plan)} after {saved['plan']}")
+    state.restore_(saved)
