@@ -104,17 +104,6 @@ def test_step_follows_the_mean_over_all_tokens(tiny_corpus, tmp_path, monkeypatc
     torch.testing.assert_close(seen["g"], wanted, atol=1e-6, rtol=1e-4)
 
 
-def test_shallower_model_takes_layers_at_equal_distances(tiny_corpus, tmp_path):
-    source = training.Run(PLAN, state_dir=tmp_path).model
-    config = type(source.config)(**{**source.config.to_dict(), "num_hidden_layers": 1})
-    deep = training.LlamaForCausalLM(type(config)(**{**config.to_dict(), "num_hidden_layers": 3}))
-    shallow = training.LlamaForCausalLM(type(config)(**{**config.to_dict(), "num_hidden_layers": 2}))
-    training.take_layers_(shallow, deep)
-    for layer, origin in zip(shallow.model.layers, (deep.model.layers[0], deep.model.layers[2]), strict=True):
-        torch.testing.assert_close(layer.mlp.up_proj.weight, origin.mlp.up_proj.weight)
-    torch.testing.assert_close(shallow.lm_head.weight, deep.lm_head.weight)
-
-
 def test_only_steps_may_change_and_only_on_the_plateau(tiny_corpus, tmp_path):
     run = training.Run(PLAN, state_dir=tmp_path)
     run_to(run, 3)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from labutils.data import corpus
+from labutils.distillation.student import take_layers_
 from labutils.models.evaluate_text import bits_per_byte
 from labutils.models.lablm import SHAPES, llama_config
 from labutils.models.mixture import (
@@ -95,19 +96,6 @@ def new_model(plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast) -> LlamaFo
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     return model
-
-
-@torch.no_grad()
-def take_layers_(model: LlamaForCausalLM, source: LlamaForCausalLM) -> None:
-    """Fills a model with another's weights; a shallower one takes layers at equal distances, first and last too.
-
-    Sanh et al. 2019 (DistilBERT, arXiv:1910.01108) begin a student so.
-    """
-    chosen = torch.linspace(0, len(source.model.layers) - 1, len(model.model.layers)).round().int().tolist()
-    for layer, index in zip(model.model.layers, chosen, strict=True):
-        layer.load_state_dict(source.model.layers[index].state_dict())
-    model.model.embed_tokens.load_state_dict(source.model.embed_tokens.state_dict())
-    model.model.norm.load_state_dict(source.model.norm.state_dict())
 
 
 def optimizers(model: LlamaForCausalLM, plan: TrainingPlan) -> list[torch.optim.Optimizer]:

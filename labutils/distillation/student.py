@@ -1,0 +1,77 @@
+"""Where a student begins: which of its teacher's layers it takes, and whether the two can speak of the same tokens."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def spaced_layers(count: int, *, of: int) -> list[int]:
+    """`count` layers at equal distances, first and last included; a single one is the first.
+
+    >>> spaced_layers(3, of=6)
+    [0, 2, 5]
+    """
+    return torch.linspace(0, of - 1, count).round().int().tolist()
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """A Hugging Face decoder's layers: its longest list of modules of one kind.
+
+    Raises:
+        ValueError: when there is no such list.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(layer) for layer in m}) == 1]
+    if not lists:
+        raise ValueError(f"a student needs a list of decoder layers; got {type(model).__name__} without one")
+    return max(lists, key=lambda layers: (len(layers), sum(p.numel() for p in layers.parameters())))
+
+
+@torch.no_grad()
+def take_layers_(student: nn.Module, teacher: nn.Module, chosen: Sequence[int] | None = None) -> None:
+    """Fills a shallower student with its teacher's weights (Sanh et al. 2019, DistilBERT, arXiv:1910.01108).
+
+    Args:
+        student: of the teacher's architecture and widths, with fewer layers.
+        teacher: is not changed.
+        chosen: which of its layers, in order; by default at equal distances.
+
+    Raises:
+        ValueError: when the number of layers is not the student's, or one does not exist.
+    """
+    own, theirs = decoder_layers(student), decoder_layers(teacher)
+    chosen = spaced_layers(len(own), of=len(theirs)) if chosen is None else list(chosen)
+    if len(chosen) != len(own) or not all(0 <= i < len(theirs) for i in chosen):
+        raise ValueError(f"a student of {len(own)} layers takes as many of 0 to {len(theirs) - 1}; got {chosen}")
+    for layer, index in zip(own, chosen, strict=True):
+        layer.load_state_dict(theirs[index].state_dict())
+    body = {id(p) for p in own.parameters()}
+    outside = {name: p for name, p in student.named_parameters() if id(p) not in body}
+    weights = dict(teacher.named_parameters())
+    for name, parameter in outside.items():
+        parameter.copy_(weights[name])
+
+
+def require_same_tokens(student_tokenizer, teacher_tokenizer) -> None:
+    """Refuses two tokenizers that do not mean the same by an id.
+
+    A soft target is a probability for every id. Where ids mean other strings, or the text is cut elsewhere, the numbers
+    still subtract, the loss still falls, and the student learns nonsense; so it is refused, not patched.
+
+    Raises:
+        ValueError: naming what differs and what can be done instead.
+    """
+    ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    remedy = "let the teacher write text and train on that (sequence-level distillation), or give both one tokenizer"
+    if ours != theirs:
+        different = sum(theirs.get(token) != index for token, index in ours.items())
+        raise ValueError(
+            f"student and teacher must share a vocabulary; got {len(ours)} and {len(theirs)} tokens, {different} of "
+            f"the student's with another id or none: {remedy}"
+        )
+    sample = "def f(x):\n    return x + 10  # 你好, don't"
+    cuts = [t(sample, add_special_tokens=False)["input_ids"] for t in (student_tokenizer, teacher_tokenizer)]
+    if cuts[0] != cuts[1]:
+        raise ValueError(
+            f"student and teacher must cut text alike; got {len(cuts[0])} and {len(cuts[1])} tokens of a text: {remedy}"
+        )
