@@ -26,6 +26,7 @@ COMMANDS = (
     "plot",
     "rebadge",
     "train",
+    "distil",
     "evaluate",
     "export",
 )
@@ -37,7 +38,7 @@ OVERVIEW = (
     (("grade", "handout"), "check a folder of hand-ins into a table; make the files to hand out"),
     (("build",), "regenerate the notebooks from their sources"),
     (("bench", "plot"), "measure and compare; draw a ledger on the one speed-quality plot"),
-    (("train", "evaluate", "export"), "train the course's own models, measure them, write them out"),
+    (("train", "distil", "evaluate", "export"), "train the course's own models, measure them, write them out"),
     (("rebadge",), "point every badge and set-up cell at your own copy, OWNER/NAME"),
 )
 

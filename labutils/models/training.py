@@ -118,16 +118,20 @@ class Run(TrainingState):
         packages: bool = True,
         tokenizer_from: Path | None = None,
         init_from: Path | None = None,
+        start: LlamaForCausalLM | None = None,
+        data_dir: Path | None = None,
     ):
+        data_dir = data_dir or state_dir  # runs that read the same share one
+        state_dir.mkdir(parents=True, exist_ok=True)
         self.plan, self.state_path = plan, state_dir / "state.pt"
         if rank() == 0:
-            prepare(state_dir, model=plan.model, tokenizer_from=tokenizer_from, packages=packages)
+            prepare(data_dir, model=plan.model, tokenizer_from=tokenizer_from, packages=packages)
         if dist.is_initialized():
             dist.barrier()
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(state_dir / "tokenizer")
-        self.streams = read_streams(state_dir)
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(data_dir / "tokenizer")
+        self.streams = read_streams(data_dir)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = new_model(plan, self.tokenizer).to(self.device)
+        model = (start or new_model(plan, self.tokenizer)).to(self.device)
         if init_from is not None:
             take_layers_(model, LlamaForCausalLM.from_pretrained(init_from, dtype=torch.float32))
         super().__init__(model, optimizers(model, plan))

@@ -1,0 +1,186 @@
+"""The experiment of chapter 05: students of three sizes, with and without their teacher, over several seeds.
+
+Each run is one point: a size, a loss, a seed. Everything else is equal: tokens, steps, order of the text (drawn by the
+seed), learning rates and the weights that the student begins with. A run's state lies in `training-state/distillation`,
+so that it survives a kill; when it ends, one line with its whole curve and its scores is appended to
+`data/results/distillation_runs.jsonl`.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from labutils.data import service
+from labutils.distillation.recipe import Recipe, distillation_loss
+from labutils.layers.calibration import input_statistics
+from labutils.models.calibration_text import calibration_batches
+from labutils.models.checkpoint import save_checkpoint
+from labutils.models.compare import bits_by_document, held_out_documents
+from labutils.models.evaluate_service import score_task
+from labutils.models.load import LanguageModel, load_model
+from labutils.models.training import Run, TrainingPlan, train
+from labutils.paths import DATA, ROOT
+from labutils.pruning.structured import keep_layers, keep_neurons, neuron_scores, strongest
+
+RESULTS = DATA / "results" / "distillation_runs.jsonl"
+STATE = ROOT / "training-state" / "distillation"
+LOSSES = {"CE": None, "KD": Recipe(soft=0.5, hard=0.5, temperature=2.0)}
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 97.5%, by the number of seeds
+
+
+@dataclass(frozen=True)
+class Size:
+    """Which of the teacher's layers a student takes, and how many of their MLP neurons."""
+
+    layers: tuple[int, ...]
+    neurons: int
+
+
+SIZES = {
+    "tiny": Size(layers=(0, 5), neurons=256),
+    "small": Size(layers=(0, 2, 5), neurons=256),
+    "half": Size(layers=(0, 2, 5), neurons=768),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of the experiment."""
+
+    size: str
+    loss: str
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Folder of its state."""
+        return f"{self.size}-{self.loss}-{self.seed}-{self.steps}"
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """5,000 tokens a step, most of them code: what a student loses first."""
+        return TrainingPlan(
+            model=self.size, steps=self.steps, code_tokens=4096, dialogues=16, decay_fraction=0.7, seed=self.seed
+        )
+
+
+def points(*, seeds: int, steps: int) -> list[Point]:
+    """All runs, a seed after the other: whatever is done when time runs out is a whole experiment of fewer seeds."""
+    return [Point(size, loss, seed, steps) for seed in range(seeds) for size in SIZES for loss in LOSSES]
+
+
+def first_student(teacher: LanguageModel, size: Size):
+    """The teacher's chosen layers; of each, the neurons that say most on calibration text, the rest made up for.
+
+    `pruning.structured` does the work: what a student begins with is a pruned teacher.
+    """
+    shallow = keep_layers(teacher.model, list(size.layers))
+    if size.neurons == teacher.model.config.intermediate_size:
+        return shallow
+    text = calibration_batches(teacher.tokenizer, context=256)
+    statistics = input_statistics(shallow, text, with_gram=True)
+    kept = [strongest(scores, size.neurons) for scores in neuron_scores(shallow, statistics)]
+    grams = [statistics[f"model.layers.{i}.mlp.down_proj"].gram for i in range(len(size.layers))]
+    return keep_neurons(shallow, kept, grams=grams)
+
+
+def run_point(
+    point: Point, *, state: Path = STATE, results: Path = RESULTS, items: int = 100, log: Callable[[str], None]
+) -> dict:
+    """Trains one student, or goes on where it was killed; appends its line to the results and returns it."""
+    started = time.monotonic()
+    teacher = load_model("lablm")
+    run = Run(
+        point.plan,
+        state_dir=state / point.name,
+        data_dir=state,
+        tokenizer_from=DATA / "lablm",
+        start=first_student(teacher, SIZES[point.size]),
+    )
+    recipe, first = LOSSES[point.loss], run.step
+    loss_of = None if recipe is None else distillation_loss(run.model, teacher.model.to(run.device), recipe)
+    train(run, micro_batch=2048, compile_model=False, save_every=50, log=log, loss_of=loss_of)
+    seconds = (time.monotonic() - started) / max(run.step - first, 1)
+    row = asdict(point) | {
+        "parameters": run.model.num_parameters(),
+        "seconds_per_step": round(seconds, 3),
+        "curve": run.curve,
+        **scores(LanguageModel(run.model.eval(), run.tokenizer), items=items),
+    }
+    save_checkpoint(run.model, run.tokenizer, state / point.name / "checkpoint")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with open(results, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
+
+
+def scores(loaded: LanguageModel, *, items: int) -> dict:
+    """Bits and bytes of each held-out module, and right answers of each service task, on what training never showed."""
+    documents = held_out_documents(limit_bytes=8_000)
+    tasks = {
+        task: sum(score_task(loaded.model, loaded.tokenizer, task, count=items).is_right) for task in service.TASKS
+    }
+    return {
+        "documents": bits_by_document(loaded.model, loaded.tokenizer, documents, context=1024),
+        "right": tasks,
+        "items": items,
+    }
+
+
+def read_runs(path: Path = RESULTS) -> Iterator[dict]:
+    """The finished runs, one a line."""
+    if path.is_file():
+        with open(path, encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+
+def remaining(wanted: list[Point], path: Path = RESULTS) -> list[Point]:
+    """Points that have no line yet."""
+    done = {(r["size"], r["loss"], r["seed"], r["steps"]) for r in read_runs(path)}
+    return [p for p in wanted if (p.size, p.loss, p.seed, p.steps) not in done]
+
+
+def bits_per_byte_of(row: dict) -> float:
+    """A run's bits per byte over its held-out modules."""
+    return sum(bits for bits, _ in row["documents"]) / sum(size for _, size in row["documents"])
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What the teacher changed at one size: KD minus CE in bits per byte, paired by seed."""
+
+    size: str
+    ce: float
+    kd: float
+    difference: float
+    interval: tuple[float, float]
+    seeds: int
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the 95% interval lies below zero: only then may one say that KD beats CE."""
+        return self.interval[1] < 0
+
+
+def effects(rows: list[dict]) -> list[Effect]:
+    """One line a size: means over seeds, and Student's 95% interval of the paired differences.
+
+    Raises:
+        ValueError: when a size has fewer than two seeds with both losses.
+    """
+    found = []
+    for size in dict.fromkeys(row["size"] for row in rows):
+        by = {(r["loss"], r["seed"]): bits_per_byte_of(r) for r in rows if r["size"] == size}
+        seeds = sorted(seed for loss, seed in by if loss == "CE" and ("KD", seed) in by)
+        if len(seeds) < 2:
+            raise ValueError(f"an interval needs at least 2 seeds with both losses; got {len(seeds)} for {size}")
+        gaps = [by["KD", seed] - by["CE", seed] for seed in seeds]
+        half = T_95[len(seeds)] * stdev(gaps) / len(seeds) ** 0.5
+        middle = fmean(gaps)
+        means = [fmean(by[loss, seed] for seed in seeds) for loss in LOSSES]
+        found.append(Effect(size, *means, middle, (middle - half, middle + half), len(seeds)))
+    return found

@@ -1,0 +1,78 @@
+"""The experiment's program: runs end in one line each, resume, and the table claims only what its interval allows."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_training import TEXTS
+
+from labutils.models import students, training
+from labutils.models.load import load_model
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_model("lablm")
+
+
+@pytest.mark.parametrize("name", students.SIZES)
+def test_first_student_has_the_size_and_speaks_better_than_chance(name, teacher):
+    size = students.SIZES[name]
+    student = students.first_student(teacher, size)
+    assert student.config.num_hidden_layers == len(size.layers)
+    assert student.model.layers[0].mlp.up_proj.weight.shape == (size.neurons, 256)
+    torch.testing.assert_close(student.model.embed_tokens.weight, teacher.model.model.embed_tokens.weight)
+    ids = teacher.tokenizer("import os\nimport sys\n\n\ndef main():\n    return 0\n", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert student(input_ids=ids, labels=ids).loss < 12
+    share = 1 - student.num_parameters() / teacher.model.num_parameters()
+    assert share == pytest.approx({"tiny": 0.68, "small": 0.61, "half": 0.41}[name], abs=0.01)
+
+
+@pytest.mark.parametrize("loss", students.LOSSES)
+def test_run_point_trains_writes_one_line_and_resumes(loss, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "sources", lambda *, packages: TEXTS | {"stdlib": TEXTS["stdlib"] * 9})
+    monkeypatch.setattr(training.Run, "validation_bits_per_byte", lambda self, limit_bytes: 1.0)
+    monkeypatch.setattr(
+        students, "scores", lambda loaded, items: {"documents": [[8.0, 2]], "right": {}, "items": items}
+    )
+    small = replace(students.Point("tiny", loss, 0, 2).plan, code_tokens=128, dialogues=2, sequence_length=32)
+    small = replace(small, long_sequence_length=64)
+    monkeypatch.setattr(students.Point, "plan", property(lambda self: small))
+    point, lines = students.Point("tiny", loss, 0, 2), []
+    settings = {"state": tmp_path, "results": tmp_path / "r.jsonl", "log": lines.append}
+    row = students.run_point(point, **settings)
+    assert [r["step"] for r in row["curve"]] == [1, 2] and row["parameters"] == 1_836_288
+    again = students.run_point(point, **settings)
+    assert again["curve"] == row["curve"]
+    assert [json.loads(line)["size"] for line in (tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert students.remaining([point], tmp_path / "r.jsonl") == []
+    assert (tmp_path / point.name / "checkpoint" / "model.safetensors").is_file()
+
+
+def rows_with(gaps):
+    return [
+        {"size": "tiny", "loss": loss, "seed": seed, "steps": 1, "documents": [[2.0 + (gap if loss == "KD" else 0), 1]]}
+        for seed, gap in enumerate(gaps)
+        for loss in ("CE", "KD")
+    ]
+
+
+def test_effect_by_hand():
+    (effect,) = students.effects(rows_with([-0.1, -0.2, -0.3]))
+    half = 4.303 * 0.1 / 3**0.5
+    assert effect.difference == pytest.approx(-0.2) and effect.ce == 2.0 and effect.kd == pytest.approx(1.8)
+    assert effect.interval == pytest.approx((-0.2 - half, -0.2 + half)) and not effect.is_shown
+    assert students.effects(rows_with([-0.19, -0.2, -0.21]))[0].is_shown
+
+
+def test_effects_need_two_seeds():
+    with pytest.raises(ValueError, match="at least 2 seeds with both losses; got 1 for tiny"):
+        students.effects(rows_with([-0.1]))
+
+
+def test_points_finish_a_seed_before_the_next():
+    chosen = students.points(seeds=2, steps=9)
+    assert len(chosen) == 12 and [p.seed for p in chosen] == [0] * 6 + [1] * 6
+    assert len({p.name for p in chosen}) == 12
