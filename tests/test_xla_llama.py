@@ -13,7 +13,6 @@ from labutils.xla import llama
 from labutils.xla.lazy import jax, jnp
 
 
-
 def built(model, *, max_length=32, dtype="float32"):
     shape = llama.shape_of(model.config, max_length=max_length)
     return llama.params_of(model, shape, dtype=dtype), shape

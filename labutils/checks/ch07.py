@@ -29,7 +29,10 @@ def programs(answer):
         mistakes=[
             (len, "a call whose shapes were there before finds its program: count the different ones"),
             (partial(_keys, parts=(0, 2)), "the dtype is part of the key: int32 and float32 need two programs"),
-            (partial(_keys, parts=(0, 1)), "a static argument's value is built into the program: it is part of the key"),
+            (
+                partial(_keys, parts=(0, 1)),
+                "a static argument's value is built into the program: it is part of the key",
+            ),
             (partial(_keys, parts=(0,)), "the shape alone is not the key: dtype and static argument belong to it"),
             (_changes, "jit keeps all its programs, not only the last: going back to an old shape compiles nothing"),
         ],
@@ -79,11 +82,20 @@ def cached_attention(answer):
         rtol=1e-4,
         atol=1e-5,
         mistakes=[
-            (_asks_for_the_value, "a shape cannot depend on a traced value: keep the whole cache, and hide with a mask"),
+            (
+                _asks_for_the_value,
+                "a shape cannot depend on a traced value: keep the whole cache, and hide with a mask",
+            ),
             (partial(_attention, hide=lambda at, now: at > 10**6), "the empty positions take part: mask them"),
             (partial(_attention, hide=lambda at, now: at >= now), "a token must see itself: visible is <= position"),
-            (partial(_attention, hide=lambda at, now: at < now), "turned round: what lies before is visible, not after"),
-            (partial(_attention, late=True), "masked after the softmax, the shares no longer sum to 1: mask the scores"),
+            (
+                partial(_attention, hide=lambda at, now: at < now),
+                "turned round: what lies before is visible, not after",
+            ),
+            (
+                partial(_attention, late=True),
+                "masked after the softmax, the shares no longer sum to 1: mask the scores",
+            ),
             (partial(_attention, filler=0.0), "a score of 0 is no mask, for exp(0) is 1: use minus infinity"),
             (partial(_attention, scale=0), "the scale is missing: divide by the square root of head_dim"),
         ],
@@ -99,7 +111,10 @@ def bucket_for(answer):
         generate.bucket_for,
         cases=[{"length": length, "buckets": buckets} for length in lengths],
         mistakes=[
-            (lambda length, buckets: min(b for b in buckets if b > length), "a text as long as the bucket fits: use >="),
+            (
+                lambda length, buckets: min(b for b in buckets if b > length),
+                "a text as long as the bucket fits: use >=",
+            ),
             (
                 lambda length, buckets: next(b for b in buckets if b >= length),
                 "the buckets need not be sorted: take the smallest that holds the text, not the first",
@@ -176,7 +191,10 @@ def break_even_tokens(answer):
         cases=[dict(zip(names, case, strict=True)) for case in cases],
         mistakes=[
             (lambda compile_s, **t: compile_s / saved(**t), "slower code never pays: return float('inf') there"),
-            (lambda compile_s, **t: abs(compile_s / saved(**t)), "slower code never pays: the sign of the saving counts"),
+            (
+                lambda compile_s, **t: abs(compile_s / saved(**t)),
+                "slower code never pays: the sign of the saving counts",
+            ),
             (
                 lambda compile_s, slow_token_s, fast_token_s: compile_s / fast_token_s,
                 "that many fast tokens fit into the compile time; what counts is the time saved on each, slow - fast",
@@ -203,7 +221,10 @@ def total_flop(answer):
         cases=[dict(zip(names, case, strict=True)) for case in ((5.0e6, 7.0e6, 6), (120.0, 150.0, 3))],
         mistakes=[
             (lambda one_layer, two_layers, layers: one_layer * layers, "the output layer is counted once a layer"),
-            (lambda one_layer, two_layers, layers: two_layers / 2 * layers, "half of two layers holds half an output layer"),
+            (
+                lambda one_layer, two_layers, layers: two_layers / 2 * layers,
+                "half of two layers holds half an output layer",
+            ),
             (
                 lambda one_layer, two_layers, layers: one_layer + layers * (two_layers - one_layer),
                 "one layer too many: the first is in one_layer already",

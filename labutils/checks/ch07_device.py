@@ -29,7 +29,10 @@ def mxu_utilisation(answer):
         mistakes=[
             (partial(_utilisation, up=lambda tiles: tiles), "there are no half tiles: round their number up"),
             (partial(_utilisation, load=0), "the time to load a tile is missing: size cycles before the first row"),
-            (partial(_utilisation, drain=0), "the last row has to leave the array: 2·size − 2 cycles more for each tile"),
+            (
+                partial(_utilisation, drain=0),
+                "the last row has to leave the array: 2·size − 2 cycles more for each tile",
+            ),
             (partial(_utilisation, operations=2), "a cell's multiply-and-add counts as one here: cells, not FLOP"),
             (lambda **case: 1 / _utilisation(**case), "upside down: the share is work asked for over work possible"),
             (
@@ -50,7 +53,7 @@ def _indices(x=("i", "k"), w=("k", "j"), out=("i", "j")):
 
 @exercise("7.8")
 def block_indices(answer):
-    """x at (i, k), w at (k, j), the result at (i, j)."""
+    """X at (i, k), w at (k, j), the result at (i, j)."""
     expect_function(
         answer,
         _indices(),
@@ -153,11 +156,17 @@ def cuts(answer):
         right,
         given="which axis of each matrix (out_features, in_features) is cut: 'out' or 'in'",
         mistakes=[
-            (dict.fromkeys(every, "out"), "o and down read what is cut already: cut along their inputs, they need no gather"),
+            (
+                dict.fromkeys(every, "out"),
+                "o and down read what is cut already: cut along their inputs, they need no gather",
+            ),
             (dict.fromkeys(every, "in"), "q, k, v, gate, up read the whole hidden state: cut them along their outputs"),
             (turned, "turned round: first along the outputs (each device makes its own heads), then along the inputs"),
             (every, "nothing is cut: every device would hold and compute everything"),
             (right | {"o": "out"}, "o reads heads that lie on different devices: cut it along its inputs, like down"),
-            (right | {"down": "out"}, "down reads neurons that lie on different devices: cut it along its inputs, like o"),
+            (
+                right | {"down": "out"},
+                "down reads neurons that lie on different devices: cut it along its inputs, like o",
+            ),
         ],
     )

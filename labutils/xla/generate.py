@@ -42,7 +42,9 @@ def padding_share(lengths: Sequence[int], buckets: Sequence[int]) -> float:
     return 1 - sum(lengths) / computed
 
 
-def prefill(params: dict, padded_ids: Int[Array, " bucket"], length, cache: llama.Cache, *, shape: llama.Shape) -> tuple:
+def prefill(
+    params: dict, padded_ids: Int[Array, " bucket"], length, cache: llama.Cache, *, shape: llama.Shape
+) -> tuple:
     """Reads a prompt padded on the right to its bucket; returns the logits (vocab,) after its last token, and the cache.
 
     The padding's keys and values lie behind the text: no earlier token sees them, and decoding overwrites them.

@@ -1,8 +1,8 @@
 """A Llama decoder as a pure JAX function, on the weights of any Hugging Face Llama checkpoint.
 
 Pure: weights and cache come in as arguments and the new cache goes out as a result, because XLA compiles functions of
-arrays and knows no objects. Written for one text; `jax.vmap` makes a batch of it. Every shape is fixed when the function
-is traced: the cache has room for `max_length` positions from the start, and a mask hides the empty ones.
+arrays and knows no objects. Written for one text; `jax.vmap` makes a batch of it. Every shape is fixed when the
+function is traced: the cache has room for `max_length` positions from the start, and a mask hides the empty ones.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def params_of(model: nn.Module, shape: Shape, *, dtype: str = "float32") -> dict
         "final_gain": _to_jax(model.model.norm.weight, dtype),
         "cos": _to_jax(cos[0], "float32"),
         "sin": _to_jax(sin[0], "float32"),
-        "layers": {"attention_gain": stacked("input_layernorm.weight"), "mlp_gain": stacked("post_attention_layernorm.weight")},
+        "layers": {
+            "attention_gain": stacked("input_layernorm.weight"),
+            "mlp_gain": stacked("post_attention_layernorm.weight"),
+        },
     }
     if not model.config.tie_word_embeddings:
         params["head"] = _to_jax(model.get_output_embeddings().weight, dtype)
@@ -103,7 +106,7 @@ def empty_cache(shape: Shape, *, dtype: str = "float32") -> Cache:
 
 
 def rms_norm(x: Float[Array, "positions width"], gain: Float[Array, " width"], eps: float) -> Array:
-    """Returns x / sqrt(mean(x²) + eps) · gain, computed in float32 (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
+    """Returns x / sqrt(mean(x²) + eps) · gain, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
     x32 = x.astype(jnp.float32)
     return (x32 * lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)).astype(x.dtype) * gain
 
@@ -138,7 +141,9 @@ def cached_attention(
     return jnp.einsum("kgpm,kmd->pkgd", shares, values).reshape(count, heads, dim)
 
 
-def decoder_layer(hidden: Array, weights: dict, keys: Array, values: Array, tables: tuple, start, shape: Shape) -> tuple:
+def decoder_layer(
+    hidden: Array, weights: dict, keys: Array, values: Array, tables: tuple, start, shape: Shape
+) -> tuple:
     """One layer on (positions, width): attention, then the gated MLP; returns hidden and the layer's new cache."""
     count = len(hidden)
 

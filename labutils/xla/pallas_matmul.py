@@ -61,7 +61,7 @@ def int8_matmul(
     parallel: tuple[bool, bool, bool] = (True, True, False),
     interpret=False,
 ) -> Int32[Array, "rows columns"]:
-    """x · w in int32, exact. The grid walks rows, columns and, innermost, the axis that is summed over.
+    """X · w in int32, exact. The grid walks rows, columns and, innermost, the axis that is summed over.
 
     Args:
         x: Codes, its sizes multiples of the blocks'.
@@ -103,4 +103,3 @@ def races(call: Callable[..., Array], *, cores: int = 2) -> tuple[Array, bool]:
         result = call(interpret=pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores))
         jax.block_until_ready(result)
     return result, "RACE DETECTED" in printed.getvalue()
-

@@ -1,7 +1,7 @@
 """Tensor parallelism told, not written: weights get a layout over a mesh of devices, and XLA adds the communication.
 
-Megatron's split (Shoeybi et al. 2019, arXiv:1909.08053, section 3): matrices that read the replicated hidden state are cut
-along their outputs, those that follow them along their inputs, so each half of a layer needs one all-reduce.
+Megatron's split (Shoeybi et al. 2019, arXiv:1909.08053, section 3): matrices that read the replicated hidden state are
+cut along their outputs, those that follow them along their inputs, so each half of a layer needs one all-reduce.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The arithmetic of a TPU's matrix unit: tiles, padding, and where a systolic array idles.
 
-A weight-stationary array of size × size cells holds one tile of the weights. Rows of the input enter from the left, each
-cell multiplies and adds, partial sums leave below (Kung 1982; Jouppi et al. 2017, arXiv:1704.04760, section 2).
+A weight-stationary array of size × size cells holds one tile of the weights. Rows of the input enter from the left,
+each cell multiplies and adds, partial sums leave below (Kung 1982; Jouppi et al. 2017, arXiv:1704.04760, section 2).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def padded_shape(rows: int, columns: int, element_bytes: int) -> tuple[int, int]
 def array_cycles(rows: int, inner: int, columns: int, *, size: int = LANES) -> int:
     """Cycles for (rows × inner) · (inner × columns): each weight tile is loaded, then the rows stream through it.
 
-    cycles = ⌈inner/size⌉ · ⌈columns/size⌉ · (size + rows + 2·size − 2): load, stream, and drain the last row. A real unit
-    loads the next tile while it works on this one; then the load is hidden where rows ≥ size.
+    cycles = ⌈inner/size⌉ · ⌈columns/size⌉ · (size + rows + 2·size − 2): load, stream, and drain the last row. A real
+    unit loads the next tile while it works on this one; then the load is hidden where rows ≥ size.
 
     >>> array_cycles(1, 2, 2, size=2)
     5

@@ -1,8 +1,8 @@
 """The real TPU compiler without a TPU: layouts, memory plan, cycles, collectives. Optional, Linux on x86-64.
 
-`python -m labutils.xla.tpu_compiler` compiles for a described TPU v5e of four chips with libtpu (`pip install "jax[tpu]"`,
-0.2 GB, under its own terms) and prints what the compiler says as JSON. Nothing is executed. The repository keeps the
-result in data/results/tpu_compiler.json for everyone else.
+`python -m labutils.xla.tpu_compiler` compiles for a described TPU v5e of four chips with libtpu (`pip install
+"jax[tpu]"`, 0.2 GB, under its own terms) and prints what the compiler says as JSON. Nothing is executed. The repository
+keeps the result in data/results/tpu_compiler.json for everyone else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from labutils.xla import generate, hlo, llama, pallas_matmul, sharding
