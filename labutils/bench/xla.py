@@ -1,4 +1,4 @@
-"""`bench xla`: eager torch, compiled torch, a jitted step, the loop as one program; compile time beside speed, one run."""
+"""`bench xla`: eager and compiled torch, a jitted step, the loop as one program; compile time beside speed."""
 
 import time
 from collections.abc import Callable, Sequence

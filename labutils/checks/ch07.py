@@ -20,7 +20,8 @@ def _changes(calls):
 @exercise("7.1")
 def programs(answer):
     """As many programs as different keys: shape, dtype, static argument."""
-    first = [((4,), "float32", 1), ((8,), "float32", 1), ((4,), "float32", 1), ((4,), "int32", 1), ((8,), "float32", 2)]
+    four, eight, whole = ((4,), "float32", 1), ((8,), "float32", 1), ((4,), "int32", 1)
+    first = [four, eight, four, four, whole, ((8,), "float32", 2)]
     second = [*first, ((8, 1), "float32", 1), ((4,), "float32", 1), ((8,), "float32", 3), ((4,), "int32", 3)]
     expect_function(
         answer,
@@ -132,7 +133,7 @@ def bucket_for(answer):
 
 def _toy(token, cache, position):
     """A model of ten tokens whose answer depends on all three."""
-    return jax.nn.one_hot((token + position + cache) % 10, 10), cache + 1
+    return jax.nn.one_hot((token + position + 3 * cache) % 10, 10), cache + 1
 
 
 def _loop(step, cache, token, position, new_tokens, *, moves=1, keeps=True, echo=False, extra=0):

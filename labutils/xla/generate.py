@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def padding_share(lengths: Sequence[int], buckets: Sequence[int]) -> float:
 def prefill(
     params: dict, padded_ids: Int[Array, " bucket"], length, cache: llama.Cache, *, shape: llama.Shape
 ) -> tuple:
-    """Reads a prompt padded on the right to its bucket; returns the logits (vocab,) after its last token, and the cache.
+    """Reads a prompt padded on the right to its bucket: the logits (vocab,) after its last token, and the cache.
 
     The padding's keys and values lie behind the text: no earlier token sees them, and decoding overwrites them.
     """
@@ -61,7 +62,7 @@ def decode_one_token(params: dict, token, cache: llama.Cache, position, *, shape
 
 def decode_scan(
     step: Callable[..., tuple], cache, token, position, *, new_tokens: int
-) -> tuple[Int[Array, " new_tokens"], llama.Cache]:
+) -> tuple[Int[Array, " new_tokens"], Any]:
     """Greedy decoding as one `lax.scan`: Python leaves after tracing, and the loop runs inside the compiled program.
 
     `step(token, cache, position)` returns (logits, cache). `token` is the first to be fed; the tokens returned are

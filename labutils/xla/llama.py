@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import nn
@@ -105,7 +104,7 @@ def empty_cache(shape: Shape, *, dtype: str = "float32") -> Cache:
     return jnp.zeros(size, dtype), jnp.zeros(size, dtype)
 
 
-def rms_norm(x: Float[Array, "positions width"], gain: Float[Array, " width"], eps: float) -> Array:
+def rms_norm(x: Float[Array, "... width"], gain: Float[Array, " width"], eps: float) -> Array:
     """Returns x / sqrt(mean(x²) + eps) · gain, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
     x32 = x.astype(jnp.float32)
     return (x32 * lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)).astype(x.dtype) * gain
@@ -189,5 +188,5 @@ def logits_of(params: dict, hidden: Float[Array, "... width"], shape: Shape) -> 
 
 
 def _to_jax(tensor: torch.Tensor, dtype: str) -> Array:
-    """A JAX array of its own; by way of float32, because NumPy has no bfloat16."""
-    return jnp.asarray(np.array(tensor.detach().float().cpu()), dtype)
+    """A JAX array that shares no memory with torch; by way of float32, because NumPy has no bfloat16."""
+    return jnp.array(tensor.detach().float().cpu().numpy(), dtype)

@@ -11,7 +11,8 @@
 # | Memory, download | 0 GB at the peak (measured); JAX, about 130 MB, is installed by the first cell |
 # | Hardware | any computer; a Colab TPU is used where there is one |
 # | Exercises | 11, each checked in the cell below it |
-#
+
+# %% [markdown]
 # **What is real here.** Nothing in the outputs you see ran on a TPU: no TPU was at hand. Programs were *executed* on a
 # CPU, some were also *compiled* for a TPU by its real compiler. Several devices are simulated on one CPU: their results
 # are right, their speed means nothing.
@@ -174,7 +175,8 @@ ch07.cached_attention(cached_attention)
 
 # %% [markdown]
 # `labutils/xla/llama.py` is the whole decoder in about a hundred lines, on the weights of any Hugging Face Llama
-# checkpoint. The layers' weights are stacked along a first axis: section 5 walks along it.
+# checkpoint. The layers' weights are stacked along a first axis, (layers, out_features, in_features): section 5 walks
+# along it.
 
 # %%
 from labutils.xla import llama
@@ -184,11 +186,7 @@ shape = llama.shape_of(model.config, max_length=MAX_LENGTH)
 params = llama.params_of(model, shape)
 print(shape)
 for name in ("q", "k", "down", "mlp_gain"):
-    print(
-        f"{name:9} {params['layers'][name].shape}  (layers, out_features, in_features)"[
-            : 60 if name != "mlp_gain" else 24
-        ]
-    )
+    print(f"{name:9} {params['layers'][name].shape}")
 print("cache:   ", llama.empty_cache(shape)[0].shape, " keys, and as many values")
 
 # %% [markdown]
@@ -622,25 +620,25 @@ ch07_device.mxu_utilisation(mxu_utilisation)
 # lines are the formula, the crosses a simulation that moves every number cell by cycle.
 
 # %%
+inputs, runs_of_q = np.random.default_rng(0), {}
+for rows in (1, 16, 64):
+    x, w = inputs.integers(-128, 128, (rows, 256)), inputs.integers(-128, 128, (256, 256))
+    run = runs_of_q[rows] = systolic.simulate_array(x, w, size=128)
+    formula = systolic.mxu_utilisation(rows, 256, 256)
+    print(f"{rows:3} rows, q: simulated {run.utilisation(128):.2%}, formula {formula:.2%}", end=", ")
+    print("exact:", (run.product == x @ w).all())
+
+# %%
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 products = {"q (256 × 256)": (256, 256), "gate (256 × 768)": (256, 768), "a head's keys (64 × 160)": (64, 160)}
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
 for index, (name, sizes) in enumerate(products.items()):
     axes.plot(ROWS, [100 * systolic.mxu_utilisation(r, *sizes) for r in ROWS], label=name, **series_style(index))
-inputs = np.random.default_rng(0)
-for rows in (1, 16, 64):
-    x, w = inputs.integers(-128, 128, (rows, 256)), inputs.integers(-128, 128, (256, 256))
-    run = systolic.simulate_array(x, w, size=128)
-    axes.plot(
-        rows, 100 * run.utilisation(128), "x", color="black", markersize=11, label="simulated, q" if rows == 1 else None
-    )
-    print(
-        f"{rows:3} rows, q: simulated {run.utilisation(128):.2%}, formula {systolic.mxu_utilisation(rows, 256, 256):.2%}, exact: {(run.product == x @ w).all()}"
-    )
+found = [100 * run.utilisation(128) for run in runs_of_q.values()]
+axes.plot(list(runs_of_q), found, "x", color="black", markersize=11, label="simulated, q")
+least, most = (systolic.mxu_utilisation(rows, 256, 256) for rows in (1, 4096))
 axes.set(xscale="log", yscale="log", xlabel="rows in one product (tokens in the pass)", ylabel="utilisation (%)")
-axes.set_title(
-    f"One row keeps {systolic.mxu_utilisation(1, 256, 256):.1%} of the array busy, 4096 rows {systolic.mxu_utilisation(4096, 256, 256):.0%}"
-)
+axes.set_title(f"One row keeps {least:.1%} of the array busy, 4096 rows {most:.0%}")
 axes.grid(alpha=0.25, which="both")
 axes.legend()
 plt.show()
@@ -687,7 +685,7 @@ print(f"int8 products: int32 sum {sums[0]}, int8 sum {sums[1]}")
 dtypes = {"float32": jnp.float32, "bfloat16": jnp.float32, "int8": jnp.int32}
 small = {}
 for name, sum_type in dtypes.items():
-    x = jnp.asarray(inputs.integers(-3, 4, (256, 256)), name)
+    x = jnp.asarray(inputs.integers(-3, 4, (512, 512)), name)
     product = jax.jit(partial(jnp.dot, preferred_element_type=sum_type))
     small[name] = lambda product=product, x=x: product(x, x).block_until_ready()
 timings = measure_interleaved(small, repeats=7, warmup=2)
@@ -842,15 +840,12 @@ for kernel in report["kernels"]:
 # **Question:** which tile does it choose for one row, and which for 1024?
 
 # %%
-for dtype in ("float32", "bfloat16", "int8"):
-    for product in (p for p in report["products"] if p["dtype"] == dtype and p["rows"] in (1, 8, 1024)):
-        layout = next(
-            text
-            for text in product["layouts"]
-            if f"[{product['rows']},1024]" in text and text[0] == dtype[0].replace("i", "s")
-        )
-        each = product["cycles"] / product["rows"]
-        print(f"{product['rows']:4} rows {layout:36} {product['cycles']:6} cycles estimated, {each:8.0f} a row")
+SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "s8"}
+for product in (p for p in report["products"] if p["rows"] in (1, 8, 1024)):
+    wanted = f"{SHORT[product['dtype']]}[{product['rows']},1024]"
+    layout = next(text for text in product["layouts"] if text.startswith(wanted))
+    each = product["cycles"] / product["rows"]
+    print(f"x {layout:36} {product['cycles']:6} cycles estimated, {each:8.0f} a row")
 
 # %% [markdown]
 # `T(8,128)` is the tile; a second pair such as `(4,1)` says that four int8 rows share a 4-byte word. For one row the
@@ -909,7 +904,8 @@ ch07_device.cuts(cuts)
 
 # %% [markdown]
 # LabLM has two KV heads, so two devices share it, each with whole heads. Four ways to cut, and what XLA made of each: the
-# collectives stand in the body of the loop over layers, so the count is *per layer*. **Predict** the second row.
+# collectives stand in the body of the loop over layers, so the count is *per layer*. The cache is spread by KV heads in all
+# four. **Predict** the second row.
 
 # %%
 from labutils.xla import sharding
@@ -932,7 +928,7 @@ for name, choice in choices.items():
 
 # %% [markdown]
 # The results agree in every row: a layout changes where the work is done, never what comes out. What differs is the
-# talk. On one CPU the devices share one memory, so no speed is shown; between chips every collective waits for a wire.
+# talk; even with no weight cut, the attention over a spread cache has to be put together. On one CPU the devices share one memory, so no speed is shown; between chips every collective waits for a wire.
 #
 # The real compiler agrees, for one, two and four chips of a v5e (a model of LabLM's sizes with four KV heads):
 
