@@ -89,7 +89,7 @@ def test_decode_scan_by_hand():
     def step(token, cache, position):
         return jax.nn.one_hot((token + position) % 10, 10), cache + 1
 
-    tokens, calls = jax.jit(partial(decode_scan, step, new_tokens=4))(jnp.int32(0), jnp.int32(5), jnp.int32(3))
+    tokens, calls = jax.jit(partial(decode_scan, step, new_tokens=4))(jnp.int32(5), jnp.int32(0), jnp.int32(3))
     assert tokens.tolist() == [3, 7, 2, 8] and int(calls) == 9
 
 

@@ -145,7 +145,7 @@ from labutils.xla import llama, runtime
 try:
     llama.empty_cache(llama.Shape(1, 1, 1, 1, 1, 0.0))
 except ModuleNotFoundError as error:
-    print("jax>=0.7" in str(error), "\\n" not in str(error))
+    print("jax>=0.9" in str(error), "\\n" not in str(error))
 """
 
 

@@ -13,7 +13,7 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 def operations(hlo: str) -> Counter[str]:
     r"""How often each operation stands in a program's text; the body of a loop stands there once.
 
-    >>> operations("ENTRY %main {\\n  %a = f32[2]{0} parameter(0)\\n  ROOT %b = f32[2]{0} add(%a, %a)\\n}")
+    >>> operations("ENTRY %main {\n  %a = f32[2]{0} parameter(0)\n  ROOT %b = f32[2]{0} add(%a, %a)\n}")
     Counter({'parameter': 1, 'add': 1})
     """
     return Counter(INSTRUCTION.findall(hlo))
@@ -22,7 +22,7 @@ def operations(hlo: str) -> Counter[str]:
 def collectives(hlo: str) -> Counter[str]:
     r"""How often each way in which devices talk to each other stands in the text; a pair start/done counts once.
 
-    >>> collectives("  %s = f32[4]{0} all-reduce(%p), to_apply=%add\\n  ROOT %t = f32[4]{0} copy(%s)")
+    >>> collectives("  %s = f32[4]{0} all-reduce(%p), to_apply=%add\n  ROOT %t = f32[4]{0} copy(%s)")
     Counter({'all-reduce': 1})
     """
     names = Counter()

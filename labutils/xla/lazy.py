@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-INSTALL = 'JAX is needed here and is not installed: pip install "jax>=0.7" flatbuffers'
+INSTALL = 'JAX is needed here and is not installed: pip install "jax>=0.9" flatbuffers'
 Array = Any  # a jax.Array, or what stands for one while JAX traces: Float[Array, "rows columns"]
 
 
