@@ -1,4 +1,4 @@
-# %% WRONG programs | was there before
+# %% WRONG programs | count the different ones
 # EXERCISE programs
 def programs(calls):
     return len(calls)
