@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax_here import devices  # noqa: F401
 from tiny_models import random_ids, tiny_model
@@ -93,6 +93,7 @@ def test_decode_scan_by_hand():
     assert tokens.tolist() == [3, 7, 2, 8] and int(calls) == 9
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 64), min_size=1), st.sets(st.integers(1, 63), max_size=4))
 def test_bucket_for_is_the_least_that_holds_and_more_buckets_pad_less(lengths, more):
     buckets = (64, *more)

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax_here import devices  # noqa: F401
 from tiny_models import tiny_model
@@ -67,6 +67,7 @@ def test_break_even_by_hand():
     assert hlo.break_even_tokens(2.0, 0.01, 0.02) == float("inf")
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(1, 7), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4))
 def test_simulated_array_multiplies_and_idles_as_predicted(rows, inner, columns, size):
     numbers = np.random.default_rng(rows * 1000 + inner * 100 + columns * 10 + size)
