@@ -115,7 +115,9 @@ def write_results(results: Sequence[Result], n: int, seeds: Sequence[int], path:
     for r in results:
         speed = {"fmax_mhz": r.fmax_mhz, "gmac_per_s": r.gmac_per_s, "seconds": round(r.seconds, 1), "note": r.note}
         area = asdict(r.area) | {"luts": r.area.luts, "seconds": round(r.area.seconds, 1)}
-        rows.append({"design": r.design.name, "spec": asdict(r.design.spec), "dsp": r.design.dsp, "area": area, **speed})
+        rows.append(
+            {"design": r.design.name, "spec": asdict(r.design.spec), "dsp": r.design.dsp, "area": area, **speed}
+        )
     command = f"python -m labutils bench fpga --array {n} --json {path.name}"
     whole = {"command": command, "conditions": conditions(seeds), "seeds": list(seeds), "rows": rows}
     path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

@@ -32,7 +32,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
-    return {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning, "fpga": run_fpga}[args.name](args)
+    return {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning, "fpga": run_fpga}[
+        args.name
+    ](args)
 
 
 def run_quantization(args: Namespace) -> int:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from amaranth.hdl import Module, Signal, Value
+    from amaranth.hdl import Module, Value
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def wire_array(a: SimpleNamespace, add_element: Callable[["Module", int, int], S
 
 
 def requantizer_ports() -> SimpleNamespace:
-    """Signals of a requantizer: sum (32 bits), multiplier (31, unsigned), shift (6, unsigned), zero_point (8); code (8)."""
+    """Signals of a requantizer: sum (32 bits), multiplier (31, unsigned), shift (6, unsigned), zero_point; code."""
     from amaranth.hdl import Signal, signed, unsigned
 
     shapes = {"sum": signed(32), "multiplier": unsigned(31), "shift": unsigned(6)}

@@ -1,4 +1,4 @@
-"""Four arrays with one mistake each, for tests of tests: inputs that tell all four from the right one are hard to hit."""
+"""Four arrays with one mistake each: a test is good when its inputs tell all four from the right one."""
 
 from collections.abc import Callable
 from dataclasses import replace

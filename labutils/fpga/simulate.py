@@ -20,13 +20,11 @@ if TYPE_CHECKING:
 Stimulus = Sequence[tuple["Signal", Sequence[int]]]  # signals, each with its value in every cycle
 
 
-def simulate(
-    module: "Module", stimulus: Stimulus, watch: Sequence["Signal"]
-) -> Int[np.ndarray, "cycles signals"]:
+def simulate(module: "Module", stimulus: Stimulus, watch: Sequence["Signal"]) -> Int[np.ndarray, "cycles signals"]:
     """Drives signals for as many cycles as the stimulus has values, and returns what the watched ones showed.
 
     Raises:
-        CombinationalCycle: Amaranth's own error, for wires that form a loop without a register (they never settle).
+        ValueError: for wires that form a loop without a register: they would never settle.
     """
 
     def once() -> Generator:
@@ -40,10 +38,13 @@ def simulate(
 def simulate_blocks(module: "Module", blocks: Generator, watch: Sequence["Signal"]) -> None:
     """As `simulate`, for a generator that yields one stimulus after another and is sent what each of them showed."""
     from amaranth.back import rtlil
-    from amaranth.hdl import Module, Signal
+    from amaranth.hdl import CombinationalCycle, Module, Signal
     from amaranth.sim import Simulator
 
-    rtlil.convert(module, ports=list(watch))  # refuses loops, in which the simulator would never return
+    try:
+        rtlil.convert(module, ports=list(watch))
+    except CombinationalCycle:  # the simulator would never return
+        raise ValueError("wires must not form a loop without a register: they would never settle") from None
     top, beat = Module(), Signal()
     top.submodules.dut = module
     top.d.sync += beat.eq(~beat)  # so that there is a clock even where the design has no register
@@ -146,7 +147,7 @@ def words(codes: Int[np.ndarray, "..."], bits: int, lanes: int, axis: int) -> In
 def stimulus_of(
     array: Array, x: Int[np.ndarray, "rows k"], w: Int[np.ndarray, "k n"], sums: Int[np.ndarray, "rows n"]
 ) -> Stimulus:
-    """What drives the array so that it computes sums + x · w: N cycles of weights, last row first, then skewed inputs."""
+    """What drives the array to compute sums + x · w: N cycles of weights, last row first, then skewed inputs."""
     spec, ports, n = array.spec, array.ports, array.spec.n
     x, w = words(x, spec.x_bits, spec.lanes, 1), words(w, spec.w_bits, spec.lanes, 0)
     if x.shape[1] != n or w.shape != (n, n) or sums.shape != (len(x), n):
@@ -179,23 +180,29 @@ def run_array(
     w: Int[np.ndarray, "k n"],
     sums: Int[np.ndarray, "rows n"] | None = None,
 ) -> Int[np.ndarray, "rows n"]:
-    """Simulates x · w (+ sums) on the array, k = N times the lanes.
-
-    >>> x, w = np.array([[1, 2]]), np.array([[3, 0], [0, -4]])
-    >>> run_array(build_array(ArraySpec(2)), x, w).tolist()
-    [[3, -8]]
-    """
+    """Simulates x · w (+ sums) on the array, k = N times the lanes."""
     sums = np.zeros((len(x), array.spec.n), dtype=np.int64) if sums is None else sums
     return collect(array, simulate(array.module, stimulus_of(array, x, w, sums), array.ports.sum_out), len(x))
 
 
 @dataclass(frozen=True)
 class March:
-    """What each element holds in each cycle: weight, the input at its left, the sum at its foot."""
+    """What each element of an unpipelined array holds in each cycle: weight, input at its left, sum at its foot."""
 
+    rows: int
     weights: Int[np.ndarray, "cycles n n"]
     inputs: Int[np.ndarray, "cycles n n"]
     sums: Int[np.ndarray, "cycles n n"]
+
+    def row_at(self, cycle: int, k: int, j: int) -> int | None:
+        """Which row of x stands at the left of element (k, j); None before the first and after the last."""
+        row = cycle - self.weights.shape[1] - k - j
+        return row if 0 <= row < self.rows else None
+
+    def busy(self, cycle: int) -> int:
+        """How many elements multiply a row of x in that cycle."""
+        n = self.weights.shape[1]
+        return sum(self.row_at(cycle, k, j) is not None for k in range(n) for j in range(n))
 
 
 def march(array: Array, x: Int[np.ndarray, "rows k"], w: Int[np.ndarray, "k n"]) -> March:
@@ -204,13 +211,16 @@ def march(array: Array, x: Int[np.ndarray, "rows k"], w: Int[np.ndarray, "k n"])
     watch = [signal for port in ("w_out", "x_in", "sum_out") for signal in (getattr(p, port) for p in elements)]
     zeros = np.zeros((len(x), n), dtype=np.int64)
     shown = simulate(array.module, stimulus_of(array, x, w, zeros), watch)
-    return March(*(part.reshape(-1, n, n) for part in np.split(shown, 3, axis=1)))
+    return March(len(x), *(part.reshape(-1, n, n) for part in np.split(shown, 3, axis=1)))
 
 
 def layer_product(
-    array: Array, x: Int[np.ndarray, "rows features"], w: Int[np.ndarray, "features out"]
+    array: Array,
+    x: Int[np.ndarray, "rows features"],
+    w: Int[np.ndarray, "features out"],
+    bias: Int[np.ndarray, " out"] | int = 0,
 ) -> tuple[Int[np.ndarray, "rows out"], int]:
-    """A whole layer's x · w, tile by tile: the sums of one tile enter the next at its top. Also the cycles it took.
+    """A whole layer's x · w + bias, tile by tile: the sums of one tile enter the next at its top. And its cycles.
 
     Raises:
         ValueError: when the array's tile does not divide the layer.
@@ -218,8 +228,7 @@ def layer_product(
     n, depth = array.spec.n, array.spec.n * array.spec.lanes
     if x.shape[1] % depth or w.shape[1] % n:
         raise ValueError(f"tiles of {depth} x {n} must divide the layer; got {x.shape[1]} x {w.shape[1]}")
-    y = np.zeros((len(x), w.shape[1]), dtype=np.int64)
-    cycles = 0
+    y, cycles = np.zeros((len(x), w.shape[1]), dtype=np.int64) + bias, 0
 
     def tiles() -> Generator:
         nonlocal cycles

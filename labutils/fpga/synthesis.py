@@ -1,4 +1,4 @@
-"""From HDL to area and speed: Yosys makes a netlist of the chip's cells, nextpnr places and routes it, ecppack packs it.
+"""From HDL to area and speed: Yosys makes a netlist of the chip's cells, nextpnr places and routes, ecppack packs.
 
 Nothing runs on a board. Areas count the cells of the netlist; Fmax is nextpnr's timing estimate for one seed.
 """

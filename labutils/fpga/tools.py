@@ -151,9 +151,9 @@ def _finish(name: str, process: subprocess.Popen, timeout_s: float) -> str:
 
 
 def first_error(printed: str) -> str:
-    """The line of a tool's output that says what is wrong, without its label.
+    r"""The line of a tool's output that says what is wrong, without its label.
 
-    >>> first_error("Info: placing\\nERROR: no room\\n")
+    >>> first_error("Info: placing\nERROR: no room\n")
     'no room'
     """
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
