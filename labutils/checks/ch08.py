@@ -1,17 +1,14 @@
-"""Checks of chapter 08, first part: hardware that the learner writes, simulated for a fixed number of cycles."""
+"""Checks of chapter 08, first part: the learner's hardware runs in simulation for a fixed number of cycles."""
 
-from types import SimpleNamespace
+import math
 
 import numpy as np
-import torch
 
-from labutils.checks import CheckFailed, exercise, expect_equal, expect_function, expect_true
-from labutils.fpga import hardware, planted
-from labutils.fpga.simulate import build_array, run_array, simulate
-from labutils.quantization import integer
+from labutils.checks import exercise, expect_function
+from labutils.fpga import hardware, simulate
 
 
-def _module(answer, *arguments):
+def module_of(answer, *arguments):
     """What the learner's function returned, which must be a module."""
     from amaranth.hdl import Module
 
@@ -21,7 +18,7 @@ def _module(answer, *arguments):
     return module
 
 
-def _element_run(make, *, pipelined=False):
+def element_run(make, *, pipelined=False):
     """Runs an element on random inputs: rows are cycles, columns w_out, x_out and sum_out."""
 
     def run(bits, random_inputs):
@@ -31,7 +28,7 @@ def _element_run(make, *, pipelined=False):
         columns = {"w_in": rng.integers(-high, high, 12), "x_in": rng.integers(-high, high, 12)}
         columns |= {"load": load, "sum_in": rng.integers(-1000, 1000, 12)}
         stimulus = [(getattr(p, port), values) for port, values in columns.items()]
-        return simulate(_module(make, p), stimulus, [p.w_out, p.x_out, p.sum_out])
+        return simulate.simulate(module_of(make, p), stimulus, [p.w_out, p.x_out, p.sum_out])
 
     return run
 
@@ -83,10 +80,10 @@ def processing_element(answer):
         ),
     ]
     expect_function(
-        _element_run(answer),
-        _element_run(_element()),
+        element_run(answer),
+        element_run(_element()),
         cases=[{"bits": 8, "random_inputs": 0}, {"bits": 4, "random_inputs": 1}],
-        mistakes=[(_element_run(wrong), hint) for wrong, hint in mistakes],
+        mistakes=[(element_run(wrong), hint) for wrong, hint in mistakes],
     )
 
 
@@ -94,8 +91,10 @@ def _array_run(wiring):
     """The product that an array of right elements makes with the learner's wires."""
 
     def run(x, w):
-        array = build_array(hardware.ArraySpec(len(w), acc_bits=20), wiring=lambda a, add: _module(wiring, a, add))
-        return run_array(array, x, w)
+        array = simulate.build_array(
+            hardware.ArraySpec(len(w), acc_bits=20), wiring=lambda a, add: module_of(wiring, a, add)
+        )
+        return simulate.run_array(array, x, w)
 
     return run
 
@@ -163,128 +162,92 @@ def systolic_array(answer):
     )
 
 
-SURVIVED = {
-    "sign": "the array that reads weights as positive numbers is not caught: put a negative weight in",
-    "width": "the array with 16-bit sums is not caught: a sum must pass 32767, so take the largest codes, same signs",
-    "gate": "the array that does not hand zeros on is not caught: a 0 must follow another number in a column of x",
-    "skew": "the array whose inputs run ahead is not caught: rows of x must differ, and the last column of w count",
-}
+def _late(x, delays):
+    fed = np.zeros((len(x) + x.shape[1] - 1, x.shape[1]), dtype=np.int64)
+    for k, delay in enumerate(delays):
+        fed[delay : delay + len(x), k] = x[:, k]
+    return fed
 
 
-@exercise("8.6")
-def telling_inputs(answer):
-    """Inputs on which each of four broken arrays differs from numpy."""
-    given = answer()
-    expect_true(isinstance(given, tuple) and len(given) == 2, "return x and w", hint="return x, w")
-    x, w = (np.asarray(part) for part in given)
-    expect_equal((x.ndim, x.shape[-1:], w.shape), (2, (3,), (3, 3)), hint="x is (rows, 3), w is (3, 3)")
-    for name, codes in (("x", x), ("w", w)):
-        whole = codes.dtype.kind == "i" and codes.min() >= -128 and codes.max() <= 127
-        expect_true(whole, f"{name} must hold int8 codes", hint="whole numbers from -128 to 127")
-    expect_true(1 <= len(x) <= 16, f"x has {len(x)} rows", hint="1 to 16 rows are enough")
-    survivors = [name for name, array in planted.planted_arrays().items() if (run_array(array, x, w) == x @ w).all()]
-    if len(survivors) == len(SURVIVED):
-        raise CheckFailed("all four give the right product", hint="zeros hide every mistake: put numbers in")
-    for name in SURVIVED:
-        expect_true(name not in survivors, f"the mistake '{name}' survives your inputs", hint=SURVIVED[name])
-
-
-def _requantizer_run(make):
-    """Codes of edge cases and random sums, through the learner's hardware."""
-
-    def run(sums, scale, zero_point):
-        p, (multiplier, shift) = hardware.requantizer_ports(), integer.fixed_point(scale)
-        stimulus = [(p.sum, sums), (p.zero_point, [zero_point] * len(sums))]
-        return simulate(_module(make, p, multiplier, shift), stimulus, [p.code])[:, 0]
-
-    return run
-
-
-def _requantize(sums, scale, zero_point):
-    """The reference: chapter 02's."""
-    multiplier, shift = map(torch.tensor, integer.fixed_point(scale))
-    codes = integer.requantize(torch.tensor(sums, dtype=torch.int32), multiplier, shift, zero_point=zero_point)
-    return codes.long().numpy()
-
-
-def _requantizer(*, half=True, clamp=True, keep=63, zero_first=False):
-    """A requantizer with some mistakes in it."""
-
-    def make(p, multiplier, shift):
-        from amaranth.hdl import Module, Mux, Signal, signed
-
-        m, product = Module(), Signal(signed(keep))
-        m.d.comb += product.eq(((p.sum + p.zero_point) if zero_first else p.sum) * multiplier)
-        code = (product + (1 << (shift - 1) if half else 0)) >> shift
-        code = code if zero_first else code + p.zero_point
-        m.d.comb += p.code.eq(Mux(code > 127, 127, Mux(code < -128, -128, code)) if clamp else code)
-        return m
-
-    return make
-
-
-@exercise("8.7")
-def requantizer(answer):
-    """Int32 sums to int8 codes, in integers."""
-    sums = [0, 1, -1, 6, -6, 100, -100, 12345, -12345, 2**31 - 1, -(2**31)]
-    mistakes = [
-        (_requantizer(half=False), "the shift alone rounds down: add half of what is shifted out, 1 << (shift - 1)"),
-        (_requantizer(clamp=False), "large codes wrap around: clamp to -128 … 127 with two Mux"),
-        (_requantizer(keep=32), "the product is cut to 32 bits: it needs 63, or leave the width to Amaranth"),
-        (_requantizer(zero_first=True), "the zero point is a code: add it after the shift"),
-    ]
+@exercise("8.3")
+def skew(answer):
+    """Column k, k cycles late."""
+    x = np.arange(1, 13).reshape(4, 3)
     expect_function(
-        _requantizer_run(answer),
-        _requantize,
-        cases=[{"sums": sums, "scale": 0.013, "zero_point": 5}, {"sums": sums, "scale": 0.25, "zero_point": -3}],
-        mistakes=[(_requantizer_run(wrong), hint) for wrong, hint in mistakes],
+        answer,
+        simulate.skew,
+        cases=[{"x": x}, {"x": np.array([[5, 6, 7, 8]])}],
+        mistakes=[
+            (lambda x: _late(x, [0] * x.shape[1]), "no column is late: column k starts k cycles after column 0"),
+            (lambda x: _late(x, range(x.shape[1])[::-1]), "the first column is the latest: it enters first"),
+            (
+                lambda x: np.stack([np.roll(x[:, k], k) for k in range(x.shape[1])], axis=1),
+                "what leaves at the end comes back at the start: make the array x.shape[1] - 1 cycles longer",
+            ),
+            (
+                lambda x: _late(x, range(x.shape[1]))[: len(x)],
+                "the last numbers are cut off: it takes x.shape[1] - 1 cycles more than there are rows",
+            ),
+            (lambda x: _late(x, range(x.shape[1])).T, "turned: a row is a cycle, a column enters one row of the array"),
+        ],
     )
 
 
-def _pipelined(*, product=True, total=True, narrow=False):
-    """An element with registers after the product and after the sum, or with a product as narrow as an input."""
+@exercise("8.4")
+def layer_cycles(answer):
+    """Loading, rows, and the skew twice, for every tile."""
 
-    def make(p):
-        from amaranth.hdl import Module, Signal
+    def tiles(features, outputs, n):
+        return (features // n) * (outputs // n)
 
-        m = Module()
-        with m.If(p.load):
-            m.d.sync += p.w_out.eq(p.w_in)
-        m.d.sync += p.x_out.eq(p.x_in)
-        value = Signal.like(p.x_in if narrow else p.w_out * p.x_in)
-        m.d["sync" if product else "comb"] += value.eq(p.w_out * p.x_in)
-        m.d["sync" if total else "comb"] += p.sum_out.eq(p.sum_in + value)
-        return m
+    def reference(rows, features, outputs, n):
+        return tiles(features, outputs, n) * simulate.total_cycles(n, rows)
 
-    return make
-
-
-def _twice(p: SimpleNamespace):
-    """Registers the sum a second time."""
-    from amaranth.hdl import Module, Signal
-
-    m, first = Module(), Signal.like(p.sum_out)
-    with m.If(p.load):
-        m.d.sync += p.w_out.eq(p.w_in)
-    m.d.sync += [p.x_out.eq(p.x_in), first.eq(p.sum_in + p.w_out * p.x_in), p.sum_out.eq(first)]
-    return m
-
-
-@exercise("8.9")
-def pipelined_element(answer):
-    """A register between multiplier and adder."""
-    mistakes = [
-        (
-            _pipelined(product=False),
-            "no register more than before: the product waits a cycle in a Signal of its own",
-        ),
-        (_twice, "the register stands after the adder, so multiplier and adder still share a cycle: put it before"),
-        (_pipelined(total=False), "sum_out has lost its register: both the product and the sum are clocked"),
-        (_pipelined(narrow=True), "the product's register is too narrow: a product is twice as wide as its factors"),
-    ]
     expect_function(
-        _element_run(answer, pipelined=True),
-        _element_run(_pipelined(), pipelined=True),
-        cases=[{"bits": 8, "random_inputs": 2}, {"bits": 4, "random_inputs": 3}],
-        mistakes=[(_element_run(wrong, pipelined=True), hint) for wrong, hint in mistakes],
+        answer,
+        reference,
+        cases=[{"rows": r, "features": f, "outputs": o, "n": n} for r, f, o, n in ((8, 256, 128, 8), (1, 16, 8, 4))],
+        mistakes=[
+            (lambda rows, features, outputs, n: simulate.total_cycles(n, rows), "one tile only: how many are there?"),
+            (
+                lambda rows, features, outputs, n: tiles(features, outputs, n) * (rows + 2 * n - 2),
+                "the weights are loaded for every tile: N cycles more",
+            ),
+            (
+                lambda rows, features, outputs, n: tiles(features, outputs, n) * (n + rows + n - 1),
+                "the skew counts twice: N - 1 cycles until the last row starts, N - 1 until the last column ends",
+            ),
+            (
+                lambda rows, features, outputs, n: tiles(features, outputs, n) * (n + rows),
+                "the first row of x leaves the array late: N - 1 cycles down and N - 1 to the right",
+            ),
+            (
+                lambda rows, features, outputs, n: rows * features * outputs // n**2,
+                "that is an array that multiplies everywhere in every cycle: loading and skew leave it idle",
+            ),
+        ],
+    )
+
+
+@exercise("8.5")
+def accumulator_bits(answer):
+    """Product, terms and sign."""
+    expect_function(
+        answer,
+        lambda bits, terms: hardware.accumulator_bits(bits, bits, terms),
+        cases=[{"bits": b, "terms": t} for b, t in ((8, 768), (4, 768), (8, 4), (2, 1))],
+        mistakes=[
+            (
+                lambda bits, terms: 2 * bits - 2 + math.ceil(math.log2(terms)) + 1,
+                "(-2^(b-1))² = 2^(2b-2) itself must fit, and n bits end at 2^(n-1) - 1: count one more",
+            ),
+            (
+                lambda bits, terms: hardware.accumulator_bits(bits, bits, terms) - 1,
+                "one too few, the sign's: n bits reach from -2^(n-1) to 2^(n-1) - 1",
+            ),
+            (lambda bits, terms: 2 * bits, "that holds one product: the sum of `terms` needs log2(terms) bits more"),
+            (lambda bits, terms: 2 * bits * terms, "bits do not add up like that: twice the terms cost one bit"),
+            (lambda bits, terms: 32, "32 is what a CPU has: an FPGA pays for each bit, so find the smallest"),
+            (lambda bits, terms: bits + terms.bit_length(), "a product of two b-bit codes has 2b bits, not b"),
+        ],
     )
