@@ -51,7 +51,8 @@ def test_array_by_hand():
     x, w = np.array([[1, 2]]), np.array([[3, 0], [0, -4]])
     assert run_array(build_array(ArraySpec(2)), x, w).tolist() == [[3, -8]]
     sums = np.array([[10, -10]])
-    assert run_array(build_array(ArraySpec(2)), x, w, sums).tolist() == [[13, -18]]
+    for pipelined in (False, True):
+        assert run_array(build_array(ArraySpec(2, pipelined=pipelined)), x, w, sums).tolist() == [[13, -18]]
 
 
 @settings(max_examples=15, deadline=None)
@@ -64,14 +65,13 @@ def test_array_equals_numpy_on_random_shapes(rows, seed):
     assert (run_array(array, x, w, sums) == x @ w + sums).all()
 
 
-def test_sums_stand_below_the_array_in_the_cycle_of_the_formula():
+def test_each_sum_stands_below_the_array_in_the_cycle_of_the_formula():
     n, rows = 3, 4
-    x, w = np.full((rows, n), 2), np.ones((n, n), dtype=np.int64)
-    frames = march(build_array(ArraySpec(n)), x, w)
+    x, w = np.arange(1, rows + 1)[:, None] * np.ones((1, n), dtype=np.int64), np.ones((n, n), dtype=np.int64)
+    frames = march(build_array(ArraySpec(n)), x.astype(np.int64), w)
     last = total_cycles(n, rows)
     assert len(frames.sums) == last + 1
-    assert frames.sums[last, n - 1, n - 1] == 6 and frames.sums[last - 1, n - 1, n - 1] == 6
-    assert frames.sums[last - rows, n - 1, n - 1] == 0  # its first row comes rows - 1 cycles before the end
+    assert frames.sums[last - rows :, n - 1, n - 1].tolist() == [0, 3, 6, 9, 12]
     assert (frames.weights[n] == w).all() and not (frames.weights[0] == w).any()
 
 

@@ -212,3 +212,7 @@ def test_saved_results_of_eight_by_eight_name_their_command():
     assert len(saved["seeds"]) == 3 and any("yosys: " in line for line in saved["conditions"])
     assert {row["spec"]["n"] for row in saved["rows"]} == {8}
     assert any(row["note"] for row in saved["rows"])  # 64 multipliers do not fit the chip
+
+
+def test_notebooks_show_the_sentence_alone():
+    assert ToolError("yosys is not installed")._render_traceback_() == ["yosys is not installed"]

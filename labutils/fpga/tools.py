@@ -21,6 +21,10 @@ LOCK_TIMEOUT_S, PATIENCE_S = 900, 10
 class ToolError(RuntimeError):
     """A tool is missing, has failed, or takes too long; the message is one sentence."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the sentence alone."""
+        return [str(self)]
+
 
 @dataclass(frozen=True)
 class Tool:

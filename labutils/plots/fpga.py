@@ -11,6 +11,7 @@ from labutils.fpga.floorplan import tiles
 from labutils.fpga.hardware import ArraySpec
 from labutils.fpga.simulate import March
 from labutils.fpga.synthesis import CHIP, Placement
+from labutils.plots.pruning import plain_log_axis
 from labutils.plots.style import PALETTE, series_style
 
 SHELL, IDLE = "0.75", "0.93"
@@ -57,41 +58,43 @@ def march_table(march: March, cycle: int) -> str:
 
 
 def draw_area(ax: Axes, areas: Mapping[str, tuple[float, float]]) -> None:
-    """Tables per product, by precision: the multiplier's (tables) and the adder's share (carry cells)."""
+    """LUTs for one product, by precision: the multiplier's share and the adder's."""
     names = list(areas)
-    tables, carries = np.array([areas[name] for name in names]).T
-    ax.bar(names, tables, color=PALETTE[0], label="four-input tables")
-    ax.bar(names, carries, bottom=tables, color=PALETTE[1], hatch="//", edgecolor="white", label="carry chains")
-    for i, total in enumerate(tables + carries):
+    multipliers, adders = np.array([areas[name] for name in names]).T
+    ax.bar(names, multipliers, color=PALETTE[0], label="multiplier")
+    ax.bar(names, adders, bottom=multipliers, color=PALETTE[1], hatch="//", edgecolor="white", label="adder")
+    totals = multipliers + adders
+    for i, total in enumerate(totals):
         ax.text(i, total, f"{total:.0f}", ha="center", va="bottom")
-    ax.set(ylabel="LUTs per product")
-    ax.set_title(f"{names[0]} takes {(tables + carries)[0] / (tables + carries)[-1]:.0f} times the area of {names[-1]}")
+    ax.set(
+        ylabel="LUTs per product", title=f"{names[0]} takes {totals[0] / totals[-1]:.0f} times the area of {names[-1]}"
+    )
     ax.tick_params(axis="x", rotation=20)
     ax.grid(alpha=0.25, axis="y")
     ax.legend()
 
 
 def draw_floorplan(chip: Axes, zoom: Axes, placement: Placement, spec: ArraySpec) -> None:
-    """The routed design on the whole chip and enlarged: one colour and number for each element, grey for the shell."""
+    """The routed design on the whole chip, and enlarged: a colour and "k,j" for each element, grey for the shell."""
     places = tiles(placement)
     for ax in (chip, zoom):
         for tile in places:
             k, j = tile.owner or (0, 0)
-            color = SHELL if tile.owner is None else PALETTE[(k * spec.n + j) % len(PALETTE)]
+            color = SHELL if tile.owner is None else PALETTE[(k * spec.n + j) % 6]
             edge = "black" if tile.has_dsp else "white"
-            ax.add_patch(
-                Rectangle((tile.column - 0.5, tile.row - 0.5), 1, 1, facecolor=color, edgecolor=edge, linewidth=0.6)
-            )
+            square = {"facecolor": color, "edgecolor": edge, "linewidth": 0.6, "alpha": 0.8}
+            ax.add_patch(Rectangle((tile.column - 0.5, tile.row - 0.5), 1, 1, **square))
         ax.set(xlabel="column of the chip", ylabel="row of the chip", aspect="equal")
-    for owner in sorted({tile.owner for tile in places if tile.owner is not None}):
-        mine = [tile for tile in places if tile.owner == owner]
-        middle = [np.median([getattr(tile, axis) for tile in mine]) for axis in ("column", "row")]
-        zoom.text(*middle, f"{owner[0]},{owner[1]}", ha="center", va="center", fontsize=8, fontweight="bold")
-    columns, rows = [tile.column for tile in places], [tile.row for tile in places]
+    mine = [tile for tile in places if tile.owner is not None]
+    for owner in sorted({tile.owner for tile in mine}):
+        spots = np.array([(tile.column, tile.row) for tile in mine if tile.owner == owner])
+        middle = spots[np.abs(spots - np.median(spots, axis=0)).sum(axis=1).argmin()]  # a place of its own
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+        zoom.text(*middle, f"{owner[0]},{owner[1]}", ha="center", va="center", fontsize=7, bbox=white)
+    columns, rows = [tile.column for tile in mine], [tile.row for tile in mine]
     zoom.set(xlim=(min(columns) - 1, max(columns) + 1), ylim=(max(rows) + 1, min(rows) - 1))
     chip.set(xlim=(-1, COLUMNS), ylim=(ROWS + 1, -1))
-    share = placement.used["TRELLIS_COMB"] / CHIP["luts"]
-    chip.set_title(f"{share:.1%} of the chip's tables")
+    chip.set_title(f"{placement.used['TRELLIS_COMB'] / CHIP['luts']:.1%} of the chip's tables")
     zoom.set_title(f"{spec}: {placement.fmax_mhz:.0f} MHz")
 
 
@@ -113,7 +116,7 @@ def draw_board(ax: Axes, bounds: Mapping[str, tuple[float, float]], bandwidth_gb
         ax.plot(rows, np.minimum(fed, bound), label=name, **series_style(index))
         waits[name] = "memory" if fed[0] < bound else "arithmetic"
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
+    plain_log_axis(ax, (1, 2, 5, 10, 20, 50, 100))
     ax.set_xticks(rows, [str(r) for r in rows])
     ax.set(xlabel="rows of x for each weight read (1: decoding one sequence)", ylabel="GMAC/s at most")
     starved = [name for name, what in waits.items() if what == "memory"]
