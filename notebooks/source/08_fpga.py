@@ -1,16 +1,16 @@
 # %% [markdown]
 # # 08 · FPGA: quantization as silicon area
 #
-# **Goal:** build the heart of an inference chip, a systolic array, in a hardware language; watch data march through it; run
-# a real layer of LabLM on it, bit for bit; then ask real synthesis what a bit costs in area and what the area buys in speed.
+# **Goal:** build the heart of an inference chip, a systolic array, in a hardware language; run a real layer of LabLM on it, bit
+# for bit; then ask real synthesis what a bit costs in area, and what the area buys in speed.
 #
 # | | |
 # | --- | --- |
 # | Prerequisites | chapter 02; binary numbers |
-# | Time | 3 hours for you; all cells run in two to four minutes (measured: 0 s, the core shared); the first run ever compiles the tools, one to two minutes more |
-# | Memory, download | 1.0 GB at the peak (measured); 60 MB of tools, 240 MB of disk |
-# | Hardware | any computer; no FPGA: all is simulated or estimated, and says so |
-# | Exercises | 10, each checked in the cell below it; one judged by real synthesis |
+# | Time | 3 hours for you; all cells run in two to four minutes (measured: 169 and 212 s, the core shared); the first run ever, one to two more |
+# | Memory, download | 0.9 GB at the peak (measured); 60 MB of tools, 240 MB of disk |
+# | Hardware | any computer; no FPGA: all is simulated or estimated |
+# | Exercises | 10, each checked in the cell below it |
 
 # %%
 from labutils.course.extras import install_extra
