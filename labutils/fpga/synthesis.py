@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,7 @@ def array_area(array: Array, **choices: bool) -> Area:
     return synthesize(to_rtlil(array.module, [*array.inputs, *array.ports.sum_out]), **choices)[0]
 
 
-def test_shell(array: Array) -> tuple["Module", list["Signal"]]:
+def scan_shell(array: Array) -> tuple["Module", list["Signal"]]:
     """The array with two pins: a shift register feeds its inputs, another folds its sums into one bit a cycle.
 
     A chip has too few pins for all of them; and so every path of the array runs from register to register.
@@ -147,7 +147,7 @@ def place_and_route(array: Array, *, seed: int = 1, **choices: bool) -> Placemen
     Raises:
         ToolError: when a tool is missing or fails, and when the design does not fit.
     """
-    rtlil, script = to_rtlil(*test_shell(array)), yosys_script(**choices)
+    rtlil, script = to_rtlil(*scan_shell(array)), yosys_script(**choices)
     arguments = f"{ROUTING} --seed {seed} --json netlist.json --write routed.json --report report.json"
 
     def run(folder: Path) -> dict[str, Any]:
@@ -198,12 +198,6 @@ def kept(key: str, run: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         written.write_text(json.dumps(result), encoding="utf-8")
         os.replace(written, path)
     return result
-
-
-def record_of(area: Area, placements: Sequence[Placement]) -> dict[str, Any]:
-    """Area and speed over several seeds as plain values, for a table or a file."""
-    speeds = sorted(p.fmax_mhz for p in placements)
-    return {**asdict(area), "luts": area.luts, "fmax_mhz": speeds, "seeds": [p.seed for p in placements]}
 
 
 def _read(path: Path) -> dict[str, Any]:
