@@ -48,10 +48,6 @@ class Area:
         """Tables occupied: four-input ones, and two for each carry cell."""
         return self.lut4 + 2 * self.carry
 
-    def fits(self, *, luts: int, dsps: int) -> bool:
-        """Whether a chip with so many tables and multipliers holds it."""
-        return self.luts <= luts and self.dsps <= dsps
-
 
 @dataclass(frozen=True)
 class Placement:

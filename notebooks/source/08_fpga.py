@@ -7,7 +7,7 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapter 02; binary numbers |
-# | Time | 3 hours for you; all cells run in two to four minutes (measured: 169 and 212 s, the core shared); the first run ever, one to two more |
+# | Time | 3 hours for you; all cells run in two to four minutes (measured: 111 and 212 s, the core shared); the first run ever, one to two more |
 # | Memory, download | 0.9 GB at the peak (measured); 60 MB of tools, 240 MB of disk |
 # | Hardware | any computer; no FPGA: all is simulated or estimated |
 # | Exercises | 10, each checked in the cell below it |
@@ -37,6 +37,7 @@ from labutils.plots import fpga as plots
 from labutils.plots.style import series_style
 
 warnings.filterwarnings("ignore", message=".*created but never used")  # Amaranth's, of hardware that a check refused
+warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")  # PyTorch's, that it will go one day
 warm_up()
 rng = np.random.default_rng(0)
 
