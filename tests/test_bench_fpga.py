@@ -31,7 +31,7 @@ def test_designs_cover_the_precisions_with_sums_for_the_longest_layer():
     assert designs(4)[-1].spec.multiplications == 128
 
 
-def test_file_holds_command_conditions_and_rows(tmp_path):
+def test_file_holds_command_conditions_and_rows(fpga_tools, tmp_path):
     area = Area(lut4=1, carry=0, flip_flops=0, dsps=0, seconds=0.0)
     path = tmp_path / "table.json"
     write_results([Result(Design(ArraySpec(1)), area, (50.0,), 1.0)], 1, (1,), path)

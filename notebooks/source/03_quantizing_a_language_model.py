@@ -7,7 +7,7 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapters 01 and 02 |
-# | Time | 3 hours for you; all cells run in about 3 minutes on one free core (measured: 168 s of processor time) |
+# | Time | 3 hours for you; all cells run in about 3 minutes on one core (measured: 171 s, the core shared) |
 # | Memory, download | 3 GB at the most; nothing is downloaded |
 # | Hardware | any computer; a C compiler helps |
 # | Exercises | 10 (3.1 to 3.7 on methods, 3.8 to 3.10 on speed), each checked in the cell below it |
