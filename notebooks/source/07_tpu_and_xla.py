@@ -1042,7 +1042,7 @@ speed_quality_widget(records)
 # you compile before the first request, what would each one too few and each one too many cost, and which numbers of this
 # chapter would you measure again before deciding?
 #
-# Next: **08 · FPGA**.
+# Next: **08 · FPGA: quantization as silicon area**.
 
 # %%
 from labutils.course.progress import progress
