@@ -165,12 +165,13 @@ def place_and_route(array: Array, *, seed: int = 1, **choices: bool) -> Placemen
 
     try:
         versions = f"{version('yosys')} {version('nextpnr-ecp5')}"
-        return Placement(**kept(f"{script}\n{arguments}\n{versions}\n{rtlil}", run))
+        found = kept(f"{script}\n{arguments}\n{versions}\n{rtlil}", run)
     except ToolError as error:
         if "no BELs remaining" in str(error):
             kind = str(error).rpartition("type ")[2]
             raise ToolError(f"the design must fit the {CHIP['name']}; it has no {kind} left for {array.spec}") from None
         raise
+    return Placement(**{**found, "cells": [tuple(cell) for cell in found["cells"]]})
 
 
 def placed_cells(routed: dict[str, Any]) -> list[tuple[str, str, int, int]]:
@@ -189,11 +190,10 @@ def kept(key: str, run: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         return _read(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        result = run(Path(folder))
         written = Path(folder) / "result.json"  # renamed when whole: another process sees all of it or nothing
-        written.write_text(json.dumps(result), encoding="utf-8")
+        written.write_text(json.dumps(run(Path(folder))), encoding="utf-8")
         os.replace(written, path)
-    return result
+    return _read(path)
 
 
 def _read(path: Path) -> dict[str, Any]:
