@@ -109,6 +109,16 @@ def test_bucket_for_refuses_what_fits_nowhere():
             bucket_for(length, (16, 64))
 
 
+def test_decoders_can_share_their_weights_and_keep_their_own_programs(tiny):
+    model, decoder = tiny
+    twin = XlaLlama(model, max_length=48, buckets=(8, 16), params=decoder.params)
+    assert twin.params is decoder.params
+    decoder.read([1, 2, 3])
+    with runtime.compilations("prefill") as seen:
+        twin.read([1, 2, 3])
+    assert len(seen) == 1
+
+
 def test_buckets_end_at_max_length():
     assert XlaLlama(tiny_model("llama-gqa-tied"), max_length=100).buckets == (16, 64, 100)
 

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
 from labutils.bench.subject import Subject
 from labutils.bench.table import Row
 from labutils.generation.decode import generate_compiled, generate_static
@@ -21,7 +23,9 @@ def contestants(subject: Subject, *, new_tokens: int, compiled: bool) -> dict[st
     """The ways to make the same greedy tokens; nothing is compiled before the first call."""
     model, ids = subject.model, subject.token_ids
     prompt, length = ids[0].tolist(), ids.shape[1]
-    decoders = {name: XlaLlama(model, max_length=length + new_tokens, buckets=(length,)) for name in (JIT, SCAN)}
+    settings = {"max_length": length + new_tokens, "buckets": (length,)}
+    stepwise = XlaLlama(model, **settings)
+    decoders = {JIT: stepwise, SCAN: XlaLlama(model, **settings, params=stepwise.params)}
 
     def torch_way(generate: Callable) -> Generate:
         return lambda: generate(model, ids, new_tokens)[0, length:].tolist()
@@ -42,11 +46,13 @@ def bench_xla(
 ) -> list[Row]:
     """Times every way on one thread, interleaved; the first call of each, with its compilation, apart.
 
+    `torch.compile` keeps what it compiled on disk; for the first call it may not, or its time would be another run's.
+
     Raises:
         ValueError: If `rounds` is below 5.
     """
     runtime.start(devices=1)
-    with thread_count(1):
+    with thread_count(1), torch.compiler.config.patch(force_disable_caches=True):
         ways, first_s, tokens, missing = contestants(subject, new_tokens=new_tokens, compiled=compiled), {}, {}, {}
         for name, generate in ways.items():
             began = time.perf_counter()

@@ -88,6 +88,7 @@ class XlaLlama:
         dtype: Of the weights and the cache.
         buckets: Lengths that prompts are padded to, cut at `max_length`.
         donate: Whether a step may overwrite the cache that it gets, which then cannot be read any more.
+        params: The weights that another decoder of the same model and `max_length` holds, to share them.
 
     Raises:
         ValueError: If the model differs from Llama in a way that this decoder does not know.
@@ -101,9 +102,10 @@ class XlaLlama:
         dtype: str = "float32",
         buckets: Sequence[int] = BUCKETS,
         donate: bool = True,
+        params: dict | None = None,
     ) -> None:
         self.shape = llama.shape_of(model.config, max_length=max_length)
-        self.params, self.dtype = llama.params_of(model, self.shape, dtype=dtype), dtype
+        self.params, self.dtype = params or llama.params_of(model, self.shape, dtype=dtype), dtype
         self.buckets = tuple(sorted({min(bucket, max_length) for bucket in (*buckets, max_length)}))
         donated = {"donate_argnames": "cache"} if donate else {}
         self.prefill = jax.jit(_named("prefill", prefill, shape=self.shape), **donated)

@@ -481,7 +481,9 @@ plt.show()
 # of eager torch, compilation has paid for itself.*
 #
 # **Explain.** LabLM is tiny: much of an eager step is Python starting small operations, and that is what compilation
-# removes. The larger the matrices, the less there is to remove; what remains then is fusion, and memory not copied.
+# removes. The larger the matrices, the less there is to remove; what remains then is fusion, and memory not copied. The
+# command above runs a random model of 0.2 billion weights as well, whose decoding waits for memory: see whether
+# compilation pays for itself there at all.
 
 # %% [markdown]
 # ## 6 · Reading what XLA made
