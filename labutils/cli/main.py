@@ -36,10 +36,10 @@ OVERVIEW = (
     (("doctor",), "what this machine has, how fast it is, and what anything missing costs you"),
     (("check",), "check the exercises of one notebook"),
     (("grade", "handout"), "check a folder of hand-ins into a table; make the files to hand out"),
-    (("build",), "regenerate the notebooks from their sources"),
+    (("build", "rebadge"), "regenerate the notebooks; point their badges at your own copy, OWNER/NAME"),
     (("bench", "plot"), "measure and compare; draw a ledger on the one speed-quality plot"),
-    (("train", "distil", "evaluate", "export"), "train the course's own models, measure them, write them out"),
-    (("rebadge",), "point every badge and set-up cell at your own copy, OWNER/NAME"),
+    (("train", "distil"), "train the course's own models, and chapter 05's students"),
+    (("evaluate", "export"), "measure a model; write it out for other programs"),
 )
 
 
