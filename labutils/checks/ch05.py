@@ -16,21 +16,22 @@ def _pair(places=3, vocab=5):
     return {"student_logits": _random(places, vocab), "teacher_logits": _random(places, vocab, seed=1)}
 
 
+def _entropy(logits):
+    return divergences.article_loss(logits).mean()
+
+
+def _torch_kl(kind, reduction="batchmean"):
+    return lambda student_logits, teacher_logits: kl_div(
+        kind(student_logits, dim=-1), softmax(teacher_logits, dim=-1), reduction=reduction
+    )
+
+
 @exercise("5.1")
 def soft_loss(answer):
     """Mean over places of KL(teacher ‖ student)."""
 
     def reference(student_logits, teacher_logits):
         return forward_kl(student_logits, teacher_logits).mean()
-
-    def entropy(logits):
-        return divergences.article_loss(logits).mean()
-
-    def on(kind, reduction="batchmean"):
-        def wrong(student_logits, teacher_logits):
-            return kl_div(kind(student_logits, dim=-1), softmax(teacher_logits, dim=-1), reduction=reduction)
-
-        return wrong
 
     expect_function(
         answer,
@@ -40,7 +41,7 @@ def soft_loss(answer):
         atol=1e-6,
         mistakes=[
             (
-                lambda student_logits, teacher_logits: entropy(student_logits),
+                lambda student_logits, teacher_logits: _entropy(student_logits),
                 "that is the article's loss, the student's own entropy: the teacher must be the target",
             ),
             (
@@ -49,7 +50,7 @@ def soft_loss(answer):
             ),
             (
                 lambda student_logits, teacher_logits: (
-                    reference(student_logits, teacher_logits) + entropy(teacher_logits)
+                    reference(student_logits, teacher_logits) + _entropy(teacher_logits)
                 ),
                 "that is the cross-entropy, which does not end at 0: subtract the teacher's entropy",
             ),
@@ -61,8 +62,8 @@ def soft_loss(answer):
                 lambda student_logits, teacher_logits: forward_kl(student_logits, teacher_logits).sum(),
                 "summed over the places: sum over the vocabulary, then take the mean over the places",
             ),
-            (on(log_softmax, "mean"), "averaged over the vocabulary too: sum over it (reduction='batchmean')"),
-            (on(softmax), "kl_div takes the student's LOGARITHMS: log_softmax, not softmax"),
+            (_torch_kl(log_softmax, "mean"), "averaged over the vocabulary too: sum over it (reduction='batchmean')"),
+            (_torch_kl(softmax), "kl_div takes the student's LOGARITHMS: log_softmax, not softmax"),
         ],
     )
 
