@@ -1,5 +1,7 @@
 """Checks of chapter 05, first part: soft targets, temperature, Hinton's loss, Jensen-Shannon."""
 
+from functools import partial
+
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
@@ -153,54 +155,55 @@ def hinton_loss(answer):
     )
 
 
+def _halves(student_probs, teacher_probs, *, log=torch.log, mixture=None):
+    m = (student_probs + teacher_probs) / 2 if mixture is None else mixture(student_probs, teacher_probs)
+    return [(p * (log(p) - log(m))).sum(-1) for p in (teacher_probs, student_probs)]
+
+
+def _half_sum(student_probs, teacher_probs, **change):
+    return sum(_halves(student_probs, teacher_probs, **change)) / 2
+
+
+def _kl(p, q):
+    return (p * (p / q).log()).sum(-1)
+
+
 @exercise("5.4")
 def jensen_shannon(answer):
     """½ KL(T ‖ m) + ½ KL(S ‖ m)."""
-
-    def halves(student_probs, teacher_probs, *, log=torch.log, mixture=None):
-        m = (student_probs + teacher_probs) / 2 if mixture is None else mixture(student_probs, teacher_probs)
-        return [(p * (log(p) - log(m))).sum(-1) for p in (teacher_probs, student_probs)]
-
-    def reference(student_probs, teacher_probs):
-        return sum(halves(student_probs, teacher_probs)) / 2
-
-    def kl(p, q):
-        return (p * (p / q).log()).sum(-1)
-
-    def geometric(student_probs, teacher_probs):
-        return sum(halves(student_probs, teacher_probs, mixture=lambda s, t: (s * t).sqrt())) / 2
-
     student, teacher = softmax(_random(2, 4), -1), softmax(_random(2, 4, seed=1), -1)
     expect_function(
         answer,
-        reference,
-        cases=[{"student_probs": torch.tensor([[0.5, 0.5]]), "teacher_probs": torch.tensor([[0.75, 0.25]])}]
-        + [{"student_probs": student, "teacher_probs": teacher}],
+        _half_sum,
+        cases=[
+            {"student_probs": torch.tensor([[0.5, 0.5]]), "teacher_probs": torch.tensor([[0.75, 0.25]])},
+            {"student_probs": student, "teacher_probs": teacher},
+        ],
         rtol=1e-4,
         atol=1e-6,
         mistakes=[
             (
                 lambda student_probs, teacher_probs: (
-                    (kl(student_probs, teacher_probs) + kl(teacher_probs, student_probs)) / 2
+                    (_kl(student_probs, teacher_probs) + _kl(teacher_probs, student_probs)) / 2
                 ),
                 "that is the mean of the two KLs (Jeffreys): both sides are compared with the mixture m",
             ),
             (
-                lambda student_probs, teacher_probs: 2 * reference(student_probs, teacher_probs),
+                lambda student_probs, teacher_probs: 2 * _half_sum(student_probs, teacher_probs),
                 "halve it: ½ of each KL",
             ),
             (
-                lambda student_probs, teacher_probs: halves(student_probs, teacher_probs)[0] / 2,
+                lambda student_probs, teacher_probs: _halves(student_probs, teacher_probs)[0] / 2,
                 "only the teacher was compared with the mixture: add the student's half",
             ),
             (
-                lambda student_probs, teacher_probs: halves(student_probs, teacher_probs)[1] / 2,
+                lambda student_probs, teacher_probs: _halves(student_probs, teacher_probs)[1] / 2,
                 "only the student was compared with the mixture: add the teacher's half",
             ),
-            (geometric, "that mixture is the geometric mean and does not sum to 1: take (student + teacher) / 2"),
             (
-                lambda student_probs, teacher_probs: sum(halves(student_probs, teacher_probs, log=torch.log2)) / 2,
-                "that is in bits: nats were asked for, so take log, not log2",
+                partial(_half_sum, mixture=lambda s, t: (s * t).sqrt()),
+                "that mixture is the geometric mean and does not sum to 1: take (student + teacher) / 2",
             ),
+            (partial(_half_sum, log=torch.log2), "that is in bits: nats were asked for, so take log, not log2"),
         ],
     )
