@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("labutils", "shapes.checked")
 
-ASIDE = {"torchao": "torchao==0.18.0", "gguf": "gguf==0.19.0"}
+ASIDE = {"torchao": "torchao==0.18.0", "gguf": "gguf==0.19.0", "accelerate": "accelerate==1.15.0"}
 
 
 @pytest.fixture(scope="session")

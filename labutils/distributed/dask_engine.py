@@ -6,7 +6,7 @@ import queue
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from labutils.distributed.launch import is_loopback
@@ -39,7 +39,7 @@ class DaskEngine:
         future.add_done_callback(self.done.put)
         return future
 
-    def finished(self, timeout_s: float) -> list[tuple[object, list[Outcome] | Exception]]:
+    def finished(self, timeout_s: float) -> list[tuple[object, Sequence[Outcome] | Exception]]:
         """Waits for the first finished batch and takes all others that are there."""
         found = []
         with contextlib.suppress(queue.Empty):
@@ -48,7 +48,7 @@ class DaskEngine:
                 found.append(self.done.get_nowait())
         return [(future, self._outcome(future)) for future in found]
 
-    def _outcome(self, future) -> list[Outcome] | Exception:
+    def _outcome(self, future) -> Sequence[Outcome] | Exception:
         try:
             return future.result(timeout=FETCH_S)
         except Exception as error:

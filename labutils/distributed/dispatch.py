@@ -6,7 +6,7 @@ Execution is *at least once*: whoever loses a node cannot know whether it had fi
 import pickle
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ class Engine(Protocol):
     def submit(self, node: str, address: str, function: AnswerBatch, payloads: list) -> object:
         """Queues a batch on a node and returns a handle at once."""
 
-    def finished(self, timeout_s: float) -> list[tuple[object, list[Outcome] | Exception]]:
+    def finished(self, timeout_s: float) -> list[tuple[object, Sequence[Outcome] | Exception]]:
         """Waits for something to finish; returns handles with what came of them, or nothing after the timeout."""
 
     def forget(self, handles: Iterable[object]) -> None:
