@@ -1,5 +1,7 @@
 """What tests let ranks do with models: everything one group can show, in one launch."""
 
+import time
+
 import torch
 import torch.distributed as dist
 from tiny_models import random_ids, tiny_model
@@ -117,3 +119,13 @@ def mesh(tensor):
     model = tensor_parallel_(tiny_model("llama-gqa-tied"), Comm(grid["tensor"].get_group()))
     stage = Stage(model, Comm(grid["pipeline"].get_group()))
     return pipeline_generate(stage, [random_ids(**IDS)], 5)
+
+
+def seconds_of_messages(count, nbytes):
+    """Seconds that `count` all-reduces of `nbytes` take, after one to connect."""
+    tensor = torch.ones(nbytes // 4)
+    dist.all_reduce(tensor.clone())
+    began = time.monotonic()
+    for _ in range(count):
+        dist.all_reduce(tensor)
+    return time.monotonic() - began, float(tensor[0])

@@ -3,14 +3,14 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-HELP = "measure and compare: `bench decode` (every path), `bench quantization` (int8, int4), `bench pruning` (zeros)"
+HELP = "measure and compare: `bench decode` (every path), `bench quantization` (int8, int4), `bench pruning` (zeros), `bench distributed`"
 NEEDS_ENVIRONMENT = True
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("name", choices=("decode", "quantization", "pruning"), help="what to measure")
+    parser.add_argument("name", choices=("decode", "quantization", "pruning", "distributed"), help="what to measure")
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
     )
@@ -28,7 +28,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
-    return {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning}[args.name](args)
+    runs = {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning}
+    return (runs | {"distributed": run_distributed})[args.name](args)
 
 
 def run_quantization(args: Namespace) -> int:
@@ -103,4 +104,19 @@ def run_pruning(args: Namespace) -> int:
     print(*bars, sep="\n")
     if args.json:
         write_json(rows, args.json)
+    return 0
+
+
+def run_distributed(args: Namespace) -> int:
+    """Policies on an uneven cluster, overhead of dispatch, a pipeline's bubble; needs no model."""
+    from labutils.bench.distributed import bench_distributed
+    from labutils.measurement.ledger import host_line
+
+    print(host_line())
+    try:
+        bars = bench_distributed(quick=args.quick, say=lambda line: print(line, flush=True))
+    except ModuleNotFoundError as error:
+        print(f"labutils: {error}")
+        return 1
+    print(*bars, sep="\n")
     return 0

@@ -57,7 +57,8 @@ def launch(
         nnodes: Machines. Each runs `launch` with the same `rdzv`, and gets the results of its own ranks.
         node_rank: This machine's number; number 0 holds the meeting point.
         rdzv: "host:port" of the meeting point, for several machines. Its port is open to whoever reaches the host:
-            only for a private network. On one machine ranks meet through a file and talk over the loopback alone.
+            only for a private network, whose interface the variable GLOO_SOCKET_IFNAME names. On one machine ranks
+            meet through a file and talk over the loopback alone.
 
     Raises:
         ValueError: For a target, count or device that cannot be, or a busy port.
@@ -139,9 +140,14 @@ def meeting(folder: Path, nnodes: int, node_rank: int, rdzv: str | None) -> list
     """Returns torchrun's options for how its agents meet: through a file, or at an address."""
     if rdzv is None:
         return ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder / 'rdzv'}", "--rdzv-conf=store_type=file"]
-    local = ["--local-addr=127.0.0.1"] if is_loopback(rdzv.rpartition(":")[0]) else []
     options = ["--rdzv-backend=c10d", f"--rdzv-endpoint={rdzv}", "--rdzv-id=labutils"]
-    return [*options, f"--rdzv-conf=is_host={int(node_rank == 0)}", *local]
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    if is_loopback(rdzv.rpartition(":")[0]):
+        options.append("--local-addr=127.0.0.1")
+    elif interface:  # otherwise torchrun tells the others this machine's name, which they may not know
+        addresses = [a.address for a in psutil.net_if_addrs()[interface] if a.family == socket.AF_INET]
+        options.append(f"--local-addr={addresses[0]}")
+    return [*options, f"--rdzv-conf=is_host={int(node_rank == 0)}"]
 
 
 def environment(rdzv: str | None) -> dict[str, str]:
