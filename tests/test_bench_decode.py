@@ -18,24 +18,19 @@ from labutils.measurement import ledger
 QUICK = Settings(new_tokens=4, rounds=5, threads=1, compile=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_cache():
-    """Probes of 16 MB instead of 256: the numbers mean nothing here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "last_level_cache_bytes", lambda: 2**21)
-        yield
-
-
 @pytest.fixture(scope="module")
 def subject():
     return Subject("tiny", tiny_model("llama-gqa-tied"), None, random_ids(6), bits_per_byte=2.5)
 
 
 @pytest.fixture(scope="module")
-def rows(subject, small_cache):
+def rows(subject):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "sets_numpy_threads", lambda: True)
-        return bench_decode(subject, QUICK, say=lambda line: None)
+        said = []
+        rows = bench_decode(subject, QUICK, say=said.append)
+        assert "between the matrices" in said[-1] and "where a token's time goes in plain fp32" in said[-2]
+        return rows
 
 
 def test_every_path_makes_the_tokens_of_transformers(rows):
@@ -70,7 +65,7 @@ def test_a_technique_that_fails_becomes_a_row_that_says_why():
     assert proved.missing == "RuntimeError: no C++ compiler"
 
 
-def fill(ticks, *, batch=1, weight_bytes=100e6, peak=1e9, bytes_per_weight=4.0, same=True):
+def fill(ticks, *, batch=1, weight_bytes=100e6, peaks=(1e9,) * 5, bytes_per_weight=4.0, same=True):
     class Heavy:
         model, bits_per_byte = tiny_model("llama-gqa-tied"), 2.0
 
@@ -79,7 +74,7 @@ def fill(ticks, *, batch=1, weight_bytes=100e6, peak=1e9, bytes_per_weight=4.0, 
     reference = torch.zeros(1, 3, dtype=torch.long) if same else torch.ones(1, 3)
     row = Row(technique="x", model="m", threads=1, batch=batch)
     technique = Technique("x", batch=batch, bytes_per_weight=bytes_per_weight)
-    return decode._filled(row, technique, ticks, tokens, reference, peak, Heavy)
+    return decode._filled(row, technique, ticks, tokens, reference, peaks, Heavy)
 
 
 def test_ticks_become_speeds_by_hand():
@@ -97,10 +92,17 @@ def test_ticks_become_speeds_by_hand():
 
 def test_shares_that_mean_nothing_are_left_out_with_a_reason():
     ticks = [[0.0, 1.0, 1.5, 2.0]] * 5
-    assert fill(ticks, weight_bytes=1e6).bandwidth_share is None
-    assert "fit into the cache" in fill(ticks, weight_bytes=1e6).note
-    assert fill(ticks, peak=1e8).bandwidth_share is None
-    assert "probe error" in fill(ticks, peak=1e8).note
+    assert fill(ticks, peaks=None).bandwidth_share is None
+    assert "fit into the cache" in fill(ticks, peaks=None).note
+    assert fill(ticks, peaks=(1e8,) * 5).bandwidth_share is None
+    assert "probe error" in fill(ticks, peaks=(1e8,) * 5).note
+
+
+def test_a_share_compares_within_a_round():
+    rounds = [[0.0, 1.0, 1.0 + t, 1.0 + 2 * t] for t in (1.0, 0.5, 0.5, 2.0, 1.0)]  # 1, 2, 2, 0.5, 1 tokens/s
+    moved = fill(rounds).bytes_per_token
+    share = fill(rounds, peaks=[2 * moved, 2.5 * moved, 2.5 * moved, 0.4 * moved, 2 * moved]).bandwidth_share
+    assert share == pytest.approx(0.8)  # 0.5, 0.8, 0.8, 1.25, 0.5 in its round: the fourth is a disturbed probe
 
 
 def test_quality_is_claimed_only_for_exact_tokens_of_exact_weights():

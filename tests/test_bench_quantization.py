@@ -55,8 +55,6 @@ def test_every_technique_runs_or_says_why(monkeypatch, subject):
     if find_kernels()[0] is None:
         pytest.skip("no C compiler here")
     monkeypatch.setattr(quantization, "PREFILL_TOKENS", 16)
-    monkeypatch.setattr(quantization, "probe_working_set_bytes", lambda: 2**20)
-    monkeypatch.setattr("labutils.bench.decode.probe_working_set_bytes", lambda: 2**20)
     said = []
     rows = bench_quantization(subject, Settings(new_tokens=2, threads=1, peers=False), say=said.append)
     names = [r.technique for r in rows if r.model == subject.name]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from labutils.bench.bandwidth import BandwidthMeter, Probes, describe_time, probe_bytes, where_time_goes
 from labutils.bench.llama_cpp import llama_cpp_techniques
 from labutils.bench.subject import Subject
 from labutils.bench.table import Row
@@ -20,13 +21,7 @@ from labutils.generation.fast_llama import MATVECS, SUPPORTED, FastLlama
 from labutils.generation.sampling import greedy
 from labutils.measurement.ledger import Record
 from labutils.measurement.resources import kv_bytes_per_position
-from labutils.measurement.roofline import (
-    ProbeError,
-    bandwidth_probes,
-    last_level_cache_bytes,
-    probe_working_set_bytes,
-    share_of_peak,
-)
+from labutils.measurement.roofline import ProbeError, share_of_peak
 from labutils.measurement.threads import (
     available_cores,
     best_thread_count,
@@ -37,8 +32,9 @@ from labutils.measurement.threads import (
 from labutils.measurement.timing import measure_interleaved, quantile
 
 REFERENCE = "transformers.generate"
+PLAIN = "plain fp32"
 BATCH = 4
-Probes = dict[str, tuple[Callable[[], object], int]]  # a bandwidth probe and the bytes that it moves
+NAIVE_TOKENS, LARGE_BYTES = 8, 2e8  # without a cache a large model takes a second a token
 
 
 @dataclass
@@ -101,7 +97,24 @@ def bench_decode(subject: Subject, settings: Settings = Settings(), *, say: Call
         techniques = our_techniques(subject, settings)
         if settings.peers:
             techniques += llama_cpp_techniques(subject, settings.new_tokens, folder, Technique)
-        return bench_techniques(techniques, subject, settings, reference=REFERENCE, say=say)
+        rows = bench_techniques(techniques, subject, settings, reference=REFERENCE, say=say)
+    profile_fastest(rows, subject, say)
+    return rows
+
+
+def profile_fastest(rows: Sequence[Row], subject: Subject, say: Callable[[str], None]) -> None:
+    """Says where the time of a token goes in the faster of our plain paths."""
+    plain = [row for row in rows if row.technique.startswith(PLAIN) and row.samples]
+    if not plain:
+        return
+    best = max(plain, key=lambda row: row.tokens_per_s)
+    matvec = next(m for m in MATVECS if m in best.technique)
+    fast = FastLlama(subject.model, max_length=32, matvec=matvec)
+    with thread_count(best.threads):
+        parts = where_time_goes(fast, int(subject.token_ids[0, -1]))
+    share = best.bandwidth_share
+    say(f"\nwhere a token's time goes in {best.technique}, {best.threads} threads, the median of 32 tokens")
+    say("\n".join(describe_time(parts, share and best.tokens_per_s * best.bytes_per_token / share)))
 
 
 def bench_techniques(
@@ -111,19 +124,24 @@ def bench_techniques(
     *,
     reference: str,
     say: Callable[[str], None],
-    more_probes: Probes | None = None,
+    more_probes: Callable[[int], Probes] = lambda size: {},
 ) -> list[Row]:
     """Measures techniques interleaved; tokens are compared with those of the technique named `reference`."""
     techniques = [_proved(t, say) for t in techniques]
     able = [t for t in techniques if not t.missing]
     threads = {t.name: settings.threads or _best_threads(t, say) for t in able}
-    probes = bandwidth_probes(probe_working_set_bytes(), device="cpu", dtype=torch.float32) | (more_probes or {})
-    ticks, outputs, peak = _measure(able, threads, settings, probes, say)
+    sizes = {t.name: probe_bytes(subject.weight_bytes * t.bytes_per_weight / 4) for t in able}
+    candidates = thread_candidates(settings.threads or available_cores())
+    meter = BandwidthMeter(list(sizes.values()), threads=candidates, more=more_probes)
+    ticks, outputs = _measure(able, threads, settings, meter)
+    for size in meter.probes:
+        say(f"  {meter.describe(size)}")
     rows = []
     for t in techniques:
         row = Row(technique=t.name, model=subject.name, threads=threads.get(t.name, 0), batch=t.batch, note=t.missing)
         if not t.missing:
-            row = _filled(row, t, ticks[t.name], outputs[t.name], outputs[reference], peak, subject)
+            peaks = meter.rounds.get(sizes[t.name])
+            row = _filled(row, t, ticks[t.name], outputs[t.name], outputs[reference], peaks, subject)
         rows.append(row)
     return rows
 
@@ -132,8 +150,9 @@ def our_techniques(subject: Subject, settings: Settings) -> list[Technique]:
     """Our paths from naive to fast, and `transformers.generate`."""
     model, ids, count = subject.model, subject.token_ids, settings.new_tokens + 1
     prompts = ids.repeat(BATCH, 1).tolist()
+    few = min(count, NAIVE_TOKENS + 1) if subject.weight_bytes > LARGE_BYTES else count
     found = [
-        Technique("no cache", lambda c: decode.generate_naive(model, ids, count, choose=c)),
+        Technique("no cache", lambda c: decode.generate_naive(model, ids, few, choose=c)),
         Technique("growing KV cache", lambda c: decode.generate_cached(model, ids, count, choose=c)),
         Technique("static KV cache", lambda c: decode.generate_static(model, ids, count, choose=c)),
         Technique(
@@ -146,7 +165,7 @@ def our_techniques(subject: Subject, settings: Settings) -> list[Technique]:
         found.append(Technique("compiled", lambda c: decode.generate_compiled(model, ids, count, choose=c)))
     if model.config.model_type in SUPPORTED:
         fast = FastLlama(model, max_length=ids.shape[1] + count, matvec=MATVECS[0])
-        found += [Technique(f"plain fp32, {m} matvec", lambda c, m=m: _plain(fast, m, ids, count, c)) for m in MATVECS]
+        found += [Technique(f"{PLAIN}, {m} matvec", lambda c, m=m: _plain(fast, m, ids, count, c)) for m in MATVECS]
     found = [_with_known_threads(t) for t in found]
     return [*found, Technique(REFERENCE, lambda c: _transformers(subject, count, c))]
 
@@ -216,13 +235,10 @@ def _best_threads(technique: Technique, say: Callable[[str], None]) -> int:
     return choice.threads
 
 
-def _measure(
-    able: Sequence[Technique], threads: dict[str, int], settings: Settings, probes: Probes, say: Callable[[str], None]
-):
-    """Interleaves all techniques and a bandwidth probe; returns ticks, tokens and the best bandwidth seen."""
+def _measure(able: Sequence[Technique], threads: dict[str, int], settings: Settings, meter: BandwidthMeter):
+    """Interleaves all techniques and the probes; returns every round's ticks, and the tokens."""
     ticks: dict[str, list[list[float]]] = {t.name: [] for t in able}
     outputs: dict[str, Tensor] = {}
-    rates: list[float] = []
 
     def run(technique: Technique) -> None:
         clock = Clock([time.perf_counter()])
@@ -231,21 +247,10 @@ def _measure(
             outputs[technique.name] = technique.run(clock)
         ticks[technique.name].append(clock.ticks)
 
-    def probe() -> None:
-        for count in thread_candidates(settings.threads or available_cores()):
-            with thread_count(count):
-                rates.extend(_rate(function, moved) for function, moved in probes.values())
-
-    functions = {t.name: (lambda t=t: run(t)) for t in able} | {"bandwidth probe": probe}
+    functions = {t.name: (lambda t=t: run(t)) for t in able} | {"bandwidth": meter.run_round}
     measure_interleaved(functions, repeats=settings.rounds, warmup=1)
-    say(f"  bandwidth: {max(rates) / 1e9:.1f} GB/s, the best of {len(rates)} probes between the rounds")
-    return {name: rounds[1:] for name, rounds in ticks.items()}, outputs, max(rates)
-
-
-def _rate(function: Callable[[], object], moved_bytes: int) -> float:
-    began = time.perf_counter()
-    function()
-    return moved_bytes / (time.perf_counter() - began)
+    meter.rounds = {size: rates[1:] for size, rates in meter.rounds.items()}  # without the warm-up, as the ticks
+    return {name: rounds[1:] for name, rounds in ticks.items()}, outputs
 
 
 def _filled(
@@ -254,7 +259,7 @@ def _filled(
     ticks: list[list[float]],
     tokens: Tensor,
     reference: Tensor,
-    peak: float,
+    peaks: Sequence[float] | None,
     subject: Subject,
 ) -> Row:
     """Turns ticks (start, first token, second token, …) of every round into speeds, and adds bytes and quality."""
@@ -262,7 +267,7 @@ def _filled(
     cached = tokens.shape[1] * kv_bytes_per_position(subject.model.config)
     weights = subject.weight_bytes * t.bytes_per_weight / 4
     moved = weights / t.batch + cached
-    same = agreement(tokens, reference)
+    same = agreement(tokens, reference[:, : tokens.shape[1]])
     row = replace(
         row,
         samples=speeds,
@@ -272,11 +277,13 @@ def _filled(
         quality=subject.bits_per_byte if same == 1 and t.bytes_per_weight == 4 else None,
     )
     if t.name == "no cache":
-        return replace(row, note="reads the whole text for every token: not bound by bandwidth")
-    if weights < 2 * last_level_cache_bytes():
+        timed = len(ticks[0]) - 2
+        return replace(row, note=f"{timed} tokens timed; reads the whole text for each: not bound by bandwidth")
+    if peaks is None:
         return replace(row, note="weights fit into the cache: no share of memory bandwidth")
+    shares = [speed * moved / peak for speed, peak in zip(speeds, peaks, strict=True)]
     try:
-        return replace(row, bandwidth_share=share_of_peak(row.tokens_per_s * moved, peak))
+        return replace(row, bandwidth_share=share_of_peak(quantile(shares, 0.5), 1.0))
     except ProbeError as error:
         return replace(row, note=str(error))
 

@@ -13,13 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from labutils.bench.decode import Probes, Settings, Technique, bench_techniques
+from labutils.bench.bandwidth import Probes
+from labutils.bench.decode import Settings, Technique, bench_techniques
 from labutils.bench.llama_cpp import llama_cpp_techniques
 from labutils.bench.subject import Subject
 from labutils.bench.table import Row, as_table
 from labutils.generation.decode import generate_static
 from labutils.generation.fast_llama import FastLlama
-from labutils.measurement.roofline import probe_working_set_bytes
 from labutils.measurement.threads import available_cores
 from labutils.measurement.timing import paired_ratio
 from labutils.models.quantized import fast_packed_llama
@@ -141,16 +141,15 @@ def _measure(makers: dict, subject: Subject, settings: Settings, say: Callable[[
     with subject.workspace() as folder:
         if settings.peers:
             techniques += llama_cpp_techniques(subject, settings.new_tokens, folder, Technique)
-        return bench_techniques(techniques, subject, settings, reference=FP32, say=say, more_probes=_huge_page_probe())
+        return bench_techniques(techniques, subject, settings, reference=FP32, say=say, more_probes=_huge_page_probe)
 
 
 def _run(generate: Generate, token_ids: Tensor, count: int, clock) -> Tensor:
     return generate(token_ids, count, choose=clock)
 
 
-def _huge_page_probe() -> Probes:
+def _huge_page_probe(size: int) -> Probes:
     """Memory in huge pages is read faster, so the roof must be measured there too."""
-    size = probe_working_set_bytes()
     buffer = Arena(size).free[:size].view(torch.float32).fill_(1.0)
     return {"bytes:sum, huge pages": (buffer.sum, size)}
 

@@ -15,8 +15,9 @@ class Row:
 
     Attributes:
         samples: Decoding speed in tokens/s, one per round; empty where the technique did not run.
-        bandwidth_share: Bytes read per second of decoding, as a share of the measured bandwidth; None where it does
-            not apply (a model that fits into the cache) or would exceed 100%.
+        bandwidth_share: Bytes read per second of decoding, as a share of what the best probe reached in the same round
+            on as many bytes; the median over rounds. None where it does not apply (a model that fits into the cache) or
+            would exceed 100%.
         quality: Bits per byte on held-out text, of a technique whose tokens equal the reference's.
         agreement: Share of greedy tokens equal to `transformers`'.
         note: Why a number is missing.

@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from labutils.cli.environment import NO_VENV
 from labutils.cli.progress import run_attached
 
 HELP = (
@@ -15,6 +16,7 @@ HELP = (
 NEEDS_ENVIRONMENT = True
 PASSES_ON = True
 ROOT = Path(__file__).resolve().parents[2]
+EXTRAS = ("tpu", "fpga")  # whose chapters are tested too; in an environment of one's own only where they are there
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -52,6 +54,11 @@ def check_style() -> int:
 
 def run(args: Namespace) -> int:
     """Returns pytest's status, or that of the style check where only the style is wrong."""
+    from labutils.course.extras import install_extra
+
+    if os.environ.get(NO_VENV) != "1":
+        for extra in EXTRAS:
+            install_extra(extra)
     style = 0 if args.rest else check_style()
     status = run_attached(pytest_command(args.rest, fast=args.fast), cwd=ROOT, env=one_thread_each(dict(os.environ)))
     if style:

@@ -8,7 +8,7 @@ Decoding one token multiplies every weight matrix by one vector, so its floor is
 * The matrix-vector kernel: on some CPUs PyTorch's BLAS does not use a second core for it, NumPy's does.
   `matvec="auto"` times both on this model's own matrices and keeps the faster.
 
-The fused matrices and the small steps between them are parameters: another chapter passes quantized ones.
+The fused matrices are a parameter, and `one_token` may be set: another chapter passes quantized ones and layers in C.
 
 NumPy and PyTorch share the memory of every array here; nothing is copied between them.
 """
@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from labutils.generation.cache import check_truncation
-from labutils.generation.llama_steps import Steps
+from labutils.generation.llama_steps import attend, rms_norm, swiglu
 from labutils.generation.sampling import greedy
 
 Choose = Callable[[Tensor], Tensor]
@@ -103,7 +103,9 @@ class FastLlama:
         max_length: Positions to make room for.
         matvec: `numpy`, `torch`, or `auto` to measure which is faster here, with the threads set now.
         fuse: Makes one matrix of layers that read the same input.
-        steps: What happens between the matrices; by default NumPy.
+
+    Attributes:
+        one_token: Sends one token's hidden state (1, width) through all layers at a position, in place; None for NumPy.
 
     Raises:
         ValueError: If the model differs from Llama in a way this decoder does not know.
@@ -116,14 +118,13 @@ class FastLlama:
         max_length: int,
         matvec: str = "auto",
         fuse: Fuse = Linear,
-        steps: Steps | None = None,
     ) -> None:
         config = model.config
         check_supported(config, max_length=max_length, matvec=matvec)
         self.max_length, self.length = max_length, 0
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.eps = np.float32(config.rms_norm_eps)
-        self.steps = steps or Steps()
+        self.one_token: Callable[[np.ndarray, int], None] | None = None
         self.embedding, self.tied = model.get_input_embeddings(), model.config.tie_word_embeddings
         self.layers = [Layer.of(layer, fuse) for layer in model.model.layers]
         self.final_gain = _array(model.model.norm.weight)
@@ -184,19 +185,23 @@ class FastLlama:
         start, end = self.length, self.length + len(token_ids)
         if not token_ids or end > self.max_length:
             raise ValueError(f"this decoder holds 1 to max_length={self.max_length} positions; got {start} to {end}")
-        norm, attend_to, gated = self.steps.rms_norm, self.steps.attend, self.steps.swiglu
-        cos, sin = self.cos[start:end], self.sin[start:end]
         with np.errstate(over="ignore"), torch.inference_mode():  # exp(-gate) may overflow to inf: the gate is 0 then
             hidden = self.embedding(torch.tensor(token_ids)).float().numpy()
-            for index, layer in enumerate(self.layers):
-                qkv = layer.qkv(norm(hidden, layer.attention_gain, self.eps), self.matvec)
-                mixed = attend_to(qkv, self.keys[index], self.values[index], cos, sin, start)
-                hidden += layer.output(mixed, self.matvec)
-                gate_up = layer.gate_up(norm(hidden, layer.mlp_gain, self.eps), self.matvec)
-                hidden += layer.down(gated(gate_up), self.matvec)
+            if self.one_token and len(token_ids) == 1:
+                self.one_token(hidden, start)
+            else:
+                self._through_layers(hidden, start, end)
             self.length = end
-            logits = self.head(norm(hidden[-1:], self.final_gain, self.eps), self.matvec)
+            logits = self.head(rms_norm(hidden[-1:], self.final_gain, self.eps), self.matvec)
         return torch.from_numpy(logits)
+
+    def _through_layers(self, hidden: np.ndarray, start: int, end: int) -> None:
+        cos, sin = self.cos[start:end], self.sin[start:end]
+        for index, layer in enumerate(self.layers):
+            qkv = layer.qkv(rms_norm(hidden, layer.attention_gain, self.eps), self.matvec)
+            hidden += layer.output(attend(qkv, self.keys[index], self.values[index], cos, sin, start), self.matvec)
+            gate_up = layer.gate_up(rms_norm(hidden, layer.mlp_gain, self.eps), self.matvec)
+            hidden += layer.down(swiglu(gate_up), self.matvec)
 
     def _matrices(self) -> list[Linear]:
         return [m for layer in self.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)] + [self.head]

@@ -1,8 +1,5 @@
 """What a Llama layer does between its matrices, in NumPy: normalise, attend, gate."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 from jaxtyping import Float
 
@@ -81,12 +78,3 @@ def softmax_(scores: np.ndarray) -> np.ndarray:
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=-1, keepdims=True)
     return scores
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What a decoder layer does besides its matrices."""
-
-    rms_norm: Callable[[np.ndarray, np.ndarray, np.float32], np.ndarray] = rms_norm
-    attend: Callable[..., np.ndarray] = attend
-    swiglu: Callable[[np.ndarray], np.ndarray] = swiglu

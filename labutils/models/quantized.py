@@ -17,21 +17,21 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from labutils.generation.fast_llama import FastLlama
-from labutils.generation.llama_steps import Steps
 from labutils.layers.linears import linear_layers, weight_of
 from labutils.models.checkpoint import verify_checksums, write_checksums
 from labutils.models.load import LanguageModel, LoadError
 from labutils.quantization.kernels import KernelError, find_kernels
 from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWeight, replace_packed_
-from labutils.quantization.packed_steps import Arena, FusedPacked, PackedSteps, arena_bytes
+from labutils.quantization.packed_steps import Arena, FusedPacked, OneToken, arena_bytes
 
 SCHEMES, WEIGHTS, VERSION = "quantization.json", "model.safetensors", 1
 
 
 def fast_packed_llama(model: nn.Module, *, max_length: int) -> FastLlama:
-    """`FastLlama` on a model whose linear layers are all packed: every step of a token in C.
+    """`FastLlama` on a model whose linear layers are all packed: a token's layers in one call into C.
 
-    The model's packed weights move into one piece of memory and are shared, not copied.
+    Where schemes differ among layers that read the same input, NumPy does what lies between the matrices. The model's
+    packed weights move into one piece of memory and are shared, not copied.
 
     Raises:
         KernelError: without the C kernels; the model's own forward pass works all the same.
@@ -41,8 +41,10 @@ def fast_packed_llama(model: nn.Module, *, max_length: int) -> FastLlama:
     if library is None:
         raise KernelError(reason)
     fuse = partial(FusedPacked, library, Arena(arena_bytes(list(packed_layers(model).values()))))
-    steps = PackedSteps(library, Steps(), max_length=max_length)
-    return FastLlama(model, max_length=max_length, matvec="numpy", fuse=fuse, steps=steps)
+    decoder = FastLlama(model, max_length=max_length, matvec="numpy", fuse=fuse)
+    if OneToken.fits(decoder):
+        decoder.one_token = OneToken(library, decoder)
+    return decoder
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:

@@ -65,7 +65,7 @@ def unpack_2_4(packed: Packed24) -> Float[Tensor, "out n"]:
     return kept.new_zeros(rows, columns // 4, 4).scatter_(-1, places, kept).view(rows, columns)
 
 
-# What lets a sum be reordered into vectors. Never -ffast-math: a library linked with it rounds subnormal numbers to zero
+# Lets a sum be reordered into vectors. Never -ffast-math: a library linked with it rounds subnormal numbers to zero
 # in the whole process that loads it.
 REORDER_SUMS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 

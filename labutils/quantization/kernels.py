@@ -19,6 +19,24 @@ class Weight(ctypes.Structure):
     ]
 
 
+class Layer(ctypes.Structure):
+    """`Layer` of steps.c: a decoder layer's gains, its part of the cache, and its matrices."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("attention_gain", "mlp_gain", "keys", "values")] + [
+        (name, Weight) for name in ("qkv", "output", "gate_up", "down")
+    ]
+
+
+class Shape(ctypes.Structure):
+    """`Shape` of steps.c: a decoder's sizes and its scratch memory."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("layers", "heads", "kv_heads", "dim", "max_length")),
+        *((name, ctypes.c_void_p) for name in ("narrow", "wide", "inner", "scores")),
+        ("eps", ctypes.c_float),
+    ]
+
+
 def read_sources() -> str:
     """The C text of all kernels."""
     return "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
@@ -32,9 +50,7 @@ def load_library(path: Path) -> ctypes.CDLL:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.packed_linear.argtypes = (ctypes.POINTER(Weight), pointer, pointer, count, count)
-    library.rms_norm.argtypes = (pointer, pointer, pointer, count, ctypes.c_float)
-    library.swiglu.argtypes = (pointer, pointer, count)
-    library.attend.argtypes = (*[pointer] * 7, *[count] * 5)
+    library.decode_layers.argtypes = (pointer, ctypes.POINTER(Shape), pointer, pointer, pointer, count, count)
     return library
 
 

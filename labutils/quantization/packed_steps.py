@@ -1,7 +1,7 @@
-"""One token through packed layers without PyTorch between them: fused matrices and C steps, for `FastLlama`.
+"""One token through packed layers without Python between them: fused matrices and C steps, for `FastLlama`.
 
 An operator of PyTorch costs ten microseconds before it computes; a decoding step has a dozen a layer. Here NumPy arrays
-go to the C kernels by address.
+go to the C kernels by address, and one token goes through all layers in one call.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from labutils.quantization.kernels import Weight, call_packed_linear
+from labutils.quantization.kernels import Layer, Shape, Weight, call_packed_linear
 from labutils.quantization.packed import ROWS, PackedLinear, PackedWeight
 
 HUGE_PAGE_BYTES = 2**21
@@ -88,41 +88,53 @@ def arena_bytes(layers: list[PackedLinear]) -> int:
     return sum(layer.packed.nbytes + 4 * layer.packed.out_features + 4 * 64 for layer in layers)
 
 
-class PackedSteps:
-    """`rms_norm`, `attend` and `swiglu` of one token in C; those of `many` for several tokens at once."""
+class OneToken:
+    """All layers of a `FastLlama` on packed weights for one token: one call into C.
 
-    def __init__(self, library: ctypes.CDLL, many: object, *, max_length: int) -> None:
-        self.library, self.many = library, many
-        self.scores = np.empty(max_length, np.float32)
+    Args:
+        library: the kernels.
+        decoder: a `FastLlama` whose matrices are `FusedPacked`.
+    """
 
-    def rms_norm(self, x: np.ndarray, gain: np.ndarray, eps: np.float32) -> np.ndarray:
-        """Returns x / sqrt(mean(x^2) + eps) * gain."""
-        if len(x) > 1:
-            return self.many.rms_norm(x, gain, eps)
-        y = np.empty_like(x)
-        self.library.rms_norm(x.ctypes.data, gain.ctypes.data, y.ctypes.data, x.shape[1], eps)
-        return y
+    def __init__(self, library: ctypes.CDLL, decoder: object) -> None:
+        self.library, self.decoder = library, decoder
+        made = [_layer(decoder, index) for index in range(len(decoder.layers))]
+        self.layers = (Layer * len(made))(*made)
+        first, (_, kv_heads, max_length, dim) = made[0], decoder.keys.shape
+        heads = first.qkv.out_features // dim - 2 * kv_heads
+        sizes = {
+            "narrow": first.qkv.in_features,
+            "wide": max(first.qkv.out_features, first.gate_up.out_features),
+            "inner": max(first.output.in_features, first.down.in_features),
+            "scores": max_length,
+        }
+        self.scratch = {name: np.empty(size, np.float32) for name, size in sizes.items()}
+        rooms = (array.ctypes.data for array in self.scratch.values())
+        self.shape = Shape(len(made), heads, kv_heads, dim, max_length, *rooms, decoder.eps)
 
-    def swiglu(self, gate_up: np.ndarray) -> np.ndarray:
-        """Returns silu(gate) * up."""
-        if len(gate_up) > 1:
-            return self.many.swiglu(gate_up)
-        y = np.empty((1, gate_up.shape[1] // 2), np.float32)
-        self.library.swiglu(gate_up.ctypes.data, y.ctypes.data, y.shape[1])
-        return y
+    @staticmethod
+    def fits(decoder: object) -> bool:
+        """Whether each layer's fused matrices have one scheme, and heads a multiple of 8 numbers."""
+        fused = (m for layer in decoder.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down))
+        return decoder.keys.shape[-1] % 8 == 0 and all(len(matrix.parts) == 1 for matrix in fused)
 
-    def attend(
-        self, qkv: np.ndarray, keys: np.ndarray, values: np.ndarray, cos: np.ndarray, sin: np.ndarray, start: int
-    ) -> np.ndarray:
-        """Rotates, stores and attends; overwrites qkv."""
-        kv_heads, max_length, dim = keys.shape
-        if len(qkv) > 1 or dim % 8:
-            return self.many.attend(qkv, keys, values, cos, sin, start)
-        heads = qkv.shape[1] // dim - 2 * kv_heads
-        out = np.empty((1, heads * dim), np.float32)
-        arrays = (qkv, cos, sin, keys, values, out, self.scores)
-        self.library.attend(*(a.ctypes.data for a in arrays), heads, kv_heads, dim, max_length, start)
-        return out
+    def __call__(self, hidden: Float[np.ndarray, "1 width"], position: int) -> None:
+        """Sends the token at `position` through all layers, in place; its keys and values join the cache.
+
+        Raises:
+            MemoryError: when there is no room for a token's codes.
+        """
+        cos, sin = (table[position].ctypes.data for table in (self.decoder.cos, self.decoder.sin))
+        threads = torch.get_num_threads()
+        if self.library.decode_layers(self.layers, self.shape, hidden.ctypes.data, cos, sin, position, threads):
+            raise MemoryError("no memory for the codes of a token")
+
+
+def _layer(decoder: object, index: int) -> Layer:
+    layer = decoder.layers[index]
+    arrays = (layer.attention_gain, layer.mlp_gain, decoder.keys[index], decoder.values[index])
+    matrices = (layer.qkv, layer.output, layer.gate_up, layer.down)
+    return Layer(*(array.ctypes.data for array in arrays), *(matrix.parts[0][0] for matrix in matrices))
 
 
 def _scheme(layer: PackedLinear) -> tuple:

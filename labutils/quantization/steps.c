@@ -1,5 +1,5 @@
-// What a decoder layer does for one token besides its matrices. Each step is small, but dozens of calls into Python for
-// each of them cost as much as a third of an int4 model's matrices. Compiled together with kernels.c.
+// All decoder layers for one token: between the matrices of kernels.c a dozen small steps a layer. Called from Python
+// one by one, they cost as much as a third of an int4 model's matrices. Compiled together with kernels.c.
 
 static inline f32x8 load8(const float *x, int64_t n, float rest) {  // n numbers, then `rest`
     f32x8 v = (f32x8){0} + rest;
@@ -22,7 +22,7 @@ static inline f32x8 exp8(f32x8 x) {
 }
 
 // y = x / sqrt(mean(x^2) + eps) * gain
-void rms_norm(const float *x, const float *gain, float *y, int64_t n, float eps) {
+static void rms_norm(const float *x, const float *gain, float *y, int64_t n, float eps) {
     f32x8 squares = {0};
     for (int64_t i = 0; i < n; i += 8) squares += load8(x + i, n - i, 0) * load8(x + i, n - i, 0);
     float scale = 1 / sqrtf(sum8(squares) / (float)n + eps);
@@ -30,7 +30,7 @@ void rms_norm(const float *x, const float *gain, float *y, int64_t n, float eps)
 }
 
 // y = gate / (1 + e^-gate) * up; gate and up lie one behind the other, n numbers each
-void swiglu(const float *gate_up, float *y, int64_t n) {
+static void swiglu(const float *gate_up, float *y, int64_t n) {
     for (int64_t i = 0; i < n; i += 8) {
         f32x8 gate = load8(gate_up + i, n - i, 0), up = load8(gate_up + n + i, n - i, 0);
         i32x8 positive = gate > 0;
@@ -73,8 +73,8 @@ static void attend_head(const float *q, const float *keys, const float *values, 
 
 // One token's attention: rotates its queries and keys (in place), stores key and value at `position`, attends to all
 // before and to itself. qkv (heads + 2 kv_heads, dim); keys, values (kv_heads, max_length, dim); dim a multiple of 8.
-void attend(float *qkv, const float *cosine, const float *sine, float *keys, float *values, float *out, float *scores,
-            int64_t heads, int64_t kv_heads, int64_t dim, int64_t max_length, int64_t position) {
+static void attend(float *qkv, const float *cosine, const float *sine, float *keys, float *values, float *out,
+                   float *scores, int64_t heads, int64_t kv_heads, int64_t dim, int64_t max_length, int64_t position) {
     for (int64_t head = 0; head < heads + kv_heads; head++) rotate(qkv + head * dim, cosine, sine, dim);
     for (int64_t kv = 0; kv < kv_heads; kv++) {
         float *its_keys = keys + kv * max_length * dim, *its_values = values + kv * max_length * dim;
@@ -83,4 +83,41 @@ void attend(float *qkv, const float *cosine, const float *sine, float *keys, flo
         for (int64_t head = kv * heads / kv_heads; head < (kv + 1) * heads / kv_heads; head++)
             attend_head(qkv + head * dim, its_keys, its_values, out + head * dim, scores, dim, position + 1);
     }
+}
+
+typedef struct {
+    const float *attention_gain, *mlp_gain;
+    float *keys, *values;  // this layer's cache, (kv_heads, max_length, dim)
+    Weight qkv, output, gate_up, down;
+} Layer;
+
+typedef struct {
+    int64_t layers, heads, kv_heads, dim, max_length;
+    float *narrow, *wide, *inner, *scores;  // room for: hidden; qkv or gate_up; heads * dim or the MLP; max_length
+    float eps;
+} Shape;
+
+static void add(float *x, const float *y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] += y[i];
+}
+
+// hidden += attention(norm(hidden)); hidden += mlp(norm(hidden)); layer by layer. Returns 0, or 1 without memory.
+int decode_layers(const Layer *layer, const Shape *s, float *hidden, const float *cosine, const float *sine,
+                  int64_t position, int64_t threads) {
+    int failed = 0;
+    for (const Layer *end = layer + s->layers; layer < end; layer++) {
+        int64_t width = layer->qkv.in;
+        rms_norm(hidden, layer->attention_gain, s->narrow, width, s->eps);
+        failed |= packed_linear(&layer->qkv, s->narrow, s->wide, 1, threads);
+        attend(s->wide, cosine, sine, layer->keys, layer->values, s->inner, s->scores, s->heads, s->kv_heads, s->dim,
+               s->max_length, position);
+        failed |= packed_linear(&layer->output, s->inner, s->narrow, 1, threads);
+        add(hidden, s->narrow, width);
+        rms_norm(hidden, layer->mlp_gain, s->narrow, width, s->eps);
+        failed |= packed_linear(&layer->gate_up, s->narrow, s->wide, 1, threads);
+        swiglu(s->wide, s->inner, layer->down.in);
+        failed |= packed_linear(&layer->down, s->inner, s->narrow, 1, threads);
+        add(hidden, s->narrow, width);
+    }
+    return failed;
 }

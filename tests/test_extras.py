@@ -1,0 +1,64 @@
+"""An optional extra is installed once, by pip, with the course's pins where the environment is the course's own."""
+
+import subprocess
+import sys
+
+import pytest
+
+from labutils.course.extras import install_extra, missing_packages
+
+
+@pytest.fixture
+def root(tmp_path):
+    text = '[project.optional-dependencies]\nhere = ["numpy>=1"]\naway = ["a-package-that-nobody-has>=1"]\n'
+    (tmp_path / "pyproject.toml").write_text(text, encoding="utf-8")
+    (tmp_path / "constraints.txt").write_text("", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    calls = []
+
+    def run(command, **_):
+        calls.append(command[2:])
+        return subprocess.CompletedProcess(command, pip.status, "", "a line\nERROR: no such package\n")
+
+    pip = run
+    pip.status, pip.calls = 0, calls
+    monkeypatch.setattr(subprocess, "run", run)
+    return pip
+
+
+def test_missing_packages_are_those_not_met(root):
+    assert missing_packages("here", root) == []
+    assert missing_packages("away", root) == ["a-package-that-nobody-has>=1"]
+
+
+def test_install_extra_asks_for_nothing_that_is_there(root, pip):
+    assert install_extra("here", root)
+    assert pip.calls == []
+
+
+def test_install_extra_installs_what_is_missing(root, pip, capsys):
+    assert install_extra("away", root)
+    assert pip.calls[0][:2] == ["pip", "install"] and "a-package-that-nobody-has>=1" in pip.calls[0]
+    assert "-c" not in pip.calls[0]
+    assert "a-package-that-nobody-has" in capsys.readouterr().out
+
+
+def test_install_extra_keeps_the_pins_in_the_courses_own_environment(root, pip, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(root / ".venv"))
+    install_extra("away", root)
+    assert pip.calls[0][-2:] == ["-c", str(root / "constraints.txt")]
+
+
+def test_install_extra_says_in_a_sentence_what_failed(root, pip, capsys):
+    pip.status = 1
+    assert not install_extra("away", root)
+    assert "'away' could not be installed, and what needs it is left out: ERROR: no such" in capsys.readouterr().out
+
+
+def test_an_unknown_extra_is_refused(root):
+    with pytest.raises(ValueError, match=r"must be an extra .*\(here, away\); got 'gpu'"):
+        missing_packages("gpu", root)
