@@ -1,4 +1,4 @@
-"""`dispatch` on an engine of plain objects, whose faults happen exactly when a test says so; Dask's own are elsewhere."""
+"""`dispatch` on an engine of plain objects, whose faults come when a test says so; Dask's own are elsewhere."""
 
 import os
 import subprocess
@@ -113,7 +113,7 @@ def test_a_function_that_loses_answers_is_an_error_of_each_request():
 
 
 def test_an_answer_that_cannot_be_pickled_is_a_named_error():
-    answers, _ = run([1, 2], PlainEngine(), Settings(max_requests=2), lambda batch: [lambda: x for x in batch])
+    answers, _ = run([1, 2], PlainEngine(), Settings(max_requests=2), lambda batch: [lambda: 0 for _ in batch])
     assert all(a.value is None and "pickle" in a.error.lower() for a in answers)
 
 

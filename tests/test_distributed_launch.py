@@ -97,7 +97,8 @@ def test_launch_ends_a_stopped_rank_and_says_where_the_others_stood():
 
 
 def in_another_process(folder):
-    code = f"from labutils.distributed.launch import launch; launch('rank_tasks:sleeps_for_ever', 2, {{'pid_folder': {str(folder)!r}}})"
+    call = f"launch('rank_tasks:sleeps_for_ever', 2, {{'pid_folder': {str(folder)!r}}})"
+    code = f"from labutils.distributed.launch import launch; {call}"
     environ = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
     kernel = subprocess.Popen([sys.executable, "-c", code], env=environ, stderr=subprocess.DEVNULL)
     wait_until(lambda: len(list(folder.glob("*.pid"))) == 2, "the ranks did not start")

@@ -1,4 +1,4 @@
-"""Models over ranks equal the single process: tensor, pipeline, context and expert parallelism, by hand and by library."""
+"""Models over ranks equal the single process: by hand and by library."""
 
 import random
 import sys

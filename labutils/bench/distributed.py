@@ -1,4 +1,4 @@
-"""`bench distributed`: policies on an uneven cluster, overhead of dispatch, the pipeline's bubble, each with its bar."""
+"""`bench distributed`: policies on an uneven cluster, the cost of dispatch, a pipeline's bubble, each with its bar."""
 
 import functools
 import statistics

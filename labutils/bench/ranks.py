@@ -1,4 +1,4 @@
-"""What chapter 09 and `bench distributed` let ranks do; a rank imports its function, so it cannot live in a notebook."""
+"""What chapter 09 and `bench distributed` let ranks do; ranks import it, so it cannot live in a notebook."""
 
 import importlib.util
 import math
@@ -35,7 +35,7 @@ def divides(dividend: float, divisors: Sequence[float]) -> float:
 
 
 def paced_pipeline(pace_s: float, counts: Sequence[int]) -> dict[int, list[tuple[float, float]]]:
-    """Sends each number of micro-batches through stages that sleep `pace_s` for each: work is simulated, waiting real."""
+    """Sends micro-batches through stages that sleep `pace_s` for each: the work is simulated, the waiting real."""
     comm, found = Comm(), {}
 
     def forward(x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def two_ranks(name: str, token_ids: Tensor, new_tokens: int, links: Mapping[str,
 
 
 def loopback_bytes(megabytes: float, rounds: int) -> tuple[float, int]:
-    """Bytes that the kernel counted on the loopback during all-reduces, and what the ring formula says for all ranks."""
+    """Bytes that the kernel counted on the loopback during all-reduces, and the ring formula's for all ranks."""
     import psutil
 
     comm, tensor = Comm(), torch.ones(math.ceil(megabytes * 1e6 / 4))

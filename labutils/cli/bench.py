@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-HELP = "measure and compare: `bench decode` (every path), `bench quantization` (int8, int4), `bench pruning` (zeros), `bench distributed`"
+HELP = "measure and compare: `bench decode` (every path), `bench quantization`, `bench pruning`, `bench distributed`"
 NEEDS_ENVIRONMENT = True
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
 

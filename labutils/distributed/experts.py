@@ -1,4 +1,4 @@
-"""Expert parallelism: experts over ranks, tokens travel to them and back (GShard, Lepikhin et al. 2020, arXiv:2006.16668)."""
+"""Expert parallelism: experts over ranks, tokens travel there and back (Lepikhin et al. 2020, arXiv:2006.16668)."""
 
 from collections.abc import Callable, Sequence
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from labutils.distributed.collectives import Comm
@@ -36,6 +36,17 @@ def bubble(stages: int, micro_batches: int) -> float:
     (0.75, 0.25)
     """
     return (stages - 1) / (micro_batches + stages - 1)
+
+
+def pipeline_s(stage_s: Sequence[float], micro_batches: int) -> float:
+    """Returns when the last micro-batch leaves the last stage: the first passes all stages, the slowest sets the pace.
+
+    sum(t) + (m-1) max(t), for stages that take the same time for every micro-batch.
+
+    >>> pipeline_s([1.0, 3.0], 2)
+    7.0
+    """
+    return sum(stage_s) + (micro_batches - 1) * max(stage_s)
 
 
 class Stage:

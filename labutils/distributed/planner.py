@@ -1,7 +1,7 @@
 """Which mesh for a model? Memory and time of one decoding step for every data x tensor x pipeline split.
 
 The model is deliberately simple: decoding reads every weight once (memory-bound), messages cost what `Link` says, and
-a stage that waits does nothing else. Ring and pipeline formulas: Megatron-LM (arXiv:1909.08053), GPipe (arXiv:1811.06965).
+a stage that waits does nothing else. Formulas: Megatron-LM (arXiv:1909.08053), GPipe (arXiv:1811.06965).
 """
 
 from dataclasses import dataclass

@@ -67,7 +67,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def main(target: str, folder: Path, backend: str) -> None:
-    """Runs `target(**args)` as one rank. A failure keeps the time, so that the first one can be told from its echoes."""
+    """Runs `target(**args)` as one rank. A failure keeps its time: the first one can be told from its echoes."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     watch_stdin(folder / f"{rank}.stack")
     write(folder / f"{rank}.pid", str(os.getpid()).encode())
