@@ -85,7 +85,10 @@ def synchronised():
 
 
 def everything(names=MODELS, pipelined="llama-gqa-tied"):
+    large = dist.get_world_size() == 4
     return {
+        "mesh": mesh(tensor=2) if large else None,
+        "refusal": refusal() if large else None,
         "tensor": tensor_parallel(names),
         "pipeline": pipeline(pipelined),
         "ring": ring(8),
@@ -129,3 +132,11 @@ def seconds_of_messages(count, nbytes):
     for _ in range(count):
         dist.all_reduce(tensor)
     return time.monotonic() - began, float(tensor[0])
+
+
+def refusal():
+    """What is said to more ranks than layers."""
+    try:
+        pipeline("llama-gqa-tied")
+    except ValueError as error:
+        return str(error)

@@ -13,7 +13,7 @@ from tiny_models import random_ids, tiny_model
 from torch.nn.functional import scaled_dot_product_attention
 
 from labutils.distributed.collectives import Link, all_reduce_bytes, checksum
-from labutils.distributed.launch import RankError, launch
+from labutils.distributed.launch import launch
 from labutils.distributed.pipeline import bubble, measured_bubble, stage_layers
 from labutils.distributed.ring_attention import merge_attention, partial_attention
 from labutils.distributed.tensor_parallel import heads_of, span
@@ -120,21 +120,20 @@ def test_torch_s_and_transformers_own_parallelism_give_the_same(library_aside, t
         assert torch.equal(rank["pipeline"], model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0))
 
 
-@pytest.mark.slow
-def test_a_mesh_of_tensor_and_pipeline_equals_the_single_process():
-    found = launch("rank_models:mesh", 4, {"tensor": 2}, timeout_s=400)
-    expected = tiny_model("llama-gqa-tied").generate(
-        random_ids(**IDS), max_new_tokens=5, do_sample=False, pad_token_id=0
-    )
+def test_a_mesh_of_tensor_and_pipeline_equals_the_single_process(found):
+    if len(found) < 4:
+        assert found[0]["mesh"] is None
+        return
+    ids = random_ids(**IDS)
+    expected = tiny_model("llama-gqa-tied").generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
     # ranks 0 and 1 are the first stage's two slices, 2 and 3 the last one's
-    assert found[0] == found[1] == []
-    assert torch.equal(found[2][0], expected) and torch.equal(found[3][0], expected)
+    assert found[0]["mesh"] == found[1]["mesh"] == []
+    assert torch.equal(found[2]["mesh"][0], expected) and torch.equal(found[3]["mesh"][0], expected)
 
 
-@pytest.mark.slow
-def test_more_ranks_than_layers_is_one_clear_sentence():
-    with pytest.raises(RankError, match="between 1 and num_hidden_layers=3 stages; got 4"):
-        launch("rank_models:pipeline", 4, {"name": "llama-gqa-tied"}, timeout_s=400)
+def test_more_ranks_than_layers_is_one_clear_sentence(found):
+    words = "a pipeline needs between 1 and num_hidden_layers=3 stages; got 4" if len(found) == 4 else None
+    assert [rank["refusal"] for rank in found] == [words] * len(found)
 
 
 @given(st.integers(0, 300), st.integers(1, 9))

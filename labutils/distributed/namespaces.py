@@ -1,7 +1,7 @@
 """A real slow link on one Linux machine: two network namespaces, a virtual cable, and the kernel's traffic shaper.
 
-Nothing is simulated here but the distance: bytes go through the kernel's network stack at the rate that `tc` allows. Needs
-root. Everything it makes disappears with the block.
+Nothing is simulated here but the distance: bytes go through the kernel's network stack at the rate that `tc` allows.
+Needs root. Everything it makes disappears with the block.
 """
 
 import contextlib

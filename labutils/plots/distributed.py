@@ -1,0 +1,40 @@
+"""Figures of chapter 09: policies against the ideal, who worked when, seconds over links."""
+
+from collections.abc import Mapping, Sequence
+
+from labutils.plots.style import PALETTE, series_style
+
+HATCHES = ("", "//", "..", "xx", "\\\\")
+
+
+def draw_policies(axes, seconds: Mapping[str, float], ideal_s: float) -> None:
+    """Draws a bar per policy and the time that no schedule can beat."""
+    bars = axes.bar(list(seconds), list(seconds.values()), color=PALETTE[: len(seconds)])
+    for bar, hatch in zip(bars, HATCHES, strict=False):
+        bar.set_hatch(hatch)
+    axes.bar_label(bars, [f"{s / ideal_s:.2f} x" for s in seconds.values()])
+    axes.axhline(ideal_s, color="black", linestyle="--", label=f"ideal, {ideal_s:.2f} s")
+    axes.set(xlabel="policy", ylabel="time for all requests (s)")
+    axes.margins(y=0.12)
+    axes.legend()
+
+
+def draw_pipeline(axes, times_by_rank: Sequence[Sequence[tuple[float, float]]]) -> None:
+    """Draws when each stage worked on which micro-batch; what is white is the bubble."""
+    origin = min(begin for times in times_by_rank for begin, _ in times)
+    for rank, times in enumerate(times_by_rank):
+        for number, (begin, end) in enumerate(times):
+            colour = PALETTE[number % (len(PALETTE) - 1)]
+            axes.barh(rank, end - begin, left=begin - origin, color=colour, edgecolor="black")
+            axes.text((begin + end) / 2 - origin, rank, str(number), ha="center", va="center", fontweight="bold")
+    axes.set(xlabel="time (s)", ylabel="stage", yticks=range(len(times_by_rank)))
+    axes.invert_yaxis()
+
+
+def draw_links(axes, milliseconds: Mapping[str, Mapping[str, float]]) -> None:
+    """Draws milliseconds a token over links, a line for each way of splitting."""
+    for index, (way, by_link) in enumerate(milliseconds.items()):
+        axes.plot(list(by_link), list(by_link.values()), label=way, **series_style(index))
+    axes.set(yscale="log", xlabel="link", ylabel="time per token (ms)")
+    axes.grid(alpha=0.25)
+    axes.legend()
