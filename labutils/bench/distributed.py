@@ -32,9 +32,11 @@ def echo(batch: list) -> list:
 @functools.cache
 def _lablm():
     import torch
+    from transformers.utils import logging
 
     from labutils.models.load import load_model
 
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
     return load_model("lablm")
 
@@ -73,8 +75,9 @@ def measured_rates(engine: Engine, function: Callable[[list], list], requests: l
     """Returns each node's requests/s: every node answers all of them, one by one, while the others rest."""
     rates = {}
     for name, address in engine.nodes().items():
-        began = time.perf_counter()
         only = _OnlyNode(engine, name, address)
+        list(dispatch(requests[:1], function, only))  # the warm-up: a node imports the function's module
+        began = time.perf_counter()
         count = sum(1 for _ in dispatch(requests, function, only))
         rates[name] = count / (time.perf_counter() - began)
     return rates

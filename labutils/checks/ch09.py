@@ -152,9 +152,9 @@ def weighted_shares(answer):
         answer,
         parts.weighted_shares,
         cases=[
-            {"count": 10, "rates": [50.0, 25.0, 6.25]},
+            {"count": 10, "rates": [25.0, 50.0, 6.25]},
             {"count": 11, "rates": [1.0, 1.0, 1.0]},
-            {"count": 9, "rates": [3.0, 2.9, 2.8, 0.4]},
+            {"count": 9, "rates": [0.4, 2.9, 3.0, 2.8]},
             {"count": 7, "rates": [0.1, 5.0]},
         ],
         mistakes=[

@@ -90,7 +90,7 @@ def heads_of(answer):
         mine = list(range(rank, heads, ranks))
         return mine, sorted({q // (heads // kv_heads) for q in mine})
 
-    cases = [(0, 2, 4, 2), (1, 2, 4, 2), (3, 4, 4, 2), (1, 2, 8, 8), (1, 4, 16, 2)]
+    cases = [(1, 2, 4, 2), (0, 4, 4, 2), (2, 4, 4, 2), (1, 2, 8, 8), (1, 4, 16, 2), (1, 4, 8, 4)]
     expect_function(
         answer,
         reference,
@@ -165,7 +165,7 @@ def pipeline_s(answer):
         pipeline.pipeline_s,
         cases=[
             {"stage_s": [1.0, 1.0, 1.0], "micro_batches": 4},
-            {"stage_s": [1.0, 3.0, 2.0], "micro_batches": 5},
+            {"stage_s": [1.0, 3.0, 1.5], "micro_batches": 5},
             {"stage_s": [2.0], "micro_batches": 3},
         ],
         mistakes=[

@@ -18,8 +18,6 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,11 +25,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from labutils.distributed.launch import RankError, launch
 from labutils.models.load import load_model
 from labutils.plots import distributed as plots
 
+transformers_logging.disable_progress_bar()
 cores = os.cpu_count()
 print(f"{cores} cores, {torch.cuda.device_count()} GPUs; ranks run on the CPU over gloo, one thread each")
 
@@ -631,7 +631,7 @@ print({way: round(times["this machine's loopback"], 1) for way, times in per_tok
 # ## 9 · What a slow link does
 #
 # Count messages for one token of LabLM's 6 layers: tensor parallelism waits for 13 all-reduces and an all-gather, one after the other; a pipeline of
-# two stages for one message and the token back. So latency is multiplied by about 28 (a ring of two has two steps an all-reduce) or by 2.
+# two stages for one message and the token back. So latency counts 27 times (in a ring of two an all-reduce has two steps) or twice.
 #
 # **Predict:** at 5 ms latency, how long is a token in each?
 
