@@ -76,29 +76,32 @@ def _detached(value):
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
+def _greedy(lengths, order, fits):
+    batches = []
+    for i in order:
+        if batches and fits([*batches[-1], i], lengths):
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _arrival(lengths, max_tokens):
+    fits = lambda batch, sizes: len(batch) * max(sizes[j] for j in batch) <= max_tokens  # noqa: E731
+    return _greedy(lengths, range(len(lengths)), fits)
+
+
+def _by_sum(lengths, max_tokens):
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    return _greedy(lengths, order, lambda batch, sizes: sum(sizes[j] for j in batch) <= max_tokens)
+
+
 @exercise("9.2")
 def partition(answer):
     """Batches of similar length, each within its padded budget."""
 
     def reference(lengths, max_tokens):
         return parts.partition(lengths, max_requests=len(lengths), max_tokens=max_tokens)
-
-    def greedy(lengths, order, fits):
-        batches = []
-        for i in order:
-            if batches and fits([*batches[-1], i], lengths):
-                batches[-1].append(i)
-            else:
-                batches.append([i])
-        return batches
-
-    def arrival(lengths, max_tokens):
-        fits = lambda batch, sizes: len(batch) * max(sizes[j] for j in batch) <= max_tokens  # noqa: E731
-        return greedy(lengths, range(len(lengths)), fits)
-
-    def by_sum(lengths, max_tokens):
-        order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-        return greedy(lengths, order, lambda batch, sizes: sum(sizes[j] for j in batch) <= max_tokens)
 
     def strict(lengths, max_tokens):
         return parts.partition(lengths, max_requests=len(lengths), max_tokens=max_tokens - 1)
@@ -113,10 +116,10 @@ def partition(answer):
         ],
         mistakes=[
             (
-                arrival,
+                _arrival,
                 "in the order of arrival: sort the ids by length first, or short requests pad along with long ones",
             ),
-            (by_sum, "the sum of the lengths is not what a batch costs: each request is padded to the longest"),
+            (_by_sum, "the sum of the lengths is not what a batch costs: each request is padded to the longest"),
             (strict, "a batch of exactly max_tokens positions is allowed: compare with <="),
             (
                 lambda lengths, max_tokens: [[lengths[i] for i in batch] for batch in reference(lengths, max_tokens)],

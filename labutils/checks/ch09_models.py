@@ -16,26 +16,30 @@ def _mlp(x, gate, up, down):
     return (silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
+def _rows(weight, rank, ranks):
+    return list(tensor_parallel.span(weight.shape[0], rank, ranks))
+
+
+def _by_outputs(x, gate, up, down, rank, ranks):
+    return _mlp(x, gate, up, down[_rows(down, rank, ranks)])
+
+
+def _by_inputs(x, gate, up, down, rank, ranks):
+    part = list(tensor_parallel.span(x.shape[1], rank, ranks))
+    return _mlp(x[:, part], gate[:, part], up[:, part], down)
+
+
+def _interleaved(x, gate, up, down, rank, ranks):
+    return _mlp(x, gate[rank::ranks], up[rank::ranks], down[:, _rows(gate, rank, ranks)])
+
+
 @exercise("9.6")
 def mlp_part(answer):
     """One rank's contribution to a SwiGLU layer."""
 
-    def rows(weight, rank, ranks):
-        return list(tensor_parallel.span(weight.shape[0], rank, ranks))
-
     def reference(x, gate, up, down, rank, ranks):
-        mine = rows(gate, rank, ranks)
+        mine = _rows(gate, rank, ranks)
         return _mlp(x, gate[mine], up[mine], down[:, mine])
-
-    def by_outputs(x, gate, up, down, rank, ranks):
-        return _mlp(x, gate, up, down[rows(down, rank, ranks)])
-
-    def by_inputs(x, gate, up, down, rank, ranks):
-        part = list(tensor_parallel.span(x.shape[1], rank, ranks))
-        return _mlp(x[:, part], gate[:, part], up[:, part], down)
-
-    def interleaved(x, gate, up, down, rank, ranks):
-        return _mlp(x, gate[rank::ranks], up[rank::ranks], down[:, rows(gate, rank, ranks)])
 
     weights = {"gate": _random(4, 6, seed=1), "up": _random(4, 6, seed=2), "down": _random(6, 4, seed=3)}
     expect_function(
@@ -54,13 +58,13 @@ def mlp_part(answer):
                 lambda x, gate, up, down, rank, ranks: _mlp(x, gate, up, down) / ranks,
                 "the whole layer divided by `ranks` adds up, but each rank did all the work: use its own neurons",
             ),
-            (by_outputs, "down was cut by its outputs: its *inputs* are the neurons, so cut its columns"),
+            (_by_outputs, "down was cut by its outputs: its *inputs* are the neurons, so cut its columns"),
             (
-                by_inputs,
+                _by_inputs,
                 "the first two were cut by their inputs: then SiLU would need an all-reduce before it; cut by rows",
             ),
             (
-                interleaved,
+                _interleaved,
                 "gate and up took every ranks-th neuron, down a contiguous block: all three need the same ones",
             ),
             (
@@ -69,6 +73,11 @@ def mlp_part(answer):
             ),
         ],
     )
+
+
+def _every_other_head(rank, ranks, heads, kv_heads):
+    mine = list(range(rank, heads, ranks))
+    return mine, sorted({q // (heads // kv_heads) for q in mine})
 
 
 @exercise("9.7")
@@ -85,10 +94,6 @@ def heads_of(answer):
             return queries, make(queries, rank, ranks, heads, kv_heads)
 
         return wrong
-
-    def interleaved(rank, ranks, heads, kv_heads):
-        mine = list(range(rank, heads, ranks))
-        return mine, sorted({q // (heads // kv_heads) for q in mine})
 
     cases = [(1, 2, 4, 2), (0, 4, 4, 2), (2, 4, 4, 2), (1, 2, 8, 8), (1, 4, 16, 2), (1, 4, 8, 4)]
     expect_function(
@@ -116,7 +121,7 @@ def heads_of(answer):
                 variant(lambda queries, rank, ranks, heads, kv_heads: sorted({q % kv_heads for q in queries})),
                 "`%` deals the keys out in turn: neighbouring queries share one, so divide: q // (heads // kv_heads)",
             ),
-            (interleaved, "every ranks-th query head: a rank holds neighbouring heads, which share their keys"),
+            (_every_other_head, "every ranks-th query head: a rank holds neighbouring heads, which share their keys"),
         ],
     )
 
@@ -190,24 +195,25 @@ def pipeline_s(answer):
     )
 
 
+def _two_parts(seed, sizes):
+    q, k, v = (
+        _random(2, 3, 4, seed=seed),
+        _random(2, sum(sizes), 4, seed=seed + 1),
+        _random(2, sum(sizes), 4, seed=seed + 2),
+    )
+    parts = [
+        ring_attention.partial_attention(3 * q, keys, values, offset=99)
+        for keys, values in zip(k.split(sizes, dim=1), v.split(sizes, dim=1), strict=True)
+    ]
+    names = ("output", "log_sum"), ("other", "other_log_sum")
+    return {
+        name: value for part, pair in zip(parts, names, strict=True) for name, value in zip(pair, part, strict=True)
+    }
+
+
 @exercise("9.10")
 def merge_attention(answer):
     """Attention over two sets of keys, joined."""
-
-    def case(seed, sizes):
-        q, k, v = (
-            _random(2, 3, 4, seed=seed),
-            _random(2, sum(sizes), 4, seed=seed + 1),
-            _random(2, sum(sizes), 4, seed=seed + 2),
-        )
-        parts = [
-            ring_attention.partial_attention(3 * q, keys, values, offset=99)
-            for keys, values in zip(k.split(sizes, dim=1), v.split(sizes, dim=1), strict=True)
-        ]
-        names = ("output", "log_sum"), ("other", "other_log_sum")
-        return {
-            name: value for part, pair in zip(parts, names, strict=True) for name, value in zip(pair, part, strict=True)
-        }
 
     def reference(output, log_sum, other, other_log_sum):
         return ring_attention.merge_attention(output, log_sum, other, other_log_sum)[0]
@@ -218,7 +224,7 @@ def merge_attention(answer):
     expect_function(
         answer,
         reference,
-        cases=[case(0, [5, 2]), case(7, [1, 6])],
+        cases=[_two_parts(0, [5, 2]), _two_parts(7, [1, 6])],
         rtol=1e-4,
         atol=1e-6,
         mistakes=[

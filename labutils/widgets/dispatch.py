@@ -48,7 +48,7 @@ def show_progress(total: int, box: widgets.VBox) -> Callable[[Report], None]:
         for node, count in sorted(report.per_node.items()):
             if node not in bars:
                 bars[node] = widgets.IntProgress(min=0, max=total, description=node)
-                box.children = (*box.children, bars[node])
+                box.children = (box.children[0], *(bars[name] for name in sorted(bars)))
             bars[node].value = count
         box.children[0].value = progress_line(report, total)
 
