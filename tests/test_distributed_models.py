@@ -136,6 +136,12 @@ def test_more_ranks_than_layers_is_one_clear_sentence(found):
     assert [rank["refusal"] for rank in found] == [words] * len(found)
 
 
+@pytest.mark.slow
+def test_the_kernel_counts_the_bytes_that_the_ring_formula_says():
+    counted, predicted = launch("labutils.bench.ranks:loopback_bytes", 2, {"megabytes": 32, "rounds": 4})[0]
+    assert 1.0 <= counted / predicted < 1.1  # headers, and whatever else uses the loopback meanwhile
+
+
 @given(st.integers(0, 300), st.integers(1, 9))
 def test_span_covers_everything_once_and_evenly(size, ranks):
     parts = [span(size, rank, ranks) for rank in range(ranks)]

@@ -146,7 +146,8 @@ def two_ranks(name: str, token_ids: Tensor, new_tokens: int, links: Mapping[str,
 
         logits = tensor_parallel_(load_model(name).model, Comm())(token_ids, use_cache=False).logits
     over = over_links(name, token_ids, new_tokens, links, repeats)
-    return {"by hand": logits, **library_logits(name, token_ids), "over": over}
+    counted = loopback_bytes(megabytes=8, rounds=4)
+    return {"by hand": logits, **library_logits(name, token_ids), "over": over, "loopback": counted}
 
 
 def loopback_bytes(megabytes: float, rounds: int) -> tuple[float, int]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from matplotlib.ticker import LogLocator, NullLocator
+
 from labutils.plots.style import PALETTE, series_style
 
 HATCHES = ("", "//", "..", "xx", "\\\\")
@@ -26,7 +28,8 @@ def draw_pipeline(axes, times_by_rank: Sequence[Sequence[tuple[float, float]]]) 
         for number, (begin, end) in enumerate(times):
             colour = PALETTE[number % (len(PALETTE) - 1)]
             axes.barh(rank, end - begin, left=begin - origin, color=colour, edgecolor="black")
-            axes.text((begin + end) / 2 - origin, rank, str(number), ha="center", va="center", fontweight="bold")
+            label = axes.text((begin + end) / 2 - origin, rank, str(number), ha="center", va="center")
+            label.set_bbox({"boxstyle": "circle", "facecolor": "white", "edgecolor": "none", "pad": 0.2})
     axes.set(xlabel="time (s)", ylabel="stage", yticks=range(len(times_by_rank)))
     axes.invert_yaxis()
 
@@ -36,5 +39,8 @@ def draw_links(axes, milliseconds: Mapping[str, Mapping[str, float]]) -> None:
     for index, (way, by_link) in enumerate(milliseconds.items()):
         axes.plot(list(by_link), list(by_link.values()), label=way, **series_style(index))
     axes.set(yscale="log", xlabel="link", ylabel="time per token (ms)")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.25)
     axes.legend()

@@ -7,8 +7,8 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapter 01; 00 for the set-up |
-# | Time | 3 hours for you; all cells run in two to three minutes on two shared cores (measured: 150 s, the cores shared) |
-# | Memory, download | 2.5 GB at the peak, all processes together; nothing is downloaded |
+# | Time | 3 hours for you; all cells run in three to four minutes on two cores (measured: 192 and 260 s, the cores shared with other work) |
+# | Memory, download | 2 GB at the peak, all processes together; nothing is downloaded |
 # | Hardware | any computer: devices are processes here. With several GPUs the same code uses NCCL |
 # | Exercises | 11, each checked in the cell below it |
 
@@ -546,7 +546,7 @@ print(f"a step of 4 requests: {dict(calls)}; {sent['all_reduce']} bytes in all-r
 # formula (others on this machine use the loopback, too, so the counter may be a little higher):
 
 # %%
-measured, predicted = launch("labutils.bench.ranks:loopback_bytes", 2, {"megabytes": 8, "rounds": 4}, device="cpu")[0]
+measured, predicted = two[0]["loopback"]
 print(f"loopback counter {measured / 1e6:.1f} MB, formula {predicted / 1e6:.1f} MB: {measured / predicted:.3f} times")
 
 # %% [markdown]
@@ -589,6 +589,8 @@ ch09_models.pipeline_s(pipeline_s)
 
 # %%
 from labutils.distributed.pipeline import bubble, measured_bubble
+from labutils.measurement.threads import thread_count
+from labutils.measurement.timing import measure
 
 COUNTS = (1, 2, 4, 8)
 four = launch("labutils.bench.ranks:four_ranks", 4, {"pace_s": 0.1, "counts": COUNTS}, device="cpu")
@@ -617,15 +619,17 @@ per_token = {
     way: {link: statistics.median(two[0]["over"]["seconds"][way, link]) / NEW * 1e3 for link in LINKS}
     for way in ("tensor", "pipeline")
 }
-began = time.perf_counter()
-greedy(model, batch, NEW)
-one_process = (time.perf_counter() - began) / NEW * 1e3
-print(f"loopback, 4 requests, ms a token: {one_process:.1f} in one process, once;", end=" ")
-print({way: round(times["this machine's loopback"], 1) for way, times in per_token.items()}, "medians of 3")
+with thread_count(1):
+    alone = measure(lambda: greedy(model, batch, NEW), name="one process", repeats=5, warmup=1)
+print(
+    f"4 requests, float32, ms a token: one process {alone.median_s / NEW * 1e3:.1f} (median of 5, 1 thread);", end=" "
+)
+print({way: round(times["this machine's loopback"], 1) for way, times in per_token.items()}, "(two ranks, of 3)")
 
 # %% [markdown]
-# **Explain.** LabLM is tiny: its matrices take less time than the messages, so *both ways lose* to one process here. They pay where a
-# model does not fit or its weights take long to read: gpt-fast reports 1.61, 2.42 and 3.13 times the speed on 2, 4 and 8 GPUs with NVLink.
+# **Explain.** LabLM is tiny: its matrices take little time beside the messages, so tensor parallelism *loses* to one process here, and a
+# pipeline gains nothing or little. Both pay where a model does not fit or its weights take long to read: gpt-fast reports 1.61, 2.42 and
+# 3.13 times the speed on 2, 4 and 8 GPUs with NVLink.
 
 # %% [markdown]
 # ## 9 · What a slow link does
