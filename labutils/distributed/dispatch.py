@@ -140,7 +140,7 @@ def dispatch(
 @dataclass
 class _Batch:
     ids: list[int]
-    alone: bool = False  # it was on a lost node: it gets a node for itself, so that the blame is clear
+    alone: bool = False  # it was on a lost node: it is sent to an idle one, so that the blame is clear
 
 
 @dataclass
@@ -213,21 +213,18 @@ class _Run:
         """Hands batches to nodes that have room, one each in turn, so that the last ones spread out."""
         usable = self.usable()
         held = Counter(placed.node for placed in self.running.values())
-        busy_alone = {placed.node for placed in self.running.values() if placed.batch.alone}
         for level in range(self.settings.in_flight):
             for node, address in usable.items():
-                if held[node] == level and node not in busy_alone and (batch := self.take(node, idle=level == 0)):
+                if held[node] == level and (batch := self.take(node, idle=level == 0)):
                     payloads = [self.payloads[i] for i in batch.ids]
                     handle = self.engine.submit(node, address, self.function, payloads)
                     self.running[handle] = _Placed(batch, node, address)
                     held[node] += 1
                     if level == 0:
                         self.progress_at[node] = time.monotonic()
-                    if batch.alone:
-                        busy_alone.add(node)
 
     def take(self, node: str, *, idle: bool) -> _Batch | None:
-        """Returns the next batch for a node; what needs a node for itself goes to an idle one only."""
+        """Returns the next batch for a node; a suspect goes to an idle one only, where it is the first in work."""
         for queue in (self.own[node], self.shared):
             while queue and (idle or not queue[0].alone):
                 batch = queue.popleft()

@@ -7,7 +7,7 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapter 01; 00 for the set-up |
-# | Time | 3 hours for you; all cells run in three to four minutes on two cores (measured: 192 and 260 s, the cores shared with other work) |
+# | Time | 3 hours for you; all cells run in three to four minutes on two cores (measured: 192 and 236 s, the cores shared with other work) |
 # | Memory, download | 2 GB at the peak, all processes together; nothing is downloaded |
 # | Hardware | any computer: devices are processes here. With several GPUs the same code uses NCCL |
 # | Exercises | 11, each checked in the cell below it |
