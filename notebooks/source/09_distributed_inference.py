@@ -767,8 +767,9 @@ for name, link in list(LINKS.items())[1:]:
         print(f"{name:<16}{way:<9} predicted {predicted:6.1f} ms, measured {per_token[way][name]:6.1f} ms")
 
 # %% [markdown]
-# (The pipeline hides part of a message behind the other group's work, so its prediction may be high; measured times include the prompt.) Now a model that
-# nobody loads here: Llama-2-70B's shape in fp16, on eight devices of 24 GB that read 1 TB/s, with two links. **Predict:** which mesh on which?
+# (Measured times include the prompt. Tensor parallelism sleeps 14 times a token, each time a little longer than asked, which shows at 0.1 ms. The
+# pipeline hides part of a message behind the other group's work.) Now a model that nobody loads here: Llama-2-70B's shape in fp16, on eight devices
+# of 24 GB that read 1 TB/s, with two links. **Predict:** which mesh on which?
 
 # %%
 llama_70b = ModelShape(weight_bytes=138e9, layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128)
