@@ -64,6 +64,10 @@ def test_every_technique_runs_or_says_why(monkeypatch, subject):
     ours = {r.technique: r for r in rows[: len(names)]}
     assert all(ours[name].samples for name in (FP32, INT8, INT4))
     assert ours[INT4].bytes_per_token < ours[INT8].bytes_per_token < ours[FP32].bytes_per_token
+    assert [name for name in (FP32, INT8, INT4) if f"where a token's time goes in {name}," in "".join(said)] == [
+        INT8,
+        INT4,
+    ]
     assert any(line.startswith(("met: our int8", "MISSED: our int8")) for line in "\n".join(said).splitlines())
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
-from labutils.layers.calibration import InputStatistics, input_statistics, layer_error
+from labutils.layers.calibration import InputStatistics, input_statistics, inverse_factor, layer_error
 from labutils.layers.linears import linear_layers, replace_module_, set_weight_, weight_of
 
 
@@ -103,3 +103,21 @@ def test_statistics_by_hand():
     statistics.add_(torch.tensor([[3.0, -1.0], [-4.0, 0.0]]))
     assert statistics.absmax.tolist() == [4, 1] and statistics.mean_abs.tolist() == [3.5, 0.5]
     assert statistics.norms.tolist() == [5, 1] and statistics.gram.tolist() == [[25, -3], [-3, 1]]
+
+
+def test_inverse_factor_is_the_cholesky_factor_of_the_inverse():
+    inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    factor = inverse_factor(inputs.T @ inputs, damping=0.02)
+    hessian = 2 * (inputs.T @ inputs).double()
+    hessian += 0.02 * hessian.diagonal().mean() * torch.eye(6)
+    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(hessian))
+    assert torch.equal(factor, factor.triu())
+
+
+def test_inverse_factor_refuses_what_has_no_inverse():
+    ones = torch.ones(3, 3)
+    assert inverse_factor(ones).isfinite().all()
+    with pytest.raises(ValueError, match="needs more damping to have an inverse; got damping=0.0"):
+        inverse_factor(ones, damping=0.0)
+    with pytest.raises(ValueError, match="must be finite"):
+        inverse_factor(ones * torch.inf)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from labutils.layers.calibration import input_statistics, layer_error
-from labutils.layers.linears import linear_layers, weight_of
+from labutils.layers.linears import change_weights_, linear_layers, weight_of
 from labutils.models.calibration_text import calibration_batches
 from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
 from labutils.models.load import load_model
@@ -55,7 +55,7 @@ def test_unstructured_beats_4_of_8_beats_2_of_4(lablm, seen, method):
     base, quality = bits_by_document(*lablm, documents), []
     for pattern in PATTERNS:
         model = copy.deepcopy(lablm.model)
-        masks.change_weights_(model, lambda name, weight, p=pattern: changed(method, weight, seen[name], p))
+        change_weights_(model, lambda name, weight, p=pattern: changed(method, weight, seen[name], p))
         assert masks.sparsity(model) == 0.5
         quality.append(paired_quality(bits_by_document(model, lablm.tokenizer, documents), base, resamples=200))
     damage = [q.difference for q in quality]

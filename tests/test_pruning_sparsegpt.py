@@ -7,7 +7,7 @@ from labutils.layers.calibration import layer_error
 from labutils.pruning.masks import mask_layer, mask_n_of_m
 from labutils.pruning.scores import magnitude
 from labutils.pruning.similarity import reconstruct
-from labutils.pruning.sparsegpt import inverse_factor, sparsegpt
+from labutils.pruning.sparsegpt import sparsegpt
 
 
 def problem(rows=8, columns=16, samples=400, seed=0):
@@ -15,14 +15,6 @@ def problem(rows=8, columns=16, samples=400, seed=0):
     mix = torch.eye(columns) + torch.randn(columns, columns, generator=make) / columns**0.5 / 2
     x = torch.randn(samples, columns, generator=make) @ mix * torch.rand(columns, generator=make).mul(4).exp()
     return torch.randn(rows, columns, generator=make), x.T @ x
-
-
-def test_inverse_factor_is_the_upper_root_of_the_damped_inverse():
-    _, gram = problem()
-    factor = inverse_factor(gram, damping=0.1)
-    damped = gram + 0.1 * gram.diagonal().mean() * torch.eye(16)
-    assert torch.allclose(factor.T @ factor @ damped, torch.eye(16), atol=1e-4)
-    assert torch.equal(factor, factor.triu())
 
 
 def test_one_weight_removed_equals_the_surgeons_update():

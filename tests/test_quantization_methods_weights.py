@@ -10,15 +10,15 @@ from tiny_models import CONFIGS, random_ids, tiny_model
 from transformers import BertConfig, BertModel
 
 from labutils.layers.calibration import input_statistics, layer_error
-from labutils.layers.linears import linear_layers, weight_of
+from labutils.layers.linears import change_weights_, linear_layers, weight_of
 from labutils.models.calibration_text import calibration_batches
 from labutils.models.load import load_model
 from labutils.quantization.affine import Scheme, choose_qparams, dequantize, fake_quantize, quantize
 from labutils.quantization.awq import ALPHAS, awq_scale_, clipped_qparams, scale_losses
-from labutils.quantization.gptq import gptq, inverse_factor
+from labutils.quantization.gptq import gptq
 from labutils.quantization.hqq import hqq
 from labutils.quantization.mixed import choose_under_budget, layer_sensitivity
-from labutils.quantization.model_weights import change_weights_, model_bytes
+from labutils.quantization.model_weights import model_bytes
 
 
 def scheme(bits, group_size=64, **settings):
@@ -118,15 +118,6 @@ def test_gptq_act_order_lands_on_the_grid():
     assert layer_error(weight, rounded, gram) < layer_error(weight, nearest, gram)
 
 
-def test_inverse_factor_is_the_cholesky_factor_of_the_inverse():
-    _, gram = random_layer(1, 6, 0)
-    factor = inverse_factor(gram, damping=0.02)
-    hessian = 2 * gram.double()
-    hessian += 0.02 * hessian.diagonal().mean() * torch.eye(6)
-    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(hessian))
-    assert torch.equal(factor, factor.triu())
-
-
 @pytest.mark.parametrize("dead", [[2], list(range(8))])
 def test_gptq_survives_inputs_that_are_always_zero(dead):
     weight, gram = random_layer(3, 8, 0)
@@ -152,10 +143,6 @@ def test_gptq_refuses_what_does_not_fit():
     weight, gram = random_layer(3, 8, 0)
     with pytest.raises(ValueError, match=r"\(8, 8\); got \(7, 7\)"):
         gptq(weight, gram[1:, 1:], choose_qparams(weight, Scheme()))
-    with pytest.raises(ValueError, match="damping must be positive"):
-        inverse_factor(gram, damping=0.0)
-    with pytest.raises(ValueError, match="must be finite"):
-        inverse_factor(gram * torch.inf)
 
 
 @given(st.integers(1, 4), st.integers(0, 99))

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from labutils.bench.table import Row
 from labutils.generation.fast_llama import FastLlama
 from labutils.measurement.roofline import bandwidth_probes
 from labutils.measurement.threads import thread_count
@@ -93,6 +94,7 @@ def where_time_goes(fast: FastLlama, token: int, *, tokens: int = 32) -> dict[st
     Returns:
         Part to (seconds a token, the median over tokens; bytes of its weights). `between the matrices` is the whole
         token less its matrices: norms, attention, gates, Python. A product's timer costs well under a microsecond.
+        Packed layers, too, are taken one by one here, so that each can be seen.
 
     Raises:
         ValueError: If the decoder has no room for so many tokens.
@@ -101,6 +103,7 @@ def where_time_goes(fast: FastLlama, token: int, *, tokens: int = 32) -> dict[st
         raise ValueError(f"tokens must fit into max_length={fast.max_length}; got {tokens}")
     spent: dict[str, list[float]] = defaultdict(list)
     timed = copy.copy(fast)
+    timed.one_token = None  # which takes all layers in one call
     kinds = ("qkv", "output", "gate_up", "down")
     timed.layers = [replace(layer, **{k: _Timed(getattr(layer, k), spent[k]) for k in kinds}) for layer in fast.layers]
     timed.head = _Timed(fast.head, spent["head"])
@@ -125,6 +128,17 @@ def _by_token(seconds: list[float], tokens: int) -> list[float]:
 
 def _a_token(seconds: list[float], tokens: int) -> float:
     return quantile(_by_token(seconds, tokens), 0.5)
+
+
+def report_time(fast: FastLlama, token: int, row: Row) -> str:
+    """Where a token's time goes in a measured technique, with its own number of threads, beside its bandwidth."""
+    tokens = min(32, fast.max_length)
+    with thread_count(row.threads):
+        parts = where_time_goes(fast, token, tokens=tokens)
+    share = row.bandwidth_share
+    peak = share and row.tokens_per_s * row.bytes_per_token / share
+    head = f"where a token's time goes in {row.technique}, {row.threads} threads, the median of {tokens} tokens"
+    return "\n".join(["", head, *describe_time(parts, peak)])
 
 
 def describe_time(parts: dict[str, tuple[float, int]], bandwidth_bytes_per_s: float | None) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from labutils.bench.bandwidth import BandwidthMeter, Probes, describe_time, probe_bytes, where_time_goes
+from labutils.bench.bandwidth import BandwidthMeter, Probes, probe_bytes, report_time
 from labutils.bench.llama_cpp import llama_cpp_techniques
 from labutils.bench.subject import Subject
 from labutils.bench.table import Row
@@ -110,11 +110,7 @@ def profile_fastest(rows: Sequence[Row], subject: Subject, say: Callable[[str], 
     best = max(plain, key=lambda row: row.tokens_per_s)
     matvec = next(m for m in MATVECS if m in best.technique)
     fast = FastLlama(subject.model, max_length=32, matvec=matvec)
-    with thread_count(best.threads):
-        parts = where_time_goes(fast, int(subject.token_ids[0, -1]))
-    share = best.bandwidth_share
-    say(f"\nwhere a token's time goes in {best.technique}, {best.threads} threads, the median of 32 tokens")
-    say("\n".join(describe_time(parts, share and best.tokens_per_s * best.bytes_per_token / share)))
+    say(report_time(fast, int(subject.token_ids[0, -1]), best))
 
 
 def bench_techniques(

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from labutils.bench.bandwidth import Probes
+from labutils.bench.bandwidth import Probes, report_time
 from labutils.bench.decode import Settings, Technique, bench_techniques
 from labutils.bench.llama_cpp import llama_cpp_techniques
 from labutils.bench.subject import Subject
@@ -79,6 +79,8 @@ def bench_quantization(subject: Subject, settings: Settings, *, say: Callable[[s
         say(f"\n{its_subject.name}: {new_tokens} tokens timed, {settings.rounds} interleaved rounds after 1 warm-up")
         say(as_table(found, reference=FP32))
         say("\n".join(verdicts(found, bars, prefill=bars is PREFILL_BARS)))
+        if bars is DECODE_BARS:
+            profile(makers, found, say)
         rows += found
     return rows
 
@@ -128,6 +130,13 @@ def verdicts(rows: Sequence[Row], bars: Sequence[Bar], *, prefill: bool) -> list
             verdict = "met" if share >= BANDWIDTH_BAR else "MISSED"
             lines.append(f"{verdict}: {name} reads at {share:.0%} of the bandwidth measured, bar {BANDWIDTH_BAR:.0%}")
     return lines
+
+
+def profile(makers: dict, rows: Sequence[Row], say: Callable[[str], None]) -> None:
+    """Says where a token's time goes in our int8 and int4: why a share of bandwidth is what it is."""
+    for row in rows:
+        if row.technique in (INT8, INT4) and row.samples:
+            say(report_time(makers[row.technique][0].__self__, 1, row))
 
 
 def _measure(makers: dict, subject: Subject, settings: Settings, say: Callable[[str], None]) -> list[Row]:

@@ -6,6 +6,7 @@ import torch
 
 from labutils.checks import exercise, expect_function
 from labutils.layers import calibration
+from labutils.layers.calibration import inverse_factor
 from labutils.quantization import awq, gptq, integer_linear, kv_cache, qat, smoothquant
 from labutils.quantization.affine import QParams, Scheme, fake_quantize
 
@@ -72,7 +73,7 @@ def gptq_round(answer):
     """Equal to labutils' blocked version."""
     cases = []
     for weight, _, gram in _layers(12, 16):
-        factor = gptq.inverse_factor(gram / 100, damping=0.05).float()
+        factor = inverse_factor(gram / 100, damping=0.05).float()
         scale = weight.abs().amax(dim=1) / 6
         cases.append({"weight": weight, "factor": factor, "scale": scale, "qmax": 5})
     expect_function(

@@ -35,8 +35,8 @@ def partition(lengths: Sequence[int], *, max_requests: int, max_tokens: int | No
 def padding(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
     """Returns the share of all padded positions that hold no token.
 
-    >>> padding([1, 3], [[0, 1]])
-    0.3333333333333333
+    >>> padding([1, 2], [[0, 1]])
+    0.25
     """
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     return 1 - sum(lengths) / padded

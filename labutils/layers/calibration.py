@@ -117,3 +117,25 @@ def layer_error(weight: Float[Tensor, "out n"], changed: Float[Tensor, "out n"],
     of_gram = gram.double()
     whole = ((weight.double() @ of_gram) * weight.double()).sum()
     return (((difference @ of_gram) * difference).sum() / whole).item()
+
+
+def inverse_factor(gram: Float[Tensor, "n n"], *, damping: float = 0.01) -> Float[Tensor, "n n"]:
+    """Upper triangular U with Uᵀ U = (H + λI)⁻¹, where H = 2 XᵀX and λ = damping · mean(diag H), in float64.
+
+    Row j of U holds all that GPTQ and SparseGPT need of H⁻¹ once the columns before j are fixed (Frantar et al. 2022,
+    arXiv:2210.17323, section 3.3). The factor 2 and the number of rows cancel in their updates; an input that was
+    always 0 gets a diagonal of 1, for its weight changes nothing.
+
+    Raises:
+        ValueError: when the Gram matrix is not finite, or has no inverse with so little damping.
+    """
+    if not gram.isfinite().all():
+        raise ValueError("the Gram matrix must be finite; got inf or nan")
+    hessian = 2 * gram.double()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damping * diagonal.mean()
+    root, failed = torch.linalg.cholesky_ex(hessian)
+    if failed:
+        raise ValueError(f"the Gram matrix needs more damping to have an inverse; got damping={damping}")
+    return torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)

@@ -1,6 +1,6 @@
 """A model's linear layers, GPT-2's `Conv1D` included, with weights as (out_features, in_features)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 Linear = nn.Linear | Conv1D
+Weight = Float[Tensor, "out_features in_features"]
 
 
 def linear_layers(model: nn.Module, *, with_head: bool = False) -> Iterator[tuple[str, Linear]]:
@@ -26,14 +27,14 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def weight_of(layer: Linear) -> Float[Tensor, "out_features in_features"]:
+def weight_of(layer: Linear) -> Weight:
     """A view of the layer's weight, one row an output: `Conv1D` stores the transpose."""
     weight = layer.weight.detach()
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
 @torch.no_grad()
-def set_weight_(layer: Linear, weight: Float[Tensor, "out_features in_features"]) -> None:
+def set_weight_(layer: Linear, weight: Weight) -> None:
     """Overwrites the layer's weight in place, in the layer's own dtype.
 
     Raises:
@@ -42,6 +43,23 @@ def set_weight_(layer: Linear, weight: Float[Tensor, "out_features in_features"]
     if weight.shape != weight_of(layer).shape:
         raise ValueError(f"the weight must keep its shape {tuple(weight_of(layer).shape)}; got {tuple(weight.shape)}")
     layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight)
+
+
+def change_weights_(model: nn.Module, change: Callable[[str, Weight], Weight], *, with_head: bool = False) -> nn.Module:
+    """Replaces the weight of each linear layer by `change(name, weight)`, in place, and returns the model.
+
+    Rounding to nearest is `change_weights_(model, lambda name, weight: fake_quantize(weight, scheme))`, SparseGPT and
+    low rank go the same way. The model computes in floats as before: this measures what a method costs in quality, and
+    says nothing about speed.
+
+    Args:
+        model: any Hugging Face model.
+        change: gets (out_features, in_features), whatever the layer stores.
+        with_head: also the layer that makes logits; where it is tied to the embedding, both change.
+    """
+    for name, layer in linear_layers(model, with_head=with_head):
+        set_weight_(layer, change(name, weight_of(layer).clone()))
+    return model
 
 
 def replace_module_(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,7 +1,5 @@
 """From scores to masks (True: kept), exact to the weight: by layer, by row, over the whole model, n of every m."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -115,9 +113,3 @@ def sparsity(model: nn.Module) -> float:
     """Fraction of zeros among the weights of the body's linear layers."""
     weights = [weight_of(layer) for _, layer in linear_layers(model)]
     return sum((w == 0).sum().item() for w in weights) / sum(w.numel() for w in weights)
-
-
-def change_weights_(model: nn.Module, change: Callable[[str, Float[Tensor, "out n"]], Float[Tensor, "out n"]]) -> None:
-    """Sets every linear layer of the body to change(name, weight): SparseGPT, low rank, quantization."""
-    for name, layer in linear_layers(model):
-        set_weight_(layer, change(name, weight_of(layer)))

@@ -7,22 +7,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from labutils.layers.calibration import inverse_factor
 from labutils.pruning.masks import Pattern, mask_layer, mask_n_of_m, zeros_for
 
 Column = Float[Tensor, " out"]
-
-
-def inverse_factor(gram: Float[Tensor, "n n"], *, damping: float = 0.01) -> Float[Tensor, "n n"]:
-    """Upper Cholesky factor U of the damped inverse: UᵀU = (G + damping · mean(diag G) · I)⁻¹.
-
-    Its row j holds, from the diagonal on, what OBS needs once the columns before j are fixed (Frantar and Alistarh
-    2023, arXiv:2301.00774, section 3.3). Inputs that were never seen get a one on the diagonal.
-    """
-    damped = gram.double().clone()
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).to(gram.dtype)
 
 
 @dataclass(frozen=True)
@@ -79,7 +67,7 @@ def sparsegpt(
         raise ValueError(f"gram must be (in_features, in_features)=({columns}, {columns}); got {tuple(gram.shape)}")
     if isinstance(pattern, tuple) and (columns % pattern[1] or block % pattern[1]):
         raise ValueError(f"m must divide in_features={columns} and block={block}; got {pattern[1]}")
-    w, factor = weight.float().clone(), inverse_factor(gram.float(), damping=damping)
+    w, factor = weight.float().clone(), inverse_factor(gram, damping=damping).float()
     w[:, gram.diagonal() == 0] = 0
     masker = _Masker(pattern, rows)
     for first in range(0, columns, block):

@@ -7,27 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from labutils.layers.calibration import inverse_factor
 from labutils.quantization.affine import QParams, dequantize, grouped, quantize
-
-
-def inverse_factor(gram: Float[Tensor, "n n"], *, damping: float = 0.01) -> Float[Tensor, "n n"]:
-    """Upper triangular U with Uᵀ U = (H + λI)⁻¹, where H = 2 XᵀX and λ = damping · mean(diag H).
-
-    Row j of U holds all that GPTQ needs of H⁻¹ once the columns before j are fixed. The factor 2 and the number of
-    rows cancel in the update; an input that was always 0 gets a diagonal of 1, for its weight changes nothing.
-
-    Raises:
-        ValueError: when damping is not positive, or when the Gram matrix is not finite.
-    """
-    if damping <= 0:
-        raise ValueError(f"damping must be positive, or H may have no inverse; got {damping}")
-    if not gram.isfinite().all():
-        raise ValueError("the Gram matrix must be finite; got inf or nan")
-    hessian = 2 * gram.double()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
 
 
 @torch.no_grad()

@@ -64,15 +64,20 @@ static inline __m256i repeat(const int8_t *x) {  // 4 inputs, 8 times
 static inline __attribute__((always_inline)) void chunk(
     i32x8 *dot, const uint8_t *w, const int8_t *x, int64_t stride, const int tokens, const int bits) {
     const __m256i half = _mm256_set1_epi8(15);
+    __m256i sums[2][TOKENS] = {0};  // each chunk's own, and two: an addition waits five cycles for the one before it
     for (int i = 0; i < bits; i++) {
         __m256i v = _mm256_loadu_si256((const __m256i *)(w + 32 * i));
         __m256i low = v & half, high = _mm256_srli_epi16(v, 4) & half;
         for (int t = 0; t < tokens; t++) {
             const int8_t *xt = x + t * stride + 4 * i;
-            dot[t] = (i32x8)DPBUSD((__m256i)dot[t], bits == 8 ? v : low, repeat(xt));
-            if (bits == 4) dot[t] = (i32x8)DPBUSD((__m256i)dot[t], high, repeat(xt + 16));
+            __m256i *even = &sums[0][t], *odd = &sums[tokens > 1 ? 0 : 1][t];
+            if (bits == 8 && i % 2) *odd = DPBUSD(*odd, v, repeat(xt));
+            if (bits == 8 && i % 2 == 0) *even = DPBUSD(*even, v, repeat(xt));
+            if (bits == 4) *even = DPBUSD(*even, low, repeat(xt));
+            if (bits == 4) *odd = DPBUSD(*odd, high, repeat(xt + 16));
         }
     }
+    for (int t = 0; t < tokens; t++) dot[t] += (i32x8)_mm256_add_epi32(sums[0][t], sums[1][t]);
 }
 #else
 // maddubs multiplies 32 unsigned bytes with 32 signed ones and adds pairs into 16 int16, which SATURATE.

@@ -1,33 +1,13 @@
-"""A rounding method over a whole model, and the bytes that the model then takes."""
+"""The bytes that a model takes in given schemes."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from labutils.layers.linears import linear_layers, set_weight_, weight_of
+from labutils.layers.linears import linear_layers, weight_of
 from labutils.quantization.affine import Scheme
 from labutils.quantization.packing import bits_per_weight
-
-Weight = Float[Tensor, "out n"]
-
-
-def change_weights_(model: nn.Module, change: Callable[[str, Weight], Weight], *, with_head: bool = False) -> nn.Module:
-    """Replaces the weight of each linear layer by `change(name, weight)`, in place, and returns the model.
-
-    Round to nearest (RTN), the method that every other one has to beat, is
-    `change_weights_(model, lambda name, weight: fake_quantize(weight, scheme))`. The model computes in floats as
-    before: this measures what a method costs in quality, and says nothing about speed.
-
-    Args:
-        model: any Hugging Face model.
-        change: gets (out_features, in_features), whatever the layer stores.
-        with_head: also the layer that makes logits; where it is tied to the embedding, both change.
-    """
-    for name, layer in linear_layers(model, with_head=with_head):
-        set_weight_(layer, change(name, weight_of(layer).clone()))
-    return model
 
 
 def model_bytes(model: nn.Module, schemes: Mapping[str, Scheme], *, float_bytes: int = 2) -> float:

@@ -7,7 +7,7 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapters 01 and 02 |
-# | Time | 3 hours for you; all cells run in about 3 minutes on one free core (measured: 168 s of processor time) |
+# | Time | 3 hours for you; all cells run in about 3 minutes on one core (measured: 171 s, the core shared) |
 # | Memory, download | 3 GB at the most; nothing is downloaded |
 # | Hardware | any computer; a C compiler helps |
 # | Exercises | 10 (3.1 to 3.7 on methods, 3.8 to 3.10 on speed), each checked in the cell below it |
@@ -66,7 +66,7 @@ print(f"float32 needs {table['float32'][1].bits_per_byte:.4f} bits per byte")
 
 # %%
 from labutils.layers.calibration import input_statistics, layer_error
-from labutils.layers.linears import linear_layers, weight_of
+from labutils.layers.linears import change_weights_, linear_layers, weight_of
 from labutils.models.calibration_text import calibration_batches
 
 calibration = calibration_batches(tokenizer, code=8, dialogues=8)
@@ -122,7 +122,7 @@ ch03.output_error(output_error)
 
 # %%
 from labutils.quantization.affine import Scheme, choose_qparams, dequantize, fake_quantize, quantize
-from labutils.quantization.model_weights import change_weights_, model_bytes
+from labutils.quantization.model_weights import model_bytes
 
 
 def scheme_of(bits, group_size=64):
@@ -193,7 +193,8 @@ for index in [i for i, right in enumerate(said.is_right) if not right][:3]:
 # are nearly equal. What do the two methods give for x = (1, 1)?
 
 # %%
-from labutils.quantization.gptq import gptq, inverse_factor
+from labutils.layers.calibration import inverse_factor
+from labutils.quantization.gptq import gptq
 
 tiny, gram = torch.tensor([[0.4, 0.4]]), torch.tensor([[1.0, 0.95], [0.95, 1.0]])
 grid = choose_qparams(torch.tensor([[7.0, 0.0]]), Scheme(bits=4))  # a step of 1
