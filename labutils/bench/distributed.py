@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from labutils.bench.pruning import Bar
+from labutils.bench.table import Bar
 from labutils.distributed.dask_engine import local_cluster
 from labutils.distributed.dispatch import Engine, Report, Settings, dispatch
 from labutils.distributed.launch import launch

@@ -82,6 +82,7 @@ def local_cluster(nodes: int, *, certificates: Path | None = None) -> Iterator[D
         options = common | {"port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
         scheduler = {"cls": dask.Scheduler, "options": options}
         with (
+            _patience(),
             dask.SpecCluster(workers, scheduler, security=security, silence_logs=logging.CRITICAL) as cluster,
             dask.Client(cluster, security=security, set_as_default=False) as client,
         ):
@@ -134,6 +135,13 @@ def make_certificates(folder: Path) -> Path:
     (folder / "key.pem").chmod(0o600)
     shutil.copy(folder / "cert.pem", folder / "ca.pem")  # self-signed: it is its own authority
     return folder
+
+
+def _patience():
+    """Tells Dask not to give up a node: it would, for good, if the node is down 15 s after an earlier death."""
+    from dask import config
+
+    return config.set({"distributed.deploy.lost-worker-timeout": "1 day"})
 
 
 def _dask():
