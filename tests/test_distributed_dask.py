@@ -213,11 +213,12 @@ def test_dispatch_by_address_on_two_nodes_over_tls(tmp_path):
     assert (folder / "key.pem").stat().st_mode & 0o077 == 0
     flags = {"--tls-ca-file": "ca", "--tls-cert": "cert", "--tls-key": "key"}
     tls = [part for flag, role in flags.items() for part in (flag, str(folder / f"{role}.pem"))]
+    quiet = ["--no-dashboard", "--dashboard-address", "127.0.0.1:0"]  # its status pages listen everywhere by default
     started = []
 
     def start(module, *options):
         log = (tmp_path / f"{len(started)}.log").open("wb")
-        command = [sys.executable, "-m", module, "--host", "127.0.0.1", *options, *tls, "--no-dashboard"]
+        command = [sys.executable, "-m", module, "--host", "127.0.0.1", *options, *tls, *quiet]
         started.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path))
 
     try:
@@ -234,7 +235,7 @@ def test_dispatch_by_address_on_two_nodes_over_tls(tmp_path):
             assert set(report.per_node) == {"first", "second"}
         with pytest.raises((OSError, TimeoutError, RuntimeError, TypeError)):
             Client(address, timeout=5)
-        assert all(set(listening(psutil.Process(p.pid))) <= {"127.0.0.1"} for p in started)
+        assert {ip for p in started for ip in listening(psutil.Process(p.pid))} == {"127.0.0.1"}
     finally:
         for process in reversed(started):
             process.terminate()
