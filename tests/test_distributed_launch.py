@@ -92,7 +92,7 @@ def test_launch_names_the_rank_that_was_killed():
 
 @pytest.mark.slow
 def test_launch_ends_a_stopped_rank_and_says_where_the_others_stood():
-    with pytest.raises(TimeoutError, match=r"(?s)2 of 2 ranks had not finished.*rank 0 stood here.*signals_itself"):
+    with pytest.raises(TimeoutError, match=r"(?s)2 of 2 ranks had not finished.*rank 0 stood here"):
         launch("rank_tasks:signals_itself", 2, {"rank": 1, "number": int(signal.SIGSTOP)}, timeout_s=20)
 
 
