@@ -3,14 +3,19 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-HELP = "measure and compare: `bench decode` (every path), `bench quantization`, `bench pruning`, `bench distributed`"
+HELP = (
+    "measure and compare: `bench decode` (every path), `bench quantization` (int8, int4), `bench pruning` (zeros), "
+    "`bench fpga` (area), `bench distributed` (policies, overhead, bubble)"
+)
 NEEDS_ENVIRONMENT = True
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("name", choices=("decode", "quantization", "pruning", "distributed"), help="what to measure")
+    parser.add_argument(
+        "name", choices=("decode", "quantization", "pruning", "fpga", "distributed"), help="what to measure"
+    )
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
     )
@@ -21,6 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to decode (32)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repeats, at least 5")
+    parser.add_argument("--array", type=int, default=4, metavar="N", help="rows and columns of the FPGA's array (4)")
     parser.add_argument("--threads", type=int, help="use this many threads (default: the best, found by measuring)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute")
     parser.add_argument("--no-speed-model", action="store_true", help="only the trained model")
@@ -28,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
-    runs = {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning}
+    runs = {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning, "fpga": run_fpga}
     return (runs | {"distributed": run_distributed})[args.name](args)
 
 
@@ -104,6 +110,23 @@ def run_pruning(args: Namespace) -> int:
     print(*bars, sep="\n")
     if args.json:
         write_json(rows, args.json)
+    return 0
+
+
+def run_fpga(args: Namespace) -> int:
+    """Area and clock of every precision on the FPGA."""
+    from labutils.bench.fpga import HEAD, SEEDS, bench_fpga, conditions, write_results
+    from labutils.fpga.tools import ToolError
+
+    n, seeds = (2, SEEDS[:1]) if args.quick else (args.array, SEEDS)
+    try:
+        print(*conditions(seeds), HEAD, sep="\n", flush=True)
+        results = bench_fpga(n, seeds=seeds, say=lambda row: print(row, flush=True))
+    except ToolError as error:
+        print(f"labutils: {error}")
+        return 1
+    if args.json:
+        write_results(results, n, seeds, args.json)
     return 0
 
 
