@@ -15,6 +15,12 @@ def test_a_cluster_beyond_this_machine_needs_tls(monkeypatch):
         ray_engine.ray_cluster(2, address="10.0.0.7:6379").__enter__()
 
 
+def test_a_cluster_without_tokens_is_refused(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(ValueError, match="open to all without tokens; got RAY_AUTH_MODE='disabled'"):
+        ray_engine.ray_cluster(2).__enter__()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["pull", "static"])
 def test_dispatch_on_ray_survives_raising_and_killing_requests(policy):

@@ -66,14 +66,19 @@ class RayEngine:
 
 @contextlib.contextmanager
 def ray_cluster(nodes: int, *, address: str | None = None) -> Iterator[RayEngine]:
-    """Starts Ray on this machine's loopback, or joins a running cluster at "host:port", with `nodes` actors.
+    """Starts Ray on this machine, or joins a running cluster at "host:port", with `nodes` actors.
 
-    Ray's own ports have no passwords. Beyond this machine set RAY_USE_TLS=1 and its certificates on every node.
+    Ray's processes listen on every interface, whatever they are told (seen with 2.60): its token authentication, on by
+    default there, has to stay on. Beyond this machine set RAY_USE_TLS=1 and its certificates on every node as well.
 
     Raises:
-        ValueError: For an address beyond this machine without RAY_USE_TLS=1.
+        ValueError: Without tokens, or for an address beyond this machine without RAY_USE_TLS=1.
         ModuleNotFoundError: Without Ray.
     """
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        raise ValueError(
+            f"Ray's ports are open to all without tokens; got RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']!r}"
+        )
     if address and not is_loopback(address.rpartition(":")[0]) and os.environ.get("RAY_USE_TLS") != "1":
         raise ValueError(f"beyond this machine Ray needs RAY_USE_TLS=1 and certificates; got {address!r} without")
     try:

@@ -783,7 +783,7 @@ for name, link in {"NVLink-like": Link(5e-6, 300e9), "10 Gbit Ethernet": Link(5e
 # ## 12 · Beyond one machine
 #
 # Nothing above changes but the address: `connect("tls://scheduler:8786", certificates=folder)` joins a Dask cluster of other machines, and
-# `ray_cluster(address)` a Ray one (`pip install ray`). **Whoever reaches a scheduler can run any code on its nodes**, so beyond the
+# `ray_cluster(4, address=…)` a Ray one (`pip install "ray>=2.60"`). **Whoever reaches a scheduler can run any code on its nodes**, so beyond the
 # loopback `connect` refuses an address without TLS. `notebooks/RENTED_GPUS.md` says how a class does it.
 
 # %%
