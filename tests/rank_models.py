@@ -4,8 +4,8 @@ import time
 
 import torch
 import torch.distributed as dist
-from tiny_models import random_ids, tiny_model
-from transformers import AutoModelForCausalLM, DynamicCache
+from tiny_models import CONFIGS, HEADS, LLAMA, random_ids, tiny_model
+from transformers import DynamicCache, LlamaConfig
 
 from labutils.distributed.collectives import Comm, broadcast_weights_, checksum
 from labutils.distributed.experts import expert_parallel
@@ -29,7 +29,9 @@ def tensor_parallel(names):
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
             calls, sent = dict(comm.calls), dict(comm.sent_bytes)
             step = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits
-        found[name] = (logits, step, calls, sent)
+            model.set_attn_implementation("eager")  # it repeats the keys for the queries by the layer's own count
+            eager = model(input_ids=ids, use_cache=False).logits
+        found[name] = (logits, step, eager, calls, sent)
     return found
 
 
@@ -37,19 +39,15 @@ def groups_of_prompts():
     return [random_ids(count=4 + g, batch=2, seed=g) for g in range(3)]
 
 
-def piped_model(ranks):
-    """A tiny Llama with layers enough: three, or one for each rank."""
-    if ranks <= 3:
-        return tiny_model("llama-gqa-tied")
-    config = tiny_model("llama-gqa-tied").config
-    config.num_hidden_layers = ranks + 1
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
+# Untied and with biases: a tied model's tokens hardly depend on what it attends to.
+CONFIGS["deep"] = lambda: LlamaConfig(
+    **(LLAMA | {"num_hidden_layers": 5}), **HEADS, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+)
 
 
 def pipeline(name):
     comm = Comm()
-    stage = Stage(piped_model(comm.size) if name == "deep" else tiny_model(name), comm)
+    stage = Stage(tiny_model(name), comm)
     texts = pipeline_generate(stage, groups_of_prompts(), 5)
     meter = dict(comm.calls), dict(comm.sent_bytes)
     ids = random_ids(**IDS).split(1)
@@ -84,7 +82,7 @@ def synchronised():
     return before, broadcast_weights_(model), checksum(model)
 
 
-def everything(names=MODELS, pipelined="llama-gqa-tied"):
+def everything(names=MODELS, pipelined="deep"):
     large = dist.get_world_size() == 4
     return {
         "mesh": mesh(tensor=2) if large else None,

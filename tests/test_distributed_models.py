@@ -4,7 +4,6 @@ import random
 import sys
 
 import pytest
-import rank_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,9 +24,7 @@ LATER = pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.ma
 @pytest.fixture(scope="module", params=[2, *LATER], ids="{} ranks".format)
 def found(request):
     """What each rank brought back: one launch for all tests of a size."""
-    ranks = request.param
-    pipelined = "llama-gqa-tied" if ranks <= 3 else "deep"
-    return launch("rank_models:everything", ranks, {"pipelined": pipelined}, timeout_s=400)
+    return launch("rank_models:everything", request.param, timeout_s=400)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -37,8 +34,9 @@ def test_tensor_parallel_logits_equal_the_single_process(found, name):
         expected = model(input_ids=ids, use_cache=False).logits
         after = model(input_ids=torch.cat([ids, ids[:, :1]], dim=1), use_cache=False).logits[:, -1:]
     for rank in found:
-        logits, step, *_ = rank["tensor"][name]
+        logits, step, eager, *_ = rank["tensor"][name]
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(eager, expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(step, after, atol=1e-4, rtol=0)
 
 
@@ -49,7 +47,7 @@ def test_the_meter_s_calls_and_bytes_follow_the_formulas(found, name):
     payload = IDS["batch"] * IDS["count"] * config.hidden_size * 4
     reductions = 2 * config.num_hidden_layers + 1
     for rank in found:
-        _, _, calls, sent = rank["tensor"][name]
+        *_, calls, sent = rank["tensor"][name]
         assert calls == {"all_reduce": reductions, "all_gather": 1}
         assert sent["all_reduce"] == pytest.approx(reductions * 2 * (ranks - 1) / ranks * payload, rel=1e-3)
         gathered = (ranks - 1) / ranks * IDS["batch"] * IDS["count"] * config.vocab_size * 4
@@ -58,7 +56,7 @@ def test_the_meter_s_calls_and_bytes_follow_the_formulas(found, name):
 
 def test_pipeline_tokens_equal_the_single_process(found):
     texts, _, _ = found[-1]["pipeline"]
-    model = rank_models.piped_model(len(found))
+    model = tiny_model("deep")
     for text, prompt in zip(texts, groups_of_prompts(), strict=True):
         expected = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert torch.equal(text, expected)
@@ -66,14 +64,14 @@ def test_pipeline_tokens_equal_the_single_process(found):
 
 
 def test_gpipe_logits_equal_the_single_process(found):
-    model = rank_models.piped_model(len(found))
+    model = tiny_model("deep")
     with torch.no_grad():
         expected = model(input_ids=random_ids(**IDS), use_cache=False).logits
     torch.testing.assert_close(torch.cat(found[-1]["pipeline"][1]), expected, atol=1e-4, rtol=0)
 
 
 def test_a_pipeline_sends_hidden_states_on_and_tokens_back(found):
-    model = rank_models.piped_model(len(found))
+    model = tiny_model("deep")
     prompts, hidden = groups_of_prompts(), model.config.hidden_size
     positions = sum(p.shape[0] * (p.shape[1] + 4) for p in prompts)  # prompts, then four single tokens
     forward = {"send": 5 * len(prompts)}, {"send": positions * hidden * 4}
