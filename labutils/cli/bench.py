@@ -5,7 +5,7 @@ from pathlib import Path
 
 HELP = (
     "measure and compare: `bench decode` (every path), `bench quantization` (int8, int4), `bench pruning` (zeros), "
-    "`bench fpga` (area), `bench distributed` (policies, overhead, bubble)"
+    "`bench xla` (JAX), `bench fpga` (area), `bench distributed` (policies, bubble)"
 )
 NEEDS_ENVIRONMENT = True
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -13,9 +13,8 @@ SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument(
-        "name", choices=("decode", "quantization", "pruning", "fpga", "distributed"), help="what to measure"
-    )
+    choices = ("decode", "quantization", "pruning", "xla", "fpga", "distributed")
+    parser.add_argument("name", choices=choices, help="what to measure")
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
     )
@@ -34,8 +33,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
-    runs = {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning, "fpga": run_fpga}
-    return (runs | {"distributed": run_distributed})[args.name](args)
+    runs = {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning}
+    return (runs | {"xla": run_xla, "fpga": run_fpga, "distributed": run_distributed})[args.name](args)
 
 
 def run_quantization(args: Namespace) -> int:
@@ -108,6 +107,35 @@ def run_pruning(args: Namespace) -> int:
     print(f"{subject.name}: one decoding step, {args.rounds} interleaved rounds after 2 warm-up")
     print(as_table(rows, reference=DENSE))
     print(*bars, sep="\n")
+    if args.json:
+        write_json(rows, args.json)
+    return 0
+
+
+def run_xla(args: Namespace) -> int:
+    """Eager and compiled torch, a jitted step and a scanned loop, on a trained model and on the random-weight one."""
+    from labutils.bench.subject import speed_subject, trained_subject
+    from labutils.bench.table import as_table, write_json
+    from labutils.bench.xla import EAGER, bench_xla
+    from labutils.measurement.ledger import host_line
+    from labutils.xla import lazy, runtime
+
+    if not runtime.has_jax():
+        print(f"labutils: {lazy.INSTALL}")
+        return 1
+    print(host_line())
+    settings = {"new_tokens": 8 if args.quick else args.new_tokens, "rounds": args.rounds}
+    makers = [lambda: trained_subject(args.model)]
+    if not args.no_speed_model:
+        makers.append(lambda: speed_subject(**(SMALL if args.quick else {})))
+    rows = []
+    for make in makers:
+        subject = make()
+        print(
+            f"\n{subject.name}: prompt {subject.token_ids.shape[1]}, {settings['new_tokens']} greedy tokens, 1 thread"
+        )
+        rows += (found := bench_xla(subject, **settings, compiled=not args.no_compile))
+        print(as_table(found, reference=EAGER))
     if args.json:
         write_json(rows, args.json)
     return 0
