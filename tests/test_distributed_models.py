@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rank_models import IDS, MODELS, expert_weights, groups_of_prompts
+from rank_models import IDS, MODELS, expert_weights, groups_of_prompts, piped_model
 from tiny_models import random_ids, tiny_model
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -56,7 +56,7 @@ def test_the_meter_s_calls_and_bytes_follow_the_formulas(found, name):
 
 def test_pipeline_tokens_equal_the_single_process(found):
     texts, _, _ = found[-1]["pipeline"]
-    model = tiny_model("deep")
+    model = piped_model()
     for text, prompt in zip(texts, groups_of_prompts(), strict=True):
         expected = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert torch.equal(text, expected)
@@ -64,14 +64,14 @@ def test_pipeline_tokens_equal_the_single_process(found):
 
 
 def test_gpipe_logits_equal_the_single_process(found):
-    model = tiny_model("deep")
+    model = piped_model()
     with torch.no_grad():
         expected = model(input_ids=random_ids(**IDS), use_cache=False).logits
     torch.testing.assert_close(torch.cat(found[-1]["pipeline"][1]), expected, atol=1e-4, rtol=0)
 
 
 def test_a_pipeline_sends_hidden_states_on_and_tokens_back(found):
-    model = tiny_model("deep")
+    model = piped_model()
     prompts, hidden = groups_of_prompts(), model.config.hidden_size
     positions = sum(p.shape[0] * (p.shape[1] + 4) for p in prompts)  # prompts, then four single tokens
     forward = {"send": 5 * len(prompts)}, {"send": positions * hidden * 4}
