@@ -64,7 +64,13 @@ class Point:
     def plan(self) -> TrainingPlan:
         """5,000 tokens a step, most of them code: what a student loses first."""
         return TrainingPlan(
-            model=self.size, steps=self.steps, code_tokens=4096, dialogues=16, decay_fraction=0.7, seed=self.seed
+            model=self.size,
+            steps=self.steps,
+            code_tokens=4096,
+            dialogues=16,
+            decay_fraction=0.7,
+            mixed_precision=True,
+            seed=self.seed,
         )
 
 

@@ -49,6 +49,7 @@ class TrainingPlan:
     warmup_steps: int = 40
     decay_fraction: float = 0.9  # of the steps: the learning rate falls linearly to zero
     practise_copying: bool = True  # see mixture.code_batch
+    mixed_precision: bool = False  # products in bfloat16: fast with AMX or on a GPU, very slow on older CPUs
     seed: int = 0
 
     def is_decay(self, step: int) -> bool:
@@ -159,7 +160,9 @@ class Run(TrainingState):
         tokens = targets_in(code + dialogues)
         losses = []
         for loss_of, parts in ((code_loss, code), (dialogue_loss, dialogues)):
-            nats = backward(parts, loss_of, tokens=tokens, device=self.device)
+            nats = backward(
+                parts, loss_of, tokens=tokens, device=self.device, mixed_precision=self.plan.mixed_precision
+            )
             losses.append(nats / targets_in(parts))
         self._average_gradients()
         factor = self.plan.lr_factor(self.step)
