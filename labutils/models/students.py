@@ -8,7 +8,7 @@ so that it survives a kill; when it ends, one line with its whole curve and its 
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -26,6 +26,7 @@ from labutils.paths import DATA, ROOT
 from labutils.pruning.structured import keep_layers, keep_neurons, neuron_scores, strongest
 
 RESULTS = DATA / "results" / "distillation_runs.jsonl"
+REFERENCES = DATA / "results" / "distillation_references.json"
 STATE = ROOT / "training-state" / "distillation"
 LOSSES = {"CE": None, "KD": Recipe(soft=0.5, hard=0.5, temperature=2.0)}
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 97.5%, by the number of seeds
@@ -185,8 +186,41 @@ def effects(rows: list[dict]) -> list[Effect]:
         if len(seeds) < 2:
             raise ValueError(f"an interval needs at least 2 seeds with both losses; got {len(seeds)} for {size}")
         gaps = [by["KD", seed] - by["CE", seed] for seed in seeds]
-        half = T_95[len(seeds)] * stdev(gaps) / len(seeds) ** 0.5
-        middle = fmean(gaps)
         means = [fmean(by[loss, seed] for seed in seeds) for loss in LOSSES]
-        found.append(Effect(size, *means, middle, (middle - half, middle + half), len(seeds)))
+        found.append(Effect(size, *means, *mean_interval(gaps), len(seeds)))
     return found
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """The mean of 2 to 5 values (one a seed) and Student's 95% interval of it: mean ± t · s ÷ √n.
+
+    >>> middle, (low, high) = mean_interval([1.0, 2.0, 3.0])
+    >>> middle, round(low, 3), round(high, 3)
+    (2.0, -0.484, 4.484)
+    """
+    if len(values) not in T_95:
+        raise ValueError(f"an interval over seeds needs {min(T_95)} to {max(T_95)} values; got {len(values)}")
+    middle, half = fmean(values), T_95[len(values)] * stdev(values) / len(values) ** 0.5
+    return middle, (middle - half, middle + half)
+
+
+def longest_runs(path: Path = RESULTS) -> list[dict]:
+    """The recorded runs with the most steps: runs of different length are never compared."""
+    rows = list(read_runs(path))
+    return [row for row in rows if row["steps"] == max(r["steps"] for r in rows)]
+
+
+def validation_curves(rows: list[dict]) -> tuple[dict[str, list[list[float]]], list[int]]:
+    """Validation bits per byte of one size's runs, a list for each loss, and the steps at which they were measured."""
+    key = "validation_bits_per_byte"
+    steps = [record["step"] for record in rows[0]["curve"] if key in record]
+    lines = {loss: [[c[key] for c in r["curve"] if key in c] for r in rows if r["loss"] == loss] for loss in LOSSES}
+    return lines, steps
+
+
+def reference_scores(path: Path = REFERENCES, *, items: int = 100) -> dict[str, dict]:
+    """`scores` of LabLM and LabLM-small, on the documents and items that the students got: measured once, then read."""
+    if not path.is_file():
+        found = {name: scores(load_model(name), items=items) for name in ("lablm", "lablm-small")}
+        path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))

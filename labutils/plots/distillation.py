@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from labutils.models.students import mean_interval
 from labutils.plots.style import PALETTE, series_style
 
 
@@ -47,13 +47,14 @@ def draw_modes(ax: Axes, teacher: Float[Tensor, " n"], students: Mapping[str, Fl
 def draw_training(
     ax: Axes, curves: Mapping[str, Sequence[Sequence[float]]], *, steps: Sequence[int], ylabel: str
 ) -> None:
-    """Mean over seeds with the band from the lowest to the highest run, for each loss."""
+    """Mean over seeds with Student's 95% interval of it as a band, for each loss."""
     for index, (name, runs) in enumerate(curves.items()):
-        values = torch.tensor(runs, dtype=torch.float64)
+        if len(runs) < 2:
+            continue
         style = series_style(index)
-        ax.plot(steps, values.mean(dim=0).tolist(), label=f"{name}, mean of {len(runs)}", **style)
-        low, high = values.amin(dim=0).tolist(), values.amax(dim=0).tolist()
-        ax.fill_between(steps, low, high, color=style["color"], alpha=0.2)
+        middle, intervals = zip(*(mean_interval(values) for values in zip(*runs, strict=True)), strict=True)
+        ax.plot(steps, middle, label=f"{name}, mean of {len(runs)}", **style)
+        ax.fill_between(steps, *zip(*intervals, strict=True), color=style["color"], alpha=0.2)
     ax.set(xlabel="step", ylabel=ylabel)
     ax.grid(alpha=0.25)
     ax.legend(fontsize="small")
