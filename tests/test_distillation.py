@@ -68,6 +68,37 @@ def test_gradient_agrees_with_finite_differences(name):
         assert gradient[i].item() == pytest.approx(slope.item(), abs=2e-3)
 
 
+KEPT = torch.tensor([[True, True, False]])
+OTHERS = {
+    "label smoothing": lambda x: divergences.label_smoothing(x.view(6, 4), torch.tensor([0, 1, 2, 3, 0, 1]), share=0.2),
+    "article's": lambda x: divergences.article_loss(x),
+    "bucket": lambda x: sparse.sparse_cross_entropy(x, sparse.top_k(logits(24, seed=1), 3)),
+    "hidden states": lambda x: hidden.hidden_loss([x.view(1, 3, 8)], [logits(1, 3, 8, seed=1)], KEPT),
+    "cosine": lambda x: hidden.cosine_loss(x.view(1, 3, 8), logits(1, 3, 8, seed=1), KEPT),
+    "attention": lambda x: hidden.attention_loss(
+        [x[:18].view(1, 2, 3, 3)], [logits(1, 4, 3, 3, seed=1).softmax(-1)], KEPT
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_losses_have_the_gradient_of_finite_differences(name):
+    """Central differences along three random directions."""
+    loss, x = OTHERS[name], logits(24).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x).mean(), x)
+    for seed in (2, 3, 4):
+        way = logits(24, seed=seed, scale=1.0)
+        with torch.no_grad():
+            slope = (loss(x + 0.01 * way).mean() - loss(x - 0.01 * way).mean()) / 0.02
+        assert (gradient @ way).item() == pytest.approx(slope.item(), abs=2e-3, rel=2e-3)
+
+
+def test_label_smoothing_follows_torch():
+    scores, labels = logits(5, 7), torch.tensor([0, 3, 6, 2, 2])
+    expected = torch.nn.CrossEntropyLoss(label_smoothing=0.3)(scores, labels)
+    torch.testing.assert_close(divergences.label_smoothing(scores, labels, share=0.3).mean(), expected)
+
+
 def test_jensen_shannon_tends_to_both_kls():
     student, teacher = logits(3, 6), logits(3, 6, seed=1)
     low, high = (divergences.jensen_shannon(student, teacher, beta=b) for b in (1e-4, 1 - 1e-4))

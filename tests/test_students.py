@@ -72,6 +72,42 @@ def test_effects_need_two_seeds():
         students.effects(rows_with([-0.1]))
 
 
+def test_mean_interval_needs_a_known_number_of_seeds():
+    with pytest.raises(ValueError, match="needs 2 to 5 values; got 1"):
+        students.mean_interval([1.0])
+
+
+def test_longest_runs_leave_out_what_was_shorter(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    assert students.longest_runs(path) == []
+    rows = [row | {"steps": steps} for steps in (2, 9) for row in rows_with([-0.1])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert students.longest_runs(path) == rows[2:]
+
+
+def test_validation_curves_take_the_validated_steps_of_each_loss():
+    def row(loss, end):
+        return {"loss": loss, "curve": [{"step": 1}, {"step": 2, "validation_bits_per_byte": end}]}
+
+    lines, steps = students.validation_curves([row("CE", 2.0), row("KD", 1.5), row("CE", 2.5)])
+    assert steps == [2] and lines == {"CE": [[2.0], [2.5]], "KD": [[1.5]]}
+
+
+def test_references_are_measured_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(students, "load_model", asked.append)
+    monkeypatch.setattr(students, "scores", lambda loaded, items: {"items": items})
+    for _ in range(2):
+        assert students.reference_scores(tmp_path / "r.json", items=7)["lablm-small"] == {"items": 7}
+    assert asked == ["lablm", "lablm-small"]
+
+
+def test_committed_references_cover_all_tasks_on_the_students_items():
+    for scores in students.reference_scores().values():
+        assert set(scores["right"]) == set(students.service.TASKS) and scores["items"] == 100
+        assert all(0 <= right <= 100 for right in scores["right"].values()) and len(scores["documents"]) == 17
+
+
 def test_points_finish_a_seed_before_the_next():
     chosen = students.points(seeds=2, steps=9)
     assert len(chosen) == 12 and [p.seed for p in chosen] == [0] * 6 + [1] * 6
