@@ -61,7 +61,10 @@ def draw_training(
 
 
 def draw_effects(ax: Axes, effects: Sequence) -> None:
-    """KD minus CE in bits per byte with its 95% interval, a row for each size; left of zero the teacher helps."""
+    """KD minus CE in bits per byte with its 95% interval, a row for each size; left of zero the teacher helps.
+
+    The title counts only sizes whose whole interval lies below zero.
+    """
     for index, effect in enumerate(effects):
         low, high = effect.interval
         bars = [[effect.difference - low], [high - effect.difference]]
@@ -70,9 +73,9 @@ def draw_effects(ax: Axes, effects: Sequence) -> None:
     ax.set_yticks(range(len(effects)), [f"{e.size} ({e.seeds} seeds)" for e in effects])
     ax.set_ylim(-0.6, len(effects) - 0.4)
     ax.invert_yaxis()
-    ax.set_xlabel("bits per byte, KD minus CE (left: the teacher helps)")
+    ax.set_xlabel("KD minus CE, bits per byte (left: better)")
     shown = sum(e.is_shown for e in effects)
-    ax.set_title(f"KD beats CE beyond its interval at {shown} of {len(effects)} sizes")
+    ax.set_title(f"KD beats CE at {shown} of {len(effects)} sizes")
 
 
 def draw_classifiers(ax: Axes, points: Mapping[str, Sequence[tuple[float, float, int]]], *, items: int) -> None:

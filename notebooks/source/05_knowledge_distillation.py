@@ -136,17 +136,25 @@ ch05.soft_loss(soft_loss)
 # ## 2 · Dark knowledge
 #
 # A label says one token. A teacher says which *wrong* tokens are nearly right, and that is most of what it knows. Hinton
-# called it dark knowledge. Here is what LabLM really predicts at four places of two customers' dialogues and of code.
+# called it dark knowledge. Here is what LabLM really predicts: a customer's intent (of 63, each by its whole name), and the next
+# token at three places.
 #
-# **Predict:** the customer says "I want to cancel"; which other words would the teacher accept?
+# **Predict:** a customer says "Something is wrong with my order." Which intents could that be?
 
 # %%
+from labutils.data import service
+from labutils.models.intents import intent_opinion
+
 PLACES = {
-    "a customer's intent": "<|system|>Name the intent.<|end|><|user|>I would like my money back.<|end|><|assistant|>",
     "a customer, cut off": "<|user|>Could you please",
     "code, a name": "<|endoftext|>import os\n\n\ndef read_lines(path):\n    with open(",
     "code, a keyword": "<|endoftext|>def f(x):\n    if x is None:\n        ",
 }
+NAMES = list(service.intents())
+unclear = (
+    {"role": "system", "content": "Name the intent."},
+    {"role": "user", "content": "Something is wrong with my order."},
+)
 
 
 def opinion(prompt):
@@ -155,22 +163,21 @@ def opinion(prompt):
         return teacher(ids).logits[0, -1]
 
 
-opinions = {name: opinion(prompt) for name, prompt in PLACES.items()}
-
 # %%
+opinions = {name: opinion(prompt) for name, prompt in PLACES.items()}
+views = {"a customer's intent": (intent_opinion(wisdom, unclear), NAMES.__getitem__)}
+views |= {name: (logits, lambda i: repr(tokenizer.decode([i]))) for name, logits in opinions.items()}
 figure, panels = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
-for panel, (name, logits) in zip(panels, opinions.items(), strict=True):
+elsewhere = {}
+for panel, (name, (logits, name_of)) in zip(panels, views.items(), strict=True):
     probs, ids = softmax(logits, dim=-1).topk(6)
-    names = [repr(tokenizer.decode([int(i)])) for i in ids]
-    others = 1 - probs[0].item()
-    plots.draw_opinion(panel, names, probs.tolist(), right=names[0], title=f"{name}: {others:.0%} on others")
-spread = max(opinions, key=lambda name: article_loss(opinions[name]).item())
-figure.suptitle(f"The teacher is least sure at “{spread}”")
+    names, elsewhere[name] = [name_of(int(i)) for i in ids], 1 - probs[0].item()
+    plots.draw_opinion(panel, names, probs.tolist(), right=names[0], title=f"{name}: {elsewhere[name]:.0%} on others")
+figure.suptitle(f"The teacher is least sure at “{max(elsewhere, key=elsewhere.get)}”")
 plt.show()
 
 # %% [markdown]
-# *LabLM's six likeliest next tokens at four places (favourite hatched); the share in each title is what it gives to all
-# other tokens.* Where the favourite takes nearly everything, the rest is invisible, and so is what it could teach.
+# *LabLM's six likeliest answers at four places (favourite hatched); the share in each title is what it gives to all others.* Where the favourite takes nearly everything, the rest is invisible, and so is what it could teach.
 # **Temperature** makes it visible: divide the logits by T before the softmax.
 
 # %% [markdown]
@@ -488,7 +495,7 @@ ch05_stored.mean_where_counted(mean_where_counted)
 #
 # DistilBERT (Sanh et al. 2019, arXiv:1910.01108) begins with every second layer of its teacher. Our student has 3 of LabLM's 6
 # layers and 256 of each layer's 768 neurons: a *pruned* teacher (chapter 04). Four choices of layers, and one student that starts
-# from nothing; then 12 short steps with the teacher's KL, the same for all, so the teacher answers once and the rest read its store.
+# from nothing; then 8 short steps with the teacher's KL, the same for all, so the teacher answers once and the rest read its store.
 #
 # **Predict:** which layers make the best beginning, before and after those steps?
 
@@ -528,13 +535,13 @@ beginnings["from nothing"] = from_nothing(beginnings["0, 1, 5"])
 # %%
 soft_only, found = Recipe(soft=1.0, hard=0.0, temperature=1.0), {}
 folder = tempfile.TemporaryDirectory()
-store = TeacherCache(Path(folder.name), teacher, k=32, tokens=12 * lessons[0][:, 1:].numel())
+store = TeacherCache(Path(folder.name), teacher, k=32, tokens=8 * lessons[0][:, 1:].numel())
 for name, student in beginnings.items():
     before = quality_of(student).bits_per_byte
     loss_of = stored_loss(student, store, soft_only)
-    fit_(student, parts_in_order(0), loss_of, FitPlan(steps=12, lr=1e-3, warmup_steps=3))
+    fit_(student, parts_in_order(0), loss_of, FitPlan(steps=8, lr=1e-3, warmup_steps=2))
     found[name] = bits_by_document(student, tokenizer, documents)
-    print(f"{name:<18} at first {before:6.3f}, after 12 steps {per_byte(found[name]):.3f} bits per byte")
+    print(f"{name:<18} at first {before:6.3f}, after 8 steps {per_byte(found[name]):.3f} bits per byte")
 print(f"the store: announced {store.announced_bytes / 1e6:.2f} MB, used {store.used_bytes / 1e6:.2f} MB, read 5 times")
 folder.cleanup()
 
@@ -620,7 +627,7 @@ import time
 
 from labutils.distillation.divergences import label_smoothing
 
-SEEDS, STEPS, EVERY = (0, 1, 2), 30, 10
+SEEDS, STEPS, EVERY = (0, 1, 2), 24, 8
 plan = FitPlan(steps=STEPS, lr=1e-3, warmup_steps=3, final_lr_share=0.1, max_grad_norm=1.0)
 
 
@@ -708,7 +715,7 @@ if not runs:
 
 # %%
 if table:
-    figure, panels = plt.subplots(1, 1 + len(table), figsize=(4 * (1 + len(table)), 3.8), layout="constrained")
+    figure, panels = plt.subplots(1, 1 + len(table), figsize=(4.4 * (1 + len(table)), 3.8), layout="constrained")
     for panel, effect in zip(panels, table, strict=False):
         lines, steps = validation_curves([row for row in runs if row["size"] == effect.size])
         plots.draw_training(panel, lines, steps=steps, ylabel="bits per byte, validation")
@@ -782,7 +789,7 @@ for name, recipe in insides.items():
     student = copy.deepcopy(start)
     student.set_attn_implementation("eager")
     loss_of = distillation_loss(student, attentive, recipe)
-    fit_(student, parts_in_order(0), loss_of, FitPlan(steps=12, lr=1e-3, warmup_steps=3, max_grad_norm=1.0))
+    fit_(student, parts_in_order(0), loss_of, FitPlan(steps=8, lr=1e-3, warmup_steps=2, max_grad_norm=1.0))
     inside_bits[name] = bits_by_document(student, tokenizer, documents)
 for name, bits in inside_bits.items():
     compared = paired_quality(bits, inside_bits["answers alone"])
@@ -790,7 +797,7 @@ for name, bits in inside_bits.items():
     print(f"{name:<26}{compared.bits_per_byte:.4f} bits per byte, {compared.difference:+.4f} [{low:+.4f}, {high:+.4f}]")
 
 # %% [markdown]
-# One seed and a dozen steps: it runs, and these are the sizes; it is no ranking. What a student of *equal* width gains from hidden states
+# One seed and eight steps: it runs, and these are the sizes; it is no ranking. What a student of *equal* width gains from hidden states
 # depends on their weight, and a student that began as its teacher's layers already speaks their language.
 
 # %% [markdown]
@@ -802,7 +809,6 @@ for name, bits in inside_bits.items():
 #   practises in the situations that it gets itself into. A schedule mixes both: data first, its own texts later.
 
 # %%
-from labutils.data import service
 from labutils.distillation.sequences import OnPolicySchedule, on_policy_parts, written
 from labutils.distillation.student import require_same_tokens
 from labutils.models.tokenizer import train_tokenizer
@@ -827,7 +833,7 @@ print("share of steps on its own texts:", [schedule.share(step) for step in rang
 
 # %% [markdown]
 # All four students begin as LabLM-small with half of its weights set to zero (chapter 04), free to grow back, and train for the same
-# number of steps. We judge them where on-policy training aims: on what *they* write to 16 customers, how many nats per token does
+# number of steps. We judge them where on-policy training aims: on what *they* write to 12 customers, how many nats per token does
 # the teacher object to (reverse KL)?
 #
 # **Predict:** which diet lowers that number most, and what does each do to code?
@@ -845,7 +851,7 @@ by_teacher = [written(teacher, prompts[16 + i : 24 + i], max_new_tokens=16, end_
 
 
 def own_mistakes(student):
-    own = written(student, prompts[:16], max_new_tokens=16, end_id=END)
+    own = written(student, prompts[:12], max_new_tokens=12, end_id=END)
     with torch.no_grad():
         return distillation_loss(student, teacher, judge)(*own).item()
 
@@ -872,13 +878,13 @@ students = {"before": wounded}
 for name, way in ways.items():
     students[name] = student = copy.deepcopy(wounded)
     parts, loss_of = way(student)
-    fit_(student, parts, loss_of, FitPlan(steps=12, lr=3e-4, warmup_steps=4, final_lr_share=0.1, max_grad_norm=1.0))
+    fit_(student, parts, loss_of, FitPlan(steps=10, lr=3e-4, warmup_steps=4, final_lr_share=0.1, max_grad_norm=1.0))
 for name, student in students.items():
     bits = per_byte(bits_by_document(student, tokenizer, documents))
     print(f"{name:<26}{own_mistakes(student):.3f} nats per own token; {bits:.3f} bits per byte of code")
 
 # %% [markdown]
-# One seed, a dozen steps: another seed may change the order of neighbours. What holds is the kind of cost: nobody asks for code here, so
+# One seed, ten steps: another seed may change the order of neighbours. What holds is the kind of cost: nobody asks for code here, so
 # look at what each diet does to it. The teacher's *texts* need no logits, so they work across tokenizers, even through a paid interface.
 
 # %% [markdown]
@@ -898,9 +904,9 @@ masks = mask_model(magnitude_scores(small), 0.6)
 small_base, repaired = bits_by_document(small, tokenizer, documents), {}
 for teacher_name, master in {"the text": None, "its former self": small}.items():
     rounded, pruned = copy.deepcopy(small), copy.deepcopy(small)
-    train_quantized_(rounded, lessons[:15], two_bits, learning_rate=3e-4, teacher=master)
+    train_quantized_(rounded, lessons[:10], two_bits, learning_rate=3e-4, teacher=master)
     apply_masks_(pruned, masks)
-    fine_tune_(pruned, lessons[:15], lr=1e-3, masks=masks, teacher=master)
+    fine_tune_(pruned, lessons[:10], lr=1e-3, masks=masks, teacher=master)
     for kind, model in {"2 bits": rounded, "60% zeros": pruned}.items():
         repaired[kind, teacher_name] = bits = bits_by_document(model, tokenizer, documents)
         print(
@@ -918,7 +924,7 @@ for kind in ("2 bits", "60% zeros"):
 #
 # $$\alpha = \mathbb{E} \sum_y \min\bigl(p_{\text{target}}(y),\, q_{\text{draft}}(y)\bigr) = 1 - \mathrm{TV}$$
 #
-# (Leviathan et al. 2023, arXiv:2211.17192, section 3). **Tiny numbers:** draft (0.9, 0.1), target (0.5, 0.5): 0.5 + 0.1 = 0.6.
+# (Leviathan et al. 2022, arXiv:2211.17192, section 3). **Tiny numbers:** draft (0.9, 0.1), target (0.5, 0.5): 0.5 + 0.1 = 0.6.
 #
 # ## Exercise 5.8: acceptance
 #
@@ -1078,7 +1084,7 @@ off = {
 worse = bits_per_byte_of(sibling) / bits_per_byte_of(reference) - 1
 aims = {
     f"at least 60% fewer parameters: {smaller['LabLM-small']:.0%}": smaller["LabLM-small"] >= 0.6,
-    f"twice the decode speed: {faster['LabLM-small']}": faster["LabLM-small"].value >= 2,
+    f"twice the decode speed: {faster['LabLM-small']}": faster["LabLM-small"].low >= 2,
     f"at most 10% more bits per byte: {worse:+.0%}": worse <= 0.1,
     f"at most 5 points off each task: { {t: f'{points:+.0f}' for t, points in off.items()} }": max(off.values()) <= 5,
 }
@@ -1125,7 +1131,7 @@ def answered(model, prompt):
     return tokenizer.decode(ids, skip_special_tokens=True), len(ids) / (time.perf_counter() - begin)
 
 
-for query in service.evaluation_set(service.ANSWER, "test", 2, seed=9):
+for query in service.evaluation_set(service.ANSWER, "test", 2, seed=12):
     print("customer:     ", query.messages[-2]["content"])
     for name, model in {"LabLM": teacher, "LabLM-small": small, "short student": short}.items():
         words, rate = answered(model, prompt_of(query))
@@ -1152,15 +1158,15 @@ from labutils.distillation.classifiers import (
     ngram_ids,
     padded_rows,
 )
-from labutils.models.intents import intent_opinion, intent_queries, recorded_opinions
+from labutils.models.intents import intent_queries, recorded_opinions
 
-opinions, seen, new = recorded_opinions(), intent_queries("train"), intent_queries("test")
+recorded, seen, new = recorded_opinions(), intent_queries("train"), intent_queries("test")
 gap = max(
-    (intent_opinion(wisdom, new.chats[i]) - opinions["test"][i]).exp().sub(1).abs().max().item() for i in range(3)
+    (intent_opinion(wisdom, new.chats[i]) - recorded["test"][i]).exp().sub(1).abs().max().item() for i in range(3)
 )
 print(f"recorded and live opinions of three queries agree within {gap:.1%}")
 teacher_right = {
-    s: (opinions[s].argmax(1) == q.labels).float().mean().item() for s, q in {"train": seen, "test": new}.items()
+    s: (recorded[s].argmax(1) == q.labels).float().mean().item() for s, q in {"train": seen, "test": new}.items()
 }
 print(
     f"LabLM: {teacher_right['train']:.1%} of {len(seen.texts)} known phrasings right, {teacher_right['test']:.1%} of {len(new.texts)} new ones"
@@ -1184,7 +1190,7 @@ def classifier(kind, size):
 # %%
 LESSONS = {
     "300 labels": (300, None, 0.0),
-    "2000 queries, LabLM": (2000, opinions["train"], 1.0),
+    "2000 queries, LabLM": (2000, recorded["train"], 1.0),
     "2000 labels": (2000, None, 0.0),
 }
 KINDS = {"n-grams": ((128, 1024, 8192), 0.05, 200), "encoder": ((16, 32, 64), 1e-2, 250)}
@@ -1197,21 +1203,23 @@ for kind, (sizes, lr, steps) in KINDS.items():
         fit_(net, drawn_rows(rows, batch=64), loss_of, FitPlan(steps=steps, lr=lr, warmup_steps=10, final_lr_share=0.1))
 
 # %%
-one = new.texts[:1]
+one, chat = new.texts[:1], new.chats[0]
+ask = tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_tensors="pt", return_dict=False)
 contest = {key: lambda net=net, key=key: net(rows_of(one, key[0], key[2])) for key, net in nets.items()}
-contest["LabLM"] = lambda: intent_opinion(wisdom, new.chats[0])
+contest["LabLM"] = lambda: intent_opinion(wisdom, chat)
+contest["LabLM, one greedy reply"] = lambda: generate_cached(teacher, ask, 16, stop=[END])
 with torch.no_grad():
     took = measure_interleaved(contest, repeats=9)
+print(took["LabLM"], took["LabLM, one greedy reply"], sep="\n")
+
+# %%
 points = {"LabLM": [(took["LabLM"].median_s, teacher_right["test"], teacher.num_parameters())]}
 for (kind, lesson, size), net in nets.items():
     with torch.no_grad():
         share = (net(rows_of(new.texts, kind, size)).argmax(1) == new.labels).float().mean().item()
-    count = sum(p.numel() for p in net.parameters())
-    points.setdefault(f"{kind}, {lesson}", []).append((took[kind, lesson, size].median_s, share, count))
-    print(
-        f"{kind:<8} {lesson:<20} size {size:>5} {count:>8,} parameters, {share:.1%} right, {1e6 * took[kind, lesson, size].median_s:.0f} µs"
-    )
-print(f"LabLM asked for all 63 names: {teacher_right['test']:.1%} right, {took['LabLM']}")
+    count, time_s = sum(p.numel() for p in net.parameters()), took[kind, lesson, size].median_s
+    points.setdefault(f"{kind}, {lesson}", []).append((time_s, share, count))
+    print(f"{kind:<8} {lesson:<20} size {size:>5} {count:>8,} parameters, {share:.1%} right, {1e6 * time_s:.0f} µs")
 
 # %%
 figure, axes = plt.subplots(figsize=(8.5, 4.4), layout="constrained")
@@ -1232,7 +1240,7 @@ plt.show()
 
 # %% [markdown]
 # *Share of held-out queries whose intent is named right against the time of one query on this machine (median of 9 interleaved rounds);
-# bars: one standard error. Points of one series differ in size.* The teacher is worth as much as labels, because it turns *unlabelled*
+# bars: one standard error. Points of one series differ in size. LabLM is asked about all 63 names.* The teacher is worth as much as labels, because it turns *unlabelled*
 # queries into lessons. Below some size nothing is left to gain: a student that has too few buckets or too little width drops
 # tens of points to save microseconds.
 
