@@ -8,6 +8,7 @@ import torch
 from test_training import TEXTS
 
 from labutils.models import students, training
+from labutils.models.checkpoint import sha256
 from labutils.models.load import load_model
 
 
@@ -98,12 +99,13 @@ def test_references_are_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(students, "load_model", asked.append)
     monkeypatch.setattr(students, "scores", lambda loaded, items: {"items": items})
     for _ in range(2):
-        assert students.reference_scores(tmp_path / "r.json", items=7)["lablm-small"] == {"items": 7}
+        assert students.reference_scores(tmp_path / "r.json", items=7)["lablm-small"]["items"] == 7
     assert asked == ["lablm", "lablm-small"]
 
 
-def test_committed_references_cover_all_tasks_on_the_students_items():
-    for scores in students.reference_scores().values():
+def test_committed_references_are_the_shipped_models_on_the_students_items():
+    for name, scores in students.reference_scores().items():
+        assert scores["weights"] == sha256(students.DATA / name / "model.safetensors"), f"delete {students.REFERENCES}"
         assert set(scores["right"]) == set(students.service.TASKS) and scores["items"] == 100
         assert all(0 <= right <= 100 for right in scores["right"].values()) and len(scores["documents"]) == 17
 

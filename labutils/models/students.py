@@ -17,7 +17,7 @@ from labutils.data import service
 from labutils.distillation.recipe import Recipe, distillation_loss
 from labutils.layers.calibration import input_statistics
 from labutils.models.calibration_text import calibration_batches
-from labutils.models.checkpoint import save_checkpoint
+from labutils.models.checkpoint import save_checkpoint, sha256
 from labutils.models.compare import bits_by_document, held_out_documents
 from labutils.models.evaluate_service import score_task
 from labutils.models.load import LanguageModel, load_model
@@ -219,8 +219,14 @@ def validation_curves(rows: list[dict]) -> tuple[dict[str, list[list[float]]], l
 
 
 def reference_scores(path: Path = REFERENCES, *, items: int = 100) -> dict[str, dict]:
-    """`scores` of LabLM and LabLM-small, on the documents and items that the students got: measured once, then read."""
+    """`scores` of LabLM and LabLM-small, on the documents and items that the students got: measured once, then read.
+
+    "weights" is the checksum of the model measured: after a change of the shipped models, delete the file.
+    """
     if not path.is_file():
-        found = {name: scores(load_model(name), items=items) for name in ("lablm", "lablm-small")}
+        found = {
+            name: scores(load_model(name), items=items) | {"weights": sha256(DATA / name / "model.safetensors")}
+            for name in ("lablm", "lablm-small")
+        }
         path.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))

@@ -1063,6 +1063,7 @@ for size in SIZES:
     done = [row for row in runs if row["size"] == size and row["loss"] == "KD"]
     if done:
         line(f"size “{size}”", done)
+print(f"our tokens hold {per_token:.1f} bytes on average; a perplexity depends on what a token is, also as a ratio")
 print(f"published: DistilGPT2 perplexity {21.1 / 16.3:.3f} times its teacher's; DistilBERT {77.0 / 79.5:.3f} of GLUE")
 if not runs:
     print("no recorded runs yet: only the shipped LabLM-small can be compared")
