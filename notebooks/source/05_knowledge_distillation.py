@@ -203,17 +203,27 @@ def soften(logits, temperature):
 ch05.soften(soften)
 
 # %% [markdown]
-# Move the slider: at which temperature do you first see more than three alternatives to the teacher's favourite? Below the
-# widget, the plain function does the same for three temperatures.
+# Move the slider: at which temperature do you first see more than three alternatives to the teacher's favourite? Without a
+# slider, `print(opinion_at(tokenizer, logits, 4.0))` says the same in words, and the figure below shows three temperatures.
 
 # %%
 from labutils.widgets.distillation import opinion_at, temperature_widget
 
-temperature_widget(tokenizer, opinions["code, a name"])
+temperature_widget(tokenizer, opinions["code, a keyword"])
 
 # %%
-for temperature in (1.0, 2.0, 8.0):
-    print(opinion_at(tokenizer, opinions["code, a name"], temperature, count=5), end="\n\n")
+print(opinion_at(tokenizer, opinions["code, a keyword"], 4.0, count=5))
+figure, panels = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+for panel, temperature in zip(panels, (1.0, 2.0, 8.0), strict=True):
+    probs, ids = softmax(opinions["code, a keyword"] / temperature, dim=-1).topk(6)
+    names = [repr(tokenizer.decode([int(i)])) for i in ids]
+    title = f"T = {temperature:g}: {1 - probs[0].item():.0%} on others"
+    plots.draw_opinion(panel, names, probs.tolist(), right=names[0], title=title)
+plt.show()
+
+# %% [markdown]
+# *The same opinion at three temperatures: the order never changes, the favourite's lead shrinks.* At a high temperature thousands of tokens
+# that mean nothing share most of the mass, so T is a choice, not a number to raise for ever.
 
 # %% [markdown]
 # ## 3 · Why T²?
