@@ -141,7 +141,7 @@ class FitPlan:
     steps: int
     lr: float
     warmup_steps: int = 0
-    final_lr_share: float = 1.0  # of lr, at the last step; 1 keeps it constant
+    final_lr_share: float = 1.0  # of lr, one step after the last; 1 keeps it constant
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     mixed_precision: bool = False
@@ -152,7 +152,7 @@ class FitPlan:
 
         >>> plan = FitPlan(steps=12, lr=1.0, warmup_steps=2, final_lr_share=0.0)
         >>> [round(plan.lr_at(step), 3) for step in (0, 1, 6, 11)]
-        [0.5, 1.0, 0.5, 0.024]
+        [0.5, 1.0, 0.571, 0.02]
         """
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
