@@ -214,16 +214,18 @@ temperature_widget(tokenizer, opinions["code, a keyword"])
 # %%
 print(opinion_at(tokenizer, opinions["code, a keyword"], 4.0, count=5))
 figure, panels = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-for panel, temperature in zip(panels, (1.0, 2.0, 8.0), strict=True):
-    probs, ids = softmax(opinions["code, a keyword"] / temperature, dim=-1).topk(6)
-    names = [repr(tokenizer.decode([int(i)])) for i in ids]
+for panel, temperature in zip(panels, (1.0, 1.5, 3.0), strict=True):
+    probs, ids = softmax(views["a customer's intent"][0] / temperature, dim=-1).topk(6)
+    names = [NAMES[int(i)] for i in ids]
     title = f"T = {temperature:g}: {1 - probs[0].item():.0%} on others"
     plots.draw_opinion(panel, names, probs.tolist(), right=names[0], title=title)
+    panel.set_xlim(0, 1.1 * probs[0].item())
 plt.show()
 
 # %% [markdown]
-# *The same opinion at three temperatures: the order never changes, the favourite's lead shrinks.* At a high temperature thousands of tokens
-# that mean nothing share most of the mass, so T is a choice, not a number to raise for ever.
+# *The opinion of the customer's intent at three temperatures (each panel has its own scale): the order never changes, the favourite's
+# lead shrinks.* Among thousands of tokens a high temperature gives most of the mass to what means nothing, so T is a choice, not a
+# number to raise for ever.
 
 # %% [markdown]
 # ## 3 · Why T²?
