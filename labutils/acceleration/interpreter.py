@@ -8,6 +8,7 @@ same process may compile kernels for a GPU before and after. Kernels are plain f
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -62,6 +63,7 @@ def interpret(kernel: Callable, grid: tuple[int, ...], *arguments, **constants) 
 
     with suppress(ImportError):  # Triton imports it at a first launch, and refuses to while its functions are swapped
         import triton.experimental.gluon  # noqa: F401
+    kernel = inspect.unwrap(kernel)
     twin = _twin(kernel, dict(kernel.__globals__) | {"tl": tl})
     twin.__annotations__ = {n: tl.constexpr if a == "tl.constexpr" else a for n, a in kernel.__annotations__.items()}
     builder, accesses = interpreter.interpreter_builder, []
@@ -89,7 +91,7 @@ def _twin(function: Callable, names: dict) -> Callable:
 
 @functools.cache
 def _standard_functions() -> dict:
-    """Triton's own `sum`, `max`, … are kernels too, compiled where the interpreter was off at import: interpret them."""
+    """Triton's own `sum`, `max`, … are kernels too, and compiled ones where the interpreter was off at import."""
     from triton import language as tl
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction

@@ -7,6 +7,7 @@ says nothing about its speed. Nothing here was run on a GPU.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -49,11 +50,28 @@ def compiled(kernel: Callable):
     from triton import language
 
     kernels.tl = language
-    return triton.jit(kernel)
+    return triton.jit(inspect.unwrap(kernel))
+
+
+def machine_code(kernel: Callable, signature: dict[str, str], constants: dict, *, capability: int) -> str:
+    """Compiles a kernel for a GPU that need not be there, to the end, and returns its PTX assembly.
+
+    Args:
+        kernel: one of `kernels`.
+        signature: Triton's types of the arguments, such as {"x": "*fp16", "n": "i32"}.
+        constants: those annotated `tl.constexpr`.
+        capability: 75 (T4), 80 (A100), 89 (L4), 90 (H100, H200).
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    types = signature | dict.fromkeys(constants, "constexpr")
+    source = triton.compiler.ASTSource(fn=compiled(kernel), signature=types, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
 
 
 def add(x: Float[Tensor, " n"], y: Float[Tensor, " n"], *, block: int = 1024) -> Float[Tensor, " n"]:
-    """x + y."""
+    """Returns x + y."""
     out = torch.empty_like(x)
     launch(kernels.add_kernel, (-(-len(x) // block),), x, y, out, len(x), BLOCK=block)
     return out
@@ -67,7 +85,7 @@ def softmax(x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
 
 
 def rms_norm(x: Float[Tensor, "rows n"], gain: Float[Tensor, " n"], *, eps: float = 1e-6) -> Float[Tensor, "rows n"]:
-    """x / sqrt(mean(x^2) + eps) * gain over the last axis."""
+    """Returns x / sqrt(mean(x^2) + eps) * gain over the last axis."""
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     launch(kernels.rms_norm_kernel, (len(x),), x, gain, out, x.shape[1], eps, BLOCK=next_power_of_two(x.shape[1]))
     return out
@@ -76,7 +94,7 @@ def rms_norm(x: Float[Tensor, "rows n"], gain: Float[Tensor, " n"], *, eps: floa
 def int8_gemv(
     codes: Int8[Tensor, "rows n"], scales: Float32[Tensor, " rows"], x: Float[Tensor, " n"]
 ) -> Float32[Tensor, " rows"]:
-    """y = diag(scales) codes x: the weights travel as bytes and become floats inside the kernel."""
+    """Returns diag(scales) codes x: the weights travel as bytes and become floats inside the kernel."""
     rows, n = codes.shape
     out = torch.empty(rows, dtype=torch.float32, device=x.device)
     grid = (-(-rows // GEMV_ROWS),)
