@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 
 import pytest
@@ -9,6 +10,11 @@ from aside import install_aside
 from jaxtyping import install_import_hook
 
 install_import_hook("labutils", "shapes.checked")
+
+from labutils.paths import tool_cache_dir  # noqa: E402  (after the hook)
+
+# The FPGA tools are compiled once, whatever folder a test calls the learner's.
+os.environ.setdefault("YOWASP_CACHE_DIR", str(tool_cache_dir().resolve()))
 
 ASIDE = {"torchao": "torchao==0.18.0", "gguf": "gguf==0.19.0"}
 
@@ -32,3 +38,15 @@ def library_aside(tmp_path_factory):
 
     yield load
     sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="session")
+def fpga_tools():
+    """The FPGA tools, compiled; the first call in an empty cache takes a minute. Skips where they are not installed."""
+    from labutils.fpga.tools import ToolError, require_tools, warm_up
+
+    try:
+        require_tools()
+    except ToolError as error:
+        pytest.skip(str(error))
+    warm_up()

@@ -77,6 +77,12 @@ def test_error_bars_span_the_bootstrap_interval():
     assert segments.get_segments()[0].tolist() == [[pytest.approx(low), 1.5], [pytest.approx(high), 1.5]]
 
 
+def test_rounding_is_not_drawn_as_a_difference():
+    ax = draw_speed_quality([record("a", 10, 2.0), record("b", 20, 2.0 + 1e-9)]).axes[0]
+    top, bottom = sorted(ax.get_ylim())
+    assert bottom - top == pytest.approx(0.01) and ax.yaxis_inverted()
+
+
 def test_a_tasks_score_is_better_when_higher():
     records = [
         record("a", 10, None, task="intent", task_score=0.9),

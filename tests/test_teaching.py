@@ -51,5 +51,5 @@ def test_every_command_that_it_names_exists():
     from labutils.cli.main import COMMANDS
 
     named = set(re.findall(r"python -m\s+labutils\s+(\w+)", TEACHING))
-    assert {"handout", "lab", "check", "grade", "doctor", "rebadge"} == named
+    assert {"bench", "handout", "lab", "check", "grade", "doctor", "rebadge"} == named
     assert named <= set(COMMANDS)

@@ -3,14 +3,18 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-HELP = "measure and compare: `bench decode` (every path), `bench quantization` (int8, int4), `bench pruning` (zeros)"
+HELP = (
+    "measure and compare: `bench decode` (every path), `bench quantization` (int8, int4), `bench pruning` (zeros), "
+    "`bench xla` (JAX), `bench fpga` (area)"
+)
 NEEDS_ENVIRONMENT = True
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("name", choices=("decode", "quantization", "pruning"), help="what to measure")
+    choices = ("decode", "quantization", "pruning", "xla", "fpga")
+    parser.add_argument("name", choices=choices, help="what to measure")
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
     )
@@ -21,6 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to decode (32)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repeats, at least 5")
+    parser.add_argument("--array", type=int, default=4, metavar="N", help="rows and columns of the FPGA's array (4)")
     parser.add_argument("--threads", type=int, help="use this many threads (default: the best, found by measuring)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute")
     parser.add_argument("--no-speed-model", action="store_true", help="only the trained model")
@@ -28,7 +33,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
-    return {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning}[args.name](args)
+    runs = {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning}
+    return (runs | {"xla": run_xla, "fpga": run_fpga})[args.name](args)
 
 
 def run_quantization(args: Namespace) -> int:
@@ -103,4 +109,50 @@ def run_pruning(args: Namespace) -> int:
     print(*bars, sep="\n")
     if args.json:
         write_json(rows, args.json)
+    return 0
+
+
+def run_xla(args: Namespace) -> int:
+    """Eager and compiled torch, a jitted step and a scanned loop, on a trained model and on the random-weight one."""
+    from labutils.bench.subject import speed_subject, trained_subject
+    from labutils.bench.table import as_table, write_json
+    from labutils.bench.xla import EAGER, bench_xla
+    from labutils.measurement.ledger import host_line
+    from labutils.xla import lazy, runtime
+
+    if not runtime.has_jax():
+        print(f"labutils: {lazy.INSTALL}")
+        return 1
+    print(host_line())
+    settings = {"new_tokens": 8 if args.quick else args.new_tokens, "rounds": args.rounds}
+    makers = [lambda: trained_subject(args.model)]
+    if not args.no_speed_model:
+        makers.append(lambda: speed_subject(**(SMALL if args.quick else {})))
+    rows = []
+    for make in makers:
+        subject = make()
+        print(
+            f"\n{subject.name}: prompt {subject.token_ids.shape[1]}, {settings['new_tokens']} greedy tokens, 1 thread"
+        )
+        rows += (found := bench_xla(subject, **settings, compiled=not args.no_compile))
+        print(as_table(found, reference=EAGER))
+    if args.json:
+        write_json(rows, args.json)
+    return 0
+
+
+def run_fpga(args: Namespace) -> int:
+    """Area and clock of every precision on the FPGA."""
+    from labutils.bench.fpga import HEAD, SEEDS, bench_fpga, conditions, write_results
+    from labutils.fpga.tools import ToolError
+
+    n, seeds = (2, SEEDS[:1]) if args.quick else (args.array, SEEDS)
+    try:
+        print(*conditions(seeds), HEAD, sep="\n", flush=True)
+        results = bench_fpga(n, seeds=seeds, say=lambda row: print(row, flush=True))
+    except ToolError as error:
+        print(f"labutils: {error}")
+        return 1
+    if args.json:
+        write_results(results, n, seeds, args.json)
     return 0

@@ -21,6 +21,7 @@ from labutils.course.exercises import Exercise, transplant
 from labutils.course.guard import process_limit
 from labutils.course.hand_in import Reference, UnusableError, find_reference, read_hand_in
 from labutils.course.verdicts import Verdict
+from labutils.paths import tool_cache_dir
 
 CELL_TIMEOUT_S = 120.0
 LIMITS = Limits()
@@ -221,6 +222,7 @@ def _environment(root: Path, folder: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "LABUTILS_REPORT": str(folder / "report.jsonl"),
         "LABUTILS_HOME": str(folder / "learner"),
+        "YOWASP_CACHE_DIR": str(tool_cache_dir().resolve()),
         "LABUTILS_MAX_PROCESSES": process_limit(),
         "IPYTHONDIR": str(folder / "ipython"),
         "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),

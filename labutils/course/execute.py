@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from labutils.paths import tool_cache_dir
+
 CELL_TIMEOUT_S = 1800
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -47,7 +49,8 @@ def execute(notebook, root: Path, *, timeout_s: int = CELL_TIMEOUT_S):
 def _environment(root: Path, home: Path) -> dict[str, str]:
     """The kernel's environment: the course importable, no traces in the learner's folder."""
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return {**os.environ, "PYTHONPATH": path, "LABUTILS_HOME": str(home), "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
+    own = {"PYTHONPATH": path, "LABUTILS_HOME": str(home), "YOWASP_CACHE_DIR": str(tool_cache_dir().resolve())}
+    return {**os.environ, **own, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
 
 
 def clean(notebook, root: Path):

@@ -130,6 +130,9 @@ def draw_speed_quality(
     ax.set_ylabel(quality.label)
     ax.set_title(finding(records, quality), wrap=True)
     ax.margins(0.12, 0.15)
+    middle, height = sum(ax.get_ylim()) / 2, ax.get_ylim()[1] - ax.get_ylim()[0]
+    if height < 1e-3:  # rounding, which an axis of its size would show as a difference
+        ax.set_ylim(middle - 5e-3, middle + 5e-3)
     if _spread(records) > 10:
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
