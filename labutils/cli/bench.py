@@ -5,7 +5,7 @@ from pathlib import Path
 
 HELP = (
     "measure and compare: `bench decode` (every path), `bench quantization` (int8, int4), `bench pruning` (zeros), "
-    "`bench xla` (JAX), `bench fpga` (area)"
+    "`bench xla` (JAX), `bench fpga` (area), `bench gpu` (the ladder)"
 )
 NEEDS_ENVIRONMENT = True
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -13,7 +13,7 @@ SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    choices = ("decode", "quantization", "pruning", "xla", "fpga")
+    choices = ("decode", "quantization", "pruning", "xla", "fpga", "gpu")
     parser.add_argument("name", choices=choices, help="what to measure")
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
     runs = {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning}
-    return (runs | {"xla": run_xla, "fpga": run_fpga})[args.name](args)
+    return (runs | {"xla": run_xla, "fpga": run_fpga, "gpu": run_gpu})[args.name](args)
 
 
 def run_quantization(args: Namespace) -> int:
@@ -155,4 +155,33 @@ def run_fpga(args: Namespace) -> int:
         return 1
     if args.json:
         write_results(results, n, seeds, args.json)
+    return 0
+
+
+def run_gpu(args: Namespace) -> int:
+    """The ladder on the GPU where there is one, otherwise on the CPU: a trained model, then the random-weight one."""
+    import torch
+
+    from labutils.bench.gpu import BASE, Settings, as_record, bench_gpu, rung_quality
+    from labutils.bench.subject import speed_subject, trained_subject
+    from labutils.bench.table import as_table, write_json
+    from labutils.measurement import ledger
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = Settings(device, max(args.rounds, 5), not (args.no_compile or args.quick))
+    print(ledger.host_line() + ("" if device == "cuda" else "; no CUDA device: nothing here was run on a GPU"))
+    subjects = [trained_subject(args.model)]
+    if not args.no_speed_model:
+        subjects.append(speed_subject(**(SMALL if args.quick else {})))
+    rows = []
+    for subject in subjects:
+        print(f"\n{subject.name}: a decoding step after {subject.token_ids.shape[1]} tokens, {settings.rounds} rounds")
+        found = bench_gpu(subject, settings, say=lambda line: print(line, flush=True))
+        print(as_table(found, reference=BASE))
+        rows += found
+        if args.ledger and subject.bits_per_byte is not None:
+            for row in (r for r in found if r.samples):
+                ledger.append(as_record(row, subject, settings, rung_quality(subject, row.technique)))
+    if args.json:
+        write_json(rows, args.json)
     return 0
