@@ -192,6 +192,14 @@ def test_tape_replays_on_the_same_memory():
     assert [str(op[0]) for op in tape.operators] == ["aten.mul.Tensor", "aten.add_.Tensor"]  # a view needs no replay
 
 
+def test_tape_replays_a_product_of_vectors():
+    x, matrix = torch.zeros(2), torch.tensor([[2.0, 0.0], [1.0, -1.0]])
+    tape, y = Tape.record(lambda: (x @ matrix.T).relu())
+    x.copy_(torch.tensor([3.0, 1.0]))
+    tape.replay()
+    assert y.tolist() == [6.0, 2.0]
+
+
 def test_tape_does_not_see_a_new_tensor_nor_a_new_decision():
     x, sign = torch.tensor([1.0]), 1
     tape, y = Tape.record(lambda: x * 2 if sign > 0 else -x)

@@ -71,10 +71,12 @@ class _Recorder(TorchDispatchMode):
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         shares = outputs and all(t.untyped_storage().data_ptr() in inputs for t in outputs if t.numel())
+        if torch.Tag.inplace_view in func.tags:  # `squeeze_` and the like change a shape, and no memory
+            return result
         if func._schema.is_mutable:
             self.operators.append((func, args, kwargs or {}, []))
         elif outputs and not shares:  # a view of old memory stays a view of it
-            self.operators.append((func, args, kwargs or {}, outputs))
+            self.operators.append((func, args, kwargs or {}, [t.detach() for t in outputs]))  # in the shape of now
         return result
 
 

@@ -575,7 +575,10 @@ def count_compilations(function, calls):
     return len(compiled_graphs)
 
 
-shift = lambda x, position: x + position
+def shift(x, position):
+    return x + position
+
+
 print("position as a number:  ", count_compilations(shift, [(torch.ones(8), i) for i in range(6)]))
 print("position in a tensor:  ", count_compilations(shift, [(torch.ones(8), torch.tensor(i)) for i in range(6)]))
 print("a text that grows:     ", count_compilations(torch.sum, [(torch.ones(n),) for n in range(3, 9)]))
