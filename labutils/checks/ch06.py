@@ -1,5 +1,6 @@
-"""Checks of chapter 06, first half: queued work, gaps, batches, bytes of attention, memory, a recorded step, a price."""
+"""Checks of chapter 06, first half: queued work, gaps, batches, bytes of attention, memory, a tape, a price."""
 
+import math
 from functools import partial
 
 import torch
@@ -148,9 +149,22 @@ def _need(memory_bytes, parameters, weight_bits, position_bytes, positions):
     return Need(parameters, weight_bits, position_bytes, positions).largest_batch(memory_bytes)
 
 
-def _raw(memory_bytes, parameters, weight_bits, position_bytes, positions, *, weights=1.0, share=True, least=0, bits=8):
+def _raw(
+    memory_bytes,
+    parameters,
+    weight_bits,
+    position_bytes,
+    positions,
+    *,
+    weights=1.0,
+    share=True,
+    least=0,
+    bits=8,
+    whole=True,
+):
     free = (usable(memory_bytes) if share else memory_bytes) - weights * parameters * weight_bits / bits
-    return max(int(free // (positions * position_bytes)), least)
+    texts = free / (positions * position_bytes)
+    return max(math.floor(texts) if whole else texts, least)
 
 
 @exercise("6.5")
@@ -168,26 +182,39 @@ def largest_batch(answer):
             (partial(_raw, bits=1), "weight_bits are bits: eight of them are a byte"),
             (partial(_raw, least=-(10**9)), "a negative number of texts: where the weights do not fit, the batch is 0"),
             (partial(_raw, least=1), "not even one text fits there: the batch is 0"),
-            (
-                lambda **c: max((usable(c["memory_bytes"]) - c["parameters"] * c["weight_bits"] / 8) / (c["positions"] * c["position_bytes"]), 0),
-                "half a text is none: round down to a whole number",
-            ),
+            (partial(_raw, whole=False), "half a text is none: round down to a whole number"),
         ],
-    )  # fmt: skip
+    )
 
 
 WEIGHT = torch.tensor([[2.0, 0.0], [1.0, -1.0]])
-INPUTS = ([1.0, 2.0], [10.0, 20.0], [0.0, 5.0])
+INPUTS = ([1.0, 2.0], [10.0, 20.0], [3.0, 1.0])
 
 
 def _step(x):
     return (x @ WEIGHT.T).relu() + 1
 
 
+class _CountingTape:
+    """A tape, and how often it was replayed."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def record(self, function):
+        self.tape, output = Tape.record(function)
+        return self, output
+
+    def replay(self):
+        self.replays += 1
+        self.tape.replay()
+
+
 def _drive(make):
-    """Makes a replayed step and calls it; every result is kept until the end, as a decoding loop keeps logits."""
-    replayed = make(_step, torch.zeros(2), Tape.record)
-    return torch.stack([replayed(torch.tensor(x)) for x in INPUTS])
+    """All results of a replayed step, kept until the end as a loop keeps logits; and how often it was replayed."""
+    tape = _CountingTape()
+    replayed = make(_step, torch.zeros(2), tape.record)
+    return torch.stack([replayed(torch.tensor(x)) for x in INPUTS]), tape.replays
 
 
 def _replayed(step, example, record, *, copy=True, replay=True, own=True, clone=True):
@@ -207,10 +234,6 @@ def _replayed(step, example, record, *, copy=True, replay=True, own=True, clone=
 @exercise("6.6")
 def replayed_step(answer):
     """Copies in, replays, copies out."""
-
-    def honest():
-        return torch.stack([_step(torch.tensor(x)) for x in INPUTS])
-
     wrong = [
         ({"copy": False}, "the new input never reached the recorded memory: buffer.copy_(x), not buffer = x"),
         ({"replay": False}, "nothing ran again: call tape.replay() after the copy"),
@@ -221,9 +244,11 @@ def replayed_step(answer):
     ]
     mistakes = [(lambda s=settings: _drive(partial(_replayed, **s)), hint) for settings, hint in wrong]
     given = f"the step relu(W x) + 1, recorded on zeros, then called with {', '.join(map(str, INPUTS))}"
-    expect_close(
-        _drive(answer), honest(), given=given, mistakes=mistakes, hint="record once, outside the inner function"
-    )
+    results, _ = _drive(answer)
+    right = torch.stack([_step(torch.tensor(x)) for x in INPUTS])
+    if not torch.equal(results, right):
+        expected, hint = (right, len(INPUTS)), "record once, outside; inside: copy in, replay, copy out"
+        expect_close(_drive(answer), expected, given=f"{given}; and the replays", mistakes=mistakes, hint=hint)
     example = torch.zeros(2)
     answer(_step, example, Tape.record)(torch.ones(2))
     hint = "record on a copy: buffer = example.clone()"

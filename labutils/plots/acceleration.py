@@ -29,7 +29,7 @@ def draw_timeline(
     lanes = {lane: events for lane, events in lanes.items() if events}
     first = min(e.start_s for events in lanes.values() for e in events)
     low, high = window_s or (first, first + timeline.seconds)
-    for row, (lane, events) in enumerate(lanes.items()):
+    for row, events in enumerate(lanes.values()):
         bars = [(e.start_s * 1e3, e.seconds * 1e3) for e in events if e.end_s >= low and e.start_s <= high]
         ax.broken_barh(bars, (row - 0.35, 0.7), color=PALETTE[row], linewidth=0)
         ax.text(1.005, row, f"{len(bars)}", transform=ax.get_yaxis_transform(), va="center")

@@ -154,7 +154,7 @@ def replayed_step(step, example, record):
     tape, output = record(lambda: step(buffer))
 
     def call(x):
-        buffer = x
+        buffer = x  # noqa: F841
         tape.replay()
         return output.clone()
 
