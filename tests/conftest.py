@@ -16,7 +16,7 @@ from labutils.paths import tool_cache_dir  # noqa: E402  (after the hook)
 # The FPGA tools are compiled once, whatever folder a test calls the learner's.
 os.environ.setdefault("YOWASP_CACHE_DIR", str(tool_cache_dir().resolve()))
 
-ASIDE = {"torchao": "torchao==0.18.0", "gguf": "gguf==0.19.0"}
+ASIDE = {"torchao": "torchao==0.18.0", "gguf": "gguf==0.19.0", "accelerate": "accelerate==1.15.0"}
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,14 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from labutils.bench.subject import Subject
-from labutils.bench.table import Row
+from labutils.bench.table import Bar, Row
 from labutils.generation.fast_llama import FastLlama, Linear
 from labutils.measurement.resources import kv_bytes_per_position
 from labutils.measurement.threads import thread_count
@@ -21,18 +21,6 @@ from labutils.pruning.structured import keep_neurons
 
 DENSE, ZEROS, PACKED, HALF = "dense", "2:4, zeros stored", "2:4 packed", "half the neurons"
 PACKED_BAR, BYTES_BAR = 1.25, 0.10
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A claim about a measured ratio, and whether it holds."""
-
-    claim: str
-    measured: str
-    holds: bool
-
-    def __str__(self) -> str:
-        return f"{'holds' if self.holds else 'FAILS'}: {self.claim}; measured {self.measured}"
 
 
 class PackedMatrix:

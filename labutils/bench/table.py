@@ -46,6 +46,18 @@ class Row:
         return asdict(self) | {"tokens_per_s": self.tokens_per_s, "interval": interval, "host": host_description()}
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A claim about a measured ratio, and whether it holds."""
+
+    claim: str
+    measured: str
+    holds: bool
+
+    def __str__(self) -> str:
+        return f"{'holds' if self.holds else 'FAILS'}: {self.claim}; measured {self.measured}"
+
+
 def write_json(rows: Sequence[Row], path: Path) -> None:
     """Writes one JSON array with an object per row."""
     path.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 HELP = (
     "measure and compare: `bench decode` (every path), `bench quantization` (int8, int4), `bench pruning` (zeros), "
-    "`bench xla` (JAX), `bench fpga` (area), `bench gpu` (the ladder)"
+    "`bench xla` (JAX), `bench fpga` (area), `bench distributed` (policies, bubble), `bench gpu` (the ladder)"
 )
 NEEDS_ENVIRONMENT = True
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -13,7 +13,7 @@ SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    choices = ("decode", "quantization", "pruning", "xla", "fpga", "gpu")
+    choices = ("decode", "quantization", "pruning", "xla", "fpga", "distributed", "gpu")
     parser.add_argument("name", choices=choices, help="what to measure")
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
@@ -34,7 +34,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
     runs = {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning}
-    return (runs | {"xla": run_xla, "fpga": run_fpga, "gpu": run_gpu})[args.name](args)
+    more = {"xla": run_xla, "fpga": run_fpga, "distributed": run_distributed, "gpu": run_gpu}
+    return (runs | more)[args.name](args)
 
 
 def run_quantization(args: Namespace) -> int:
@@ -155,6 +156,21 @@ def run_fpga(args: Namespace) -> int:
         return 1
     if args.json:
         write_results(results, n, seeds, args.json)
+    return 0
+
+
+def run_distributed(args: Namespace) -> int:
+    """Policies on an uneven cluster, overhead of dispatch, a pipeline's bubble; needs no model."""
+    from labutils.bench.distributed import bench_distributed
+    from labutils.measurement.ledger import host_line
+
+    print(host_line())
+    try:
+        bars = bench_distributed(quick=args.quick, say=lambda line: print(line, flush=True))
+    except ModuleNotFoundError as error:
+        print(f"labutils: {error}")
+        return 1
+    print(*bars, sep="\n")
     return 0
 
 

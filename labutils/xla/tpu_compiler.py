@@ -23,6 +23,7 @@ from labutils.xla.lazy import Lazy, jax, jnp
 topologies = Lazy("jax.experimental.topologies")
 TOPOLOGY = "v5e:2x2"
 QUIET = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": ""}
+QUIET |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # the process that asks may hold the library already
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 LAYOUT = re.compile(r"[a-z]+\d+\[[\d,]+\]\{[\d,]+:T\([^}]*\}")
 BLOCKS = ((64, 64, 64), (128, 128, 128), (1024, 1024, 512), (2048, 2048, 1024))

@@ -1,0 +1,168 @@
+"""What chapter 09 and `bench distributed` let ranks do; ranks import it, so it cannot live in a notebook."""
+
+import importlib.util
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from labutils.distributed.collectives import Comm, Link, broadcast_weights_, checksum
+from labutils.distributed.experts import expert_parallel
+from labutils.distributed.pipeline import Stage, gpipe_forward, pipeline_generate
+from labutils.distributed.ring_attention import ring_attention
+from labutils.distributed.tensor_parallel import tensor_parallel_
+
+
+def hello() -> dict[str, object]:
+    """Adds up the ranks' numbers, then gives all of them rank 0's weights: checksums before and after."""
+    total = torch.tensor([dist.get_rank() + 1])
+    dist.all_reduce(total)
+    torch.manual_seed(dist.get_rank())
+    layer = torch.nn.Linear(4, 4)
+    before = checksum(layer)
+    after = broadcast_weights_(layer)
+    return {"rank": dist.get_rank(), "sum": int(total), "before": before, "after": after}
+
+
+def divides(dividend: float, divisors: Sequence[float]) -> float:
+    """Divides by the rank's own divisor and adds up: with a zero among them one rank fails, the others wait for it."""
+    quotient = torch.tensor([dividend / divisors[dist.get_rank()]])
+    dist.all_reduce(quotient)
+    return float(quotient)
+
+
+def paced_pipeline(pace_s: float, counts: Sequence[int]) -> dict[int, list[tuple[float, float]]]:
+    """Sends micro-batches through stages that sleep `pace_s` for each: the work is simulated, the waiting real."""
+    comm, found = Comm(), {}
+
+    def forward(x: Tensor) -> Tensor:
+        time.sleep(pace_s)
+        return x
+
+    for count in counts:
+        dist.barrier()
+        pieces = [torch.zeros(1, 1)] * count
+        _, found[count] = gpipe_forward(forward, comm, pieces, shape=lambda piece: tuple(piece.shape))
+    return found
+
+
+def four_ranks(pace_s: float, counts: Sequence[int]) -> dict[str, object]:
+    """The paced pipeline, a text longer than one rank holds, and experts that live on different ranks."""
+    comm, generator = Comm(), torch.Generator().manual_seed(0)
+    times = paced_pipeline(pace_s, counts)
+    text = torch.randn(3, 2, 16 * comm.size, 8, generator=generator)
+    mine = text[:, :, 16 * comm.rank : 16 * (comm.rank + 1)]
+    attended = ring_attention(*mine, comm)
+    ring = dict(comm.sent_bytes)
+    comm.reset()
+    weight = torch.randn(comm.size, 8, 8, generator=generator)
+    x, expert_ids = mine[0, 0], torch.arange(16) * 7 % comm.size
+    y = expert_parallel(x, expert_ids, [lambda rows: rows @ weight[comm.rank]], comm)
+    off = (y - torch.einsum("ti,tij->tj", x, weight[expert_ids])).abs().max().item()
+    return {
+        "times": times,
+        "text": text,
+        "attended": attended,
+        "ring": ring,
+        "expert_off": off,
+        "moved": comm.sent_bytes,
+    }
+
+
+@torch.no_grad()
+def greedy(model: torch.nn.Module, token_ids: Tensor, new_tokens: int) -> Tensor:
+    """Decodes greedily with a cache; on every rank of a tensor-parallel model alike."""
+    from transformers import DynamicCache
+
+    cache, text, step = DynamicCache(), token_ids, token_ids
+    for _ in range(new_tokens):
+        logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        step = logits[:, -1:].argmax(dim=-1)
+        text = torch.cat([text, step], dim=1)
+    return text
+
+
+def over_links(name: str, token_ids: Tensor, new_tokens: int, links: Mapping[str, Link | None], repeats: int) -> dict:
+    """Decodes the same prompts tensor-parallel and as a pipeline with a group a stage, over each simulated link.
+
+    Returns:
+        Tokens of both ways, seconds of every run (interleaved), and what one token of the tensor-parallel one sends.
+    """
+    from labutils.models.load import load_model
+
+    comm = Comm()
+    sliced = tensor_parallel_(load_model(name).model, comm)
+    staged = Comm()
+    stage = Stage(load_model(name).model, staged)
+    groups = list(token_ids.chunk(staged.size))
+    ways: dict[str, Callable[[], object]] = {
+        "tensor": lambda: greedy(sliced, token_ids, new_tokens),
+        "pipeline": lambda: pipeline_generate(stage, groups, new_tokens),
+    }
+    tokens = {way: run() for way, run in ways.items()}  # the warm-up
+    comm.reset()
+    greedy(sliced, token_ids[:, :1], 1)
+    sent = dict(comm.calls), dict(comm.sent_bytes)
+    seconds: dict[tuple[str, str], list[float]] = {(way, link): [] for link in links for way in ways}
+    for _ in range(repeats):
+        for link_name, link in links.items():
+            comm.link = staged.link = link
+            for way, run in ways.items():
+                dist.barrier()
+                began = time.monotonic()
+                run()
+                dist.barrier()
+                seconds[way, link_name].append(time.monotonic() - began)
+    return {"tokens": tokens, "seconds": seconds, "sent": sent}
+
+
+def library_logits(name: str, token_ids: Tensor) -> dict[str, object]:
+    """Logits of torch's and of transformers' tensor parallelism, and tokens of transformers' pipeline.
+
+    transformers' ways need the package accelerate; without it only the reason comes back.
+    """
+    from labutils.distributed.libraries import load_by_transformers, parallelize_by_torch_
+    from labutils.models.load import load_model
+    from labutils.paths import DATA
+
+    ranks, found = dist.get_world_size(), {}
+    with torch.no_grad():
+        found["parallelize_module"] = parallelize_by_torch_(load_model(name).model)(token_ids, use_cache=False).logits
+        if importlib.util.find_spec("accelerate") is None:
+            return found | {"skipped": "transformers' own way needs `pip install accelerate`"}
+        found["tp_plan='auto'"] = load_by_transformers(DATA / name, tp_size=ranks)(token_ids, use_cache=False).logits
+        piped = load_by_transformers(DATA / name, pp_size=ranks)
+        found["pp_size"] = piped.generate(token_ids, max_new_tokens=4, do_sample=False, pad_token_id=1)
+    return found
+
+
+def two_ranks(name: str, token_ids: Tensor, new_tokens: int, links: Mapping[str, Link | None], repeats: int) -> dict:
+    """By hand and by library, in one group: logits, tokens, bytes, and seconds over links."""
+    with torch.no_grad():
+        from labutils.models.load import load_model
+
+        logits = tensor_parallel_(load_model(name).model, Comm())(token_ids, use_cache=False).logits
+    over = over_links(name, token_ids, new_tokens, links, repeats)
+    counted = loopback_bytes(megabytes=8, rounds=4)
+    return {"by hand": logits, **library_logits(name, token_ids), "over": over, "loopback": counted}
+
+
+def loopback_bytes(megabytes: float, rounds: int) -> tuple[float, int]:
+    """Bytes that the kernel counted on the loopback during all-reduces, and the ring formula's for all ranks."""
+    import psutil
+
+    comm, tensor = Comm(), torch.ones(math.ceil(megabytes * 1e6 / 4))
+    interface = next(name for name in ("lo", "lo0") if name in psutil.net_io_counters(pernic=True))
+    comm.all_reduce_(tensor.clone())
+    comm.reset()
+    dist.barrier()
+    before = psutil.net_io_counters(pernic=True)[interface].bytes_sent
+    dist.barrier()
+    for _ in range(rounds):
+        comm.all_reduce_(tensor)
+    dist.barrier()
+    after = psutil.net_io_counters(pernic=True)[interface].bytes_sent
+    return after - before, comm.size * comm.sent_bytes["all_reduce"]

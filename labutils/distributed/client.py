@@ -1,0 +1,69 @@
+"""A client for servers that speak OpenAI's protocol (`transformers serve`, vLLM, llama.cpp), standard library only."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+
+Message = dict[str, str]  # {"role": "user", "content": "…"}
+
+
+class ServerError(RuntimeError):
+    """The server could not be reached, refused, or broke off; one sentence."""
+
+
+class ChatClient:
+    """Asks one server, such as "http://127.0.0.1:8000", for chat completions of one model.
+
+    Usable as the function of `dispatch`: a batch of message lists in, a list of texts out.
+    """
+
+    def __init__(self, base_url: str, model: str, *, key: str | None = None, timeout_s: float = 120) -> None:
+        self.base_url, self.model, self.key, self.timeout_s = base_url.rstrip("/"), model, key, timeout_s
+
+    def __call__(self, batch: Sequence[Sequence[Message]]) -> list[str]:
+        """Answers a batch of conversations, one after the other."""
+        return ["".join(self.stream(messages)) for messages in batch]
+
+    def stream(self, messages: Sequence[Message], *, max_tokens: int = 64) -> Iterator[str]:
+        """Yields the answer's pieces as they arrive (server-sent events), chosen greedily.
+
+        Raises:
+            ServerError: If the server cannot be reached, refuses, or ends before its answer does.
+        """
+        asked = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0}
+        with self._open("/v1/chat/completions", asked | {"stream": True}) as response:
+            finished = False
+            for line in response:
+                data = line.decode("utf-8").strip().removeprefix("data:").strip()
+                if not data.startswith("{"):
+                    finished |= data == "[DONE]"
+                    continue
+                for choice in json.loads(data).get("choices", ()):
+                    finished |= choice.get("finish_reason") is not None
+                    yield choice.get("delta", {}).get("content") or ""
+        if not finished:
+            raise ServerError(f"{self.base_url} ended before its answer did")
+
+    def models(self) -> list[str]:
+        """Returns the names of the models that the server offers.
+
+        Raises:
+            ServerError: See `stream`.
+        """
+        with self._open("/v1/models") as response:
+            return [model["id"] for model in json.load(response)["data"]]
+
+    def _open(self, path: str, body: dict | None = None):
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        data = None if body is None else json.dumps(body).encode("utf-8")
+        request = urllib.request.Request(self.base_url + path, data=data, headers=headers)
+        try:
+            return urllib.request.urlopen(request, timeout=self.timeout_s)
+        except urllib.error.HTTPError as error:
+            words = error.read(500).decode("utf-8", errors="replace")
+            raise ServerError(f"{self.base_url}{path} refused with status {error.code}: {words}") from None
+        except OSError as error:
+            raise ServerError(f"{self.base_url} cannot be reached: {error}") from None

@@ -1,0 +1,152 @@
+"""Dask distributed as the engine: a cluster of processes on this machine, loopback only, or any cluster by address."""
+
+import contextlib
+import logging
+import queue
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from labutils.distributed.launch import is_loopback
+from labutils.distributed.work import AnswerBatch, Outcome, answer_batch
+
+FETCH_S = 30.0
+MISSING = 'Dask distributed is needed here: pip install "labutils[lab]"'
+
+
+class DaskEngine:
+    """A Dask client as `dispatch` sees it: batches pinned to named nodes, outcomes in a queue."""
+
+    def __init__(self, client) -> None:
+        self.client = client
+        self.done: queue.SimpleQueue = queue.SimpleQueue()
+
+    def nodes(self) -> Mapping[str, str]:
+        """Returns the workers' names and addresses; none where the scheduler does not answer."""
+        try:
+            workers = self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"]
+        except Exception:  # its connection is broken in one of a dozen ways
+            return {}
+        return {str(worker["name"]): address for address, worker in workers.items()}
+
+    def submit(self, node: str, address: str, function: AnswerBatch, payloads: list) -> object:
+        """Pins a batch to one worker: Dask's own stealing and retrying would blur whose fault a loss is."""
+        future = self.client.submit(
+            answer_batch, function, payloads, node, workers=[address], allow_other_workers=False, pure=False
+        )
+        future.add_done_callback(self.done.put)
+        return future
+
+    def finished(self, timeout_s: float) -> list[tuple[object, Sequence[Outcome] | Exception]]:
+        """Waits for the first finished batch and takes all others that are there."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self.done.get(timeout=timeout_s))
+            while True:
+                found.append(self.done.get_nowait())
+        return [(future, self._outcome(future)) for future in found]
+
+    def _outcome(self, future) -> Sequence[Outcome] | Exception:
+        try:
+            return future.result(timeout=FETCH_S)
+        except Exception as error:
+            return error
+
+    def forget(self, handles: Iterable[object]) -> None:
+        """Cancels batches; a broken connection has none left to cancel."""
+        with contextlib.suppress(Exception):
+            self.client.cancel(list(handles), force=True)
+
+
+@contextlib.contextmanager
+def local_cluster(nodes: int, *, certificates: Path | None = None) -> Iterator[DaskEngine]:
+    """A cluster of `nodes` processes, "node-0" and up, that listens on the loopback only and ends with the block.
+
+    Each node has a nanny that starts it again after a death. On a machine that others use too, give certificates.
+
+    Raises:
+        ValueError: If `nodes` is below 1.
+        ModuleNotFoundError: Without Dask distributed.
+    """
+    if nodes < 1:
+        raise ValueError(f"a cluster needs at least 1 node; got {nodes}")
+    dask = _dask()
+    security = tls_security(certificates) if certificates else None
+    common = {"host": "127.0.0.1", "security": security, "protocol": "tls://" if certificates else "tcp://"}
+    with tempfile.TemporaryDirectory(prefix="nodes-") as folder:
+        worker = common | {"nthreads": 1, "dashboard": False, "memory_limit": 0, "local_directory": folder}
+        worker["silence_logs"] = logging.CRITICAL  # a death is reported by `dispatch`
+        workers = {f"node-{i}": {"cls": dask.Nanny, "options": worker | {"name": f"node-{i}"}} for i in range(nodes)}
+        options = common | {"port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+        scheduler = {"cls": dask.Scheduler, "options": options}
+        with (
+            _patience(),
+            dask.SpecCluster(workers, scheduler, security=security, silence_logs=logging.CRITICAL) as cluster,
+            dask.Client(cluster, security=security, set_as_default=False) as client,
+        ):
+            client.wait_for_workers(nodes, timeout=120)
+            yield DaskEngine(client)
+
+
+@contextlib.contextmanager
+def connect(address: str, *, certificates: Path | None = None) -> Iterator[DaskEngine]:
+    """Joins a running cluster at "tls://host:port", or at "tcp://127.0.0.1:port" on this machine.
+
+    Whoever reaches a Dask scheduler can run any code on its nodes. Without certificates only the loopback is allowed.
+
+    Args:
+        address: The scheduler's.
+        certificates: Folder with ca.pem, cert.pem and key.pem; see `make_certificates`.
+
+    Raises:
+        ValueError: For an unencrypted address beyond this machine.
+    """
+    host = address.partition("://")[2].rpartition(":")[0]
+    if certificates is None and not is_loopback(host):
+        raise ValueError(f"beyond this machine a cluster needs TLS: give its certificates; got {address!r} without")
+    dask = _dask()
+    security = None if certificates is None else tls_security(certificates)
+    with dask.Client(address, security=security, set_as_default=False, timeout=30) as client:
+        yield DaskEngine(client)
+
+
+def tls_security(certificates: Path):
+    """Returns Dask's security settings: encrypted, and only for those who hold a certificate of this authority."""
+    files = {role: str(certificates / f"{role}.pem") for role in ("ca", "cert", "key")}
+    roles = {f"tls_{who}_{part}": files[part] for who in ("client", "scheduler", "worker") for part in ("cert", "key")}
+    return _dask().Security(require_encryption=True, tls_ca_file=files["ca"], **roles)
+
+
+def make_certificates(folder: Path) -> Path:
+    """Writes an authority of its own and one certificate for all nodes, with the `openssl` program; returns the folder.
+
+    Who holds key.pem is a member of the cluster: copy the folder to the nodes over a safe way, and to nobody else.
+
+    Raises:
+        ValueError: Where the `openssl` program is missing.
+    """
+    if shutil.which("openssl") is None:
+        raise ValueError("the program openssl is needed to make certificates; got none on this machine")
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=labutils"]
+    files = ["-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run([*new, *files], cwd=folder, check=True, capture_output=True)
+    (folder / "key.pem").chmod(0o600)
+    shutil.copy(folder / "cert.pem", folder / "ca.pem")  # self-signed: it is its own authority
+    return folder
+
+
+def _patience():
+    """Tells Dask not to give up a node: it would, for good, if the node is down 15 s after an earlier death."""
+    from dask import config
+
+    return config.set({"distributed.deploy.lost-worker-timeout": "1 day"})
+
+
+def _dask():
+    try:
+        import distributed
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(MISSING, name=error.name) from None
+    return distributed

@@ -1,0 +1,89 @@
+"""What `launch` starts once per rank: run one function, leave its result or its traceback behind, and always end.
+
+The standard library comes first: the watcher runs before torch is imported, which takes seconds.
+"""
+
+import faulthandler
+import importlib
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+
+def watch_stdin(stack_file: Path) -> None:
+    """Ends this process as soon as its stdin closes: whoever held the other end is gone, or has called time.
+
+    The operating system closes the pipe however its owner ends, SIGKILL included. What every thread was doing goes
+    into `stack_file` first.
+    """
+
+    def wait() -> None:
+        while os.read(0, 1):  # not sys.stdin.read: its lock would be held while the interpreter shuts down
+            pass
+        with stack_file.open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def resolve(target: str) -> Callable:
+    """Returns the function that "module:function" names.
+
+    >>> resolve("os.path:basename")("a/b")
+    'b'
+    """
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def join_group(folder: Path, backend: str, rank: int, world_size: int) -> None:
+    """Joins the ranks' process group: through a file on one machine, through the rendezvous' address on several.
+
+    A file needs no port. Every restart takes a fresh one: an old one still holds the addresses of the dead.
+    """
+    import torch.distributed as dist
+
+    if backend == "nccl":
+        import torch
+
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    meeting = folder / f"meeting.{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    on_one_machine = os.environ["GROUP_WORLD_SIZE"] == "1"
+    method = meeting.resolve().as_uri() if on_one_machine else "env://"
+    dist.init_process_group(backend, init_method=method, rank=rank, world_size=world_size)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file that appears whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def main(target: str, folder: Path, backend: str) -> None:
+    """Runs `target(**args)` as one rank. A failure keeps its time: the first one can be told from its echoes."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    watch_stdin(folder / f"{rank}.stack")
+    write(folder / f"{rank}.pid", str(os.getpid()).encode())
+    try:
+        join_group(folder, backend, rank, world_size)
+        result = resolve(target)(**pickle.loads((folder / "args").read_bytes()))
+        write(folder / f"{rank}.result", pickle.dumps(result))
+        import torch.distributed as dist
+
+        dist.barrier()  # nobody leaves while another still reads from it
+        dist.destroy_process_group()
+    except BaseException:
+        write(folder / f"{rank}.error", pickle.dumps((time.time(), traceback.format_exc())))
+        sys.stdout.flush()
+        os._exit(1)  # without a farewell to the group: its other ranks may hang
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

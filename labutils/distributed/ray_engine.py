@@ -1,0 +1,93 @@
+"""Ray as the engine: one actor per node, on a cluster of its own or a running one. `pip install ray`."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from labutils.distributed.launch import is_loopback
+from labutils.distributed.work import AnswerBatch, Outcome, answer_batch
+
+MISSING = 'Ray is needed here: pip install "labutils[cluster]"'
+
+
+class Worker:
+    """What runs in an actor."""
+
+    def answer(self, function: AnswerBatch, payloads: list, node: str) -> list[Outcome]:
+        """Answers a batch."""
+        return answer_batch(function, payloads, node)
+
+
+class RayEngine:
+    """Ray actors as `dispatch` sees them; a dead actor is replaced, under its old name and a new address."""
+
+    def __init__(self, ray, nodes: int) -> None:
+        self.ray, self.make = ray, ray.remote(num_cpus=1, max_restarts=0)(Worker).remote
+        self.actors = {f"node-{i}": self.make() for i in range(nodes)}
+        self.waiting: list = []
+
+    def nodes(self) -> Mapping[str, str]:
+        """Returns the actors by name; one whose last answer was its death has been replaced by then."""
+        return {name: actor._actor_id.hex() for name, actor in self.actors.items()}
+
+    def submit(self, node: str, address: str, function: AnswerBatch, payloads: list) -> object:
+        """Queues a batch in an actor, which works on one at a time."""
+        handle = self.actors[node].answer.remote(function, payloads, node)
+        self.waiting.append(handle)
+        return handle
+
+    def finished(self, timeout_s: float) -> list[tuple[object, Sequence[Outcome] | Exception]]:
+        """Waits for a batch; those of a dead actor are left to `dispatch`, which sees the new address."""
+        if not self.waiting:
+            return []
+        done, self.waiting = self.ray.wait(self.waiting, timeout=timeout_s)
+        found = []
+        for handle in done:
+            try:
+                found.append((handle, self.ray.get(handle)))
+            except self.ray.exceptions.RayActorError as error:
+                self._replace(error.actor_id)
+            except Exception as error:
+                found.append((handle, error))
+        return found
+
+    def _replace(self, actor_id: str) -> None:
+        for name, actor in self.actors.items():
+            if actor._actor_id.hex() == actor_id:
+                self.actors[name] = self.make()
+
+    def forget(self, handles: Iterable[object]) -> None:
+        """Stops waiting for batches and cancels those that have not begun."""
+        for handle in handles:
+            self.waiting = [other for other in self.waiting if other != handle]
+            with contextlib.suppress(Exception):
+                self.ray.cancel(handle)
+
+
+@contextlib.contextmanager
+def ray_cluster(nodes: int, *, address: str | None = None) -> Iterator[RayEngine]:
+    """Starts Ray on this machine, or joins a running cluster at "host:port", with `nodes` actors.
+
+    Ray's processes listen on every interface, whatever they are told (seen with 2.60): its token authentication, on by
+    default there, has to stay on. Beyond this machine set RAY_USE_TLS=1 and its certificates on every node as well.
+
+    Raises:
+        ValueError: Without tokens, or for an address beyond this machine without RAY_USE_TLS=1.
+        ModuleNotFoundError: Without Ray.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        raise ValueError(
+            f"Ray's ports are open to all without tokens; got RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']!r}"
+        )
+    if address and not is_loopback(address.rpartition(":")[0]) and os.environ.get("RAY_USE_TLS") != "1":
+        raise ValueError(f"beyond this machine Ray needs RAY_USE_TLS=1 and certificates; got {address!r} without")
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(MISSING, name=error.name) from None
+    here = {"num_cpus": nodes, "_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    ray.init(address=address, log_to_driver=False, **({} if address else here))
+    try:
+        yield RayEngine(ray, nodes)
+    finally:
+        ray.shutdown()

@@ -1,0 +1,851 @@
+# %% [markdown]
+# # 09 · Multi-GPU and distributed inference
+#
+# **Goal:** spread requests over nodes that are slow, stop and die without losing one, and spread one model over devices
+# so that its answers stay the same; know what each way sends over the link, and what the link then costs.
+#
+# | | |
+# | --- | --- |
+# | Prerequisites | chapter 01; 00 for the set-up |
+# | Time | 3 hours for you; all cells run in three to four minutes on two cores (measured: 192 and 236 s, the cores shared with other work) |
+# | Memory, download | 2 GB at the peak, all processes together; nothing is downloaded |
+# | Hardware | any computer: devices are processes here. With several GPUs the same code uses NCCL |
+# | Exercises | 11, each checked in the cell below it |
+
+# %%
+import contextlib
+import os
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from labutils.distributed.launch import RankError, launch
+from labutils.models.load import load_model
+from labutils.plots import distributed as plots
+
+transformers_logging.disable_progress_bar()
+cores = os.cpu_count()
+print(f"{cores} cores, {torch.cuda.device_count()} GPUs; ranks run on the CPU over gloo, one thread each")
+
+# %% [markdown]
+# ## 1 · Fix the article: twenty answers in, four out
+#
+# The article wraps its model in `nn.DataParallel` for every batch and keeps, of each output, a mean:
+#
+# ```
+# for batch in batches:
+#     model = nn.DataParallel(model)
+#     output = model(batch)
+#     output = torch.mean(output, dim=1)   # "merge the results of the GPUs"
+# return output
+# ```
+#
+# **Predict:** 20 requests in 5 batches of 4, three numbers of output each. What shape comes out? How deep is the model
+# wrapped afterwards?
+
+
+# %%
+def article_loop(model, batches):
+    for batch in batches:
+        model = nn.DataParallel(model)
+        output = torch.mean(model(batch), dim=1)
+    return output, model
+
+
+torch.manual_seed(0)
+network, requests = nn.Linear(10, 3), torch.randn(20, 10)
+answers, wrapped = article_loop(network, requests.split(4))
+depth = 0
+while isinstance(wrapped, nn.DataParallel):
+    wrapped, depth = wrapped.module, depth + 1
+print(f"{len(requests)} requests in, {len(answers)} numbers out; wrapped {depth} times")
+print("right:", tuple(network(requests).shape), "- the article:", tuple(answers.shape))
+
+# %% [markdown]
+# Only the last batch is returned. `DataParallel` already puts the GPUs' parts together along dim 0, so the added mean runs over each
+# request's own numbers. `torch` itself now advises against `DataParallel`: one process with threads, the model copied anew for every
+# call.
+#
+# What the listing wanted has four steps, and the rest of this part does each of them properly: **partition** the requests,
+# **schedule** them to nodes, **synchronise** what nodes must agree on, and **merge** the answers.
+
+# %% [markdown]
+# ## Exercise 9.1: all_answers
+#
+# Write `all_answers(replicas, batches)`: `replicas` are copies of one model, `batches` a list of (size, in) tensors. Batch i goes to
+# replica i modulo their number. Return all answers, (requests, out), in the order of the requests.
+# 4 lines, 5 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>Collect the outputs in a list; <code>enumerate(batches)</code> counts them.</details>
+# <details><summary>Hint 2</summary><code>torch.cat(outputs)</code> joins along dim 0, the requests.</details>
+
+
+# %%
+# EXERCISE all_answers
+def all_answers(replicas, batches):
+    """Every request's answer, in order."""
+    ### BEGIN SOLUTION
+    outputs = [replicas[i % len(replicas)](batch) for i, batch in enumerate(batches)]
+    return torch.cat(outputs)
+    ### END SOLUTION
+
+
+# %%
+# CHECK all_answers
+from labutils.checks import ch09, ch09_models
+
+ch09.all_answers(all_answers)
+
+# %% [markdown]
+# ## 2 · Ranks that always end
+#
+# Nodes are processes. PyTorch calls each member of a group a **rank**; `torchrun` starts them and tells each its number. `launch`
+# does that from a notebook and brings the results back. Its ranks run functions from an importable module, never forked from this kernel
+# (a fork of a process that has used torch's threads hangs). They meet through a file and talk over the loopback: no port is open to
+# others. And each watches its standard input, which closes however this kernel ends, so nothing is left running.
+#
+# The first **synchronisation**: every rank draws its own weights, then all take rank 0's. A checksum proves it.
+
+# %%
+for result in launch("labutils.bench.ranks:hello", 2, device="cpu"):
+    print(f"rank {result['rank']}: 1 + 2 = {result['sum']}, weights {result['before']:08x} -> {result['after']:08x}")
+
+# %% [markdown]
+# The sum needed both ranks: `all_reduce` is also a **barrier**, nobody passes before all have come. Between the first and the last
+# broadcast a rank holds a *mixture* of old and new weights; only after the checksums were compared may it answer.
+#
+# Barriers are also why distributed programs hang: one rank fails, the others wait for it for ever. **Predict:** what do you want to
+# see when rank 1 divides by zero?
+
+# %%
+try:
+    launch("labutils.bench.ranks:divides", 2, {"dividend": 6.0, "divisors": [2.0, 0.0]}, device="cpu")
+except RankError as error:
+    print(f"rank {error.rank} is to blame:", str(error).strip().splitlines()[-1])
+
+# %% [markdown]
+# ## 3 · Partition: what goes together
+#
+# A batch is padded to its longest request, so it costs (requests) × (longest). **Tiny numbers:** lengths 1 and 9 together cost 18
+# positions for 10 tokens; sorted by length, short ones share a batch. A bound on the *padded* size keeps memory in check. Each request
+# keeps a stable **id**, its place in the list, so that answers find their way home.
+
+# %% [markdown]
+# ## Exercise 9.2: partition
+#
+# Write `partition(lengths, max_tokens)`: go through the ids by length (the smaller id first where lengths are equal) and put each into the
+# open batch if, padded, the batch stays within `max_tokens` positions; else open a new one. Return a list of lists of ids. No request is
+# longer than `max_tokens`. 7 lines, 10 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>The request you look at is the longest so far: the batch would cost (its size + 1) × this length.</details>
+# <details><summary>Hint 2</summary><code>sorted(range(len(lengths)), key=lambda i: (lengths[i], i))</code>.</details>
+
+
+# %%
+# EXERCISE partition
+def partition(lengths, max_tokens):
+    """Batches of similar lengths within a padded budget."""
+    ### BEGIN SOLUTION
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+    ### END SOLUTION
+
+
+# %%
+# CHECK partition
+ch09.partition(partition)
+
+# %%
+from labutils.data import service
+from labutils.distributed import partition as parts
+
+model, tokenizer = load_model("lablm")
+queries = [d.messages[-2]["content"] for d in service.evaluation_set(service.INTENT, "test", 64, seed=0)]
+lengths = [len(tokenizer(query)["input_ids"]) for query in queries]
+arrival = [list(range(i, i + 8)) for i in range(0, 64, 8)]
+by_length = parts.partition(lengths, max_requests=8)
+print(f"64 queries of {min(lengths)} to {max(lengths)} tokens in batches of 8")
+for name, batches in {"in order of arrival": arrival, "by length": by_length}.items():
+    print(f"{name}: {parts.padding(lengths, batches):.0%} of all positions are padding")
+
+# %% [markdown]
+# ## 4 · Schedule: who gets what
+#
+# Three **policies** for nodes of different speed:
+#
+# - **static:** deal the requests out in turn;
+# - **weighted:** in proportion to each node's measured rate $r_k$, $n_k \approx n\, r_k / \sum_j r_j$;
+# - **pull:** whoever is free takes the next one.
+#
+# No schedule beats all nodes busy all the time: $T_{\text{ideal}} = n / \sum_k 1/d_k$ with $d_k$ seconds a request.
+# **Tiny numbers:** nodes of 20, 40 and 160 ms and 120 requests: ideal 1.48 s.
+#
+# **Predict:** how long does static need?
+
+# %% [markdown]
+# ## Exercise 9.3: weighted_shares
+#
+# Write `weighted_shares(count, rates)`: integers that add up to `count`. Round each exact share down; what is left goes one each to the
+# nodes with the largest fractions (no two are equal here where it matters; else the first node). 6 lines, 10 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>Sort the nodes by (share rounded down) − (exact share), smallest first; <code>sorted</code> keeps equal ones in order.</details>
+# <details><summary>Hint 2</summary>How many are left? <code>count - sum(shares)</code>.</details>
+
+
+# %%
+# EXERCISE weighted_shares
+def weighted_shares(count, rates):
+    """Shares in proportion to the rates, by largest remainder."""
+    ### BEGIN SOLUTION
+    exact = [count * rate / sum(rates) for rate in rates]
+    shares = [int(share) for share in exact]
+    for node in sorted(range(len(rates)), key=lambda i: shares[i] - exact[i])[: count - sum(shares)]:
+        shares[node] += 1
+    return shares
+    ### END SOLUTION
+
+
+# %%
+# CHECK weighted_shares
+ch09.weighted_shares(weighted_shares)
+
+# %% [markdown]
+# ## Exercise 9.4: pull_finish_s
+#
+# Write `pull_finish_s(count, delays_s)`: when is the last request answered, if each node takes the next one as soon as it is free (the
+# first node, where several are)? All start free at 0. 6 lines, 10 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>Keep for each node the time at which it is free. Which one takes the next request?</details>
+# <details><summary>Hint 2</summary><code>node = free.index(min(free))</code>; the answer is the largest end, and 0 without requests.</details>
+
+
+# %%
+# EXERCISE pull_finish_s
+def pull_finish_s(count, delays_s):
+    """When the last request is answered."""
+    ### BEGIN SOLUTION
+    free = [0.0] * len(delays_s)
+    for _ in range(count):
+        node = free.index(min(free))
+        free[node] += delays_s[node]
+    return max(free)
+    ### END SOLUTION
+
+
+# %%
+# CHECK pull_finish_s
+ch09.pull_finish_s(pull_finish_s)
+
+# %% [markdown]
+# Now with real processes. `local_cluster` starts three nodes on **Dask distributed**, loopback only. They sleep for 20, 40 and 160 ms a
+# request: the *work* is simulated, processes, messages and scheduling are real. The weighted policy first measures the rates.
+
+# %%
+from labutils.bench.distributed import DELAYS_S, bench_policies, continue_texts, paced
+from labutils.distributed.dask_engine import connect, local_cluster, make_certificates
+from labutils.distributed.dispatch import Report, Settings, dispatch
+
+open_clusters = contextlib.ExitStack()
+engine = open_clusters.enter_context(local_cluster(3))
+policies = bench_policies(engine, requests=120)
+print(*policies, sep="\n")
+delays = list(DELAYS_S.values())
+print(f"by formula: static {parts.shares_finish_s([40, 40, 40], delays):.2f} s,", end=" ")
+print(f"weighted {parts.shares_finish_s(parts.weighted_shares(120, [1 / d for d in delays]), delays):.2f} s,", end=" ")
+print(f"pull {parts.pull_finish_s(120, delays):.2f} s")
+
+# %%
+figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+plots.draw_policies(axes, {p.policy: p.samples_s[0] for p in policies}, policies[0].ideal_s)
+worst = max(policies, key=lambda p: p.ratio)
+axes.set_title(f"The {worst.policy} policy takes {worst.ratio:.1f} times the ideal time")
+plt.show()
+
+# %% [markdown]
+# *Time for 120 requests on nodes of 20, 40 and 160 ms (simulated work, real processes, one run each), and its multiple of the ideal
+# time (dashed).*
+#
+# **Explain.** Static waits for the slowest node while the others stand idle. Weighted is best when rates are known and stay as they are; pull
+# needs no rates and follows a node that slows down, for a last request that may start late on the slow node.
+
+# %% [markdown]
+# ## 5 · Merge: did all come back?
+#
+# Answers arrive in any order. Some come twice: who loses a node cannot know whether it had finished, so the request runs again
+# (**at-least-once** execution). Some never come. All three must be seen.
+
+# %% [markdown]
+# ## Exercise 9.5: merge
+#
+# Write `merge(count, pairs)`: pairs are (id, answer) in order of arrival, ids in 0 … count − 1. Return three lists: the answers by id, with
+# `None` where one is missing; the missing ids, in order; and the ids of the duplicates, in order, one entry for each time that an id came again
+# (keep the first answer). 8 lines, 10 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>A dict from id to answer; an id that is in it already is a duplicate.</details>
+# <details><summary>Hint 2</summary><code>[found.get(i) for i in range(count)]</code>; the duplicates need <code>sorted</code>.</details>
+
+
+# %%
+# EXERCISE merge
+def merge(count, pairs):
+    """Answers in order, missing ids, duplicate ids."""
+    ### BEGIN SOLUTION
+    found, duplicates = {}, []
+    for request, answer in pairs:
+        if request in found:
+            duplicates.append(request)
+        else:
+            found[request] = answer
+    missing = [i for i in range(count) if i not in found]
+    return [found.get(i) for i in range(count)], missing, sorted(duplicates)
+    ### END SOLUTION
+
+
+# %%
+# CHECK merge
+ch09.merge(merge)
+
+# %% [markdown]
+# ## 6 · One answer or one named error, whatever happens
+#
+# `dispatch` promises for every id, in order, one answer or one named error, equal to what a single process would say. A node that dies:
+# its requests run elsewhere. A node that stops: no progress for `timeout_s`, the same. A request that raises: an error of its own. A
+# **poisonous** request that kills each node it meets: after a loss it runs *alone* on a node, and after two such losses it is given up.
+#
+# **Predict:** of 60 requests, one raises and one kills its node. How many nodes are lost, and how many answers?
+
+
+# %%
+def careless(batch):
+    """Answers numbers with their squares; 13 raises, 37 takes the whole process down."""
+    time.sleep(0.02)
+    if 13 in batch:
+        raise ValueError("13 is bad luck")
+    if 37 in batch:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [x * x for x in batch]
+
+
+report = Report()
+answers = list(dispatch(range(60), careless, engine, Settings(max_requests=4), report=report))
+print(report)
+print("equal to the single process:", all(a.value == a.id**2 for a in answers if not a.error))
+print(*[f"request {a.id}: {a.error}" for a in answers if a.error], sep="\n")
+
+# %% [markdown]
+# Three nodes were lost to one request: the first with innocent neighbours in its batch, two more to be sure whose fault it was. (A **nanny**
+# starts each node again.) Now the faults one by one, each in a run of its own: what does each cost?
+
+# %%
+faults = {"a request that raises and one that kills": str(report)}
+
+
+def with_fault(name, fault, **settings):
+    """60 requests of 20 ms; the fault strikes after the fifth answer."""
+    engine.client.wait_for_workers(3)
+    report = Report()
+    for answer in dispatch(range(60), slow_squares, engine, Settings(**settings), report=report):
+        if answer.id == 5:
+            fault()
+    faults[name] = str(report)
+
+
+def slow_squares(batch):
+    time.sleep(0.02)
+    return [x * x for x in batch]
+
+
+def victim():
+    return next(iter(engine.client.run(os.getpid).values()))
+
+
+# %%
+stopped = []
+
+
+def stop():
+    stopped.append(victim())
+    os.kill(stopped[0], signal.SIGSTOP)
+
+
+with_fault("none", lambda: None)
+with_fault("a node is killed", lambda: os.kill(victim(), signal.SIGKILL))
+with_fault("a node is stopped", stop, timeout_s=2.0, window=40)
+os.kill(stopped[0], signal.SIGCONT)
+print(*[f"{name}: {words}" for name, words in faults.items()], sep="\n")
+
+# %% [markdown]
+# Memory is bounded too: requests may come from a generator, which is read only `window` requests ahead of the oldest unanswered one (the
+# test suite passes a million through). This is **backpressure**: a slow cluster slows the reader instead of filling the memory.
+#
+# Real answers, live: which node does most of the work on LabLM's queries, and is every answer what a single process says? The box
+# fills as answers come; the line below it says the same in text.
+
+# %%
+from labutils.widgets.dispatch import dispatch_widget, print_progress, show_progress
+
+box = dispatch_widget(len(queries))
+box
+
+# %%
+for show in (show_progress(len(queries), box), print_progress(len(queries), steps=2)):
+    settings = Settings(max_requests=8, length=len, timeout_s=120)
+    answers = list(dispatch(queries, continue_texts, engine, settings, on_progress=show))
+alone = [text for batch in by_length[:2] for text in continue_texts([queries[i] for i in batch])]
+same = [answers[i].value for batch in by_length[:2] for i in batch] == alone
+print(f"{sum(a.error is None for a in answers)} answers; the first {len(alone)} by length equal this process: {same}")
+open_clusters.close()
+
+# %% [markdown]
+# ## 7 · Tensor parallelism: every device a slice of every matrix
+#
+# Data parallelism needs a whole model on each node. When it does not fit, or one token takes too long, the model itself is cut.
+#
+# Megatron's trick (Shoeybi et al. 2019, arXiv:1909.08053): two matrices in a row need **one** sum. Cut the first by outputs (*column
+# parallel*), so that each rank has some neurons whole, activation included; cut the second by inputs (*row parallel*):
+#
+# $$y = \sum_{r} \big(\operatorname{silu}(x G_r^\top) \odot x U_r^\top\big) D_r^\top$$
+#
+# The sum over ranks is an **all-reduce**. Attention works the same way with heads for neurons: two all-reduces a layer.
+
+# %% [markdown]
+# ## Exercise 9.6: mlp_part
+#
+# Write `mlp_part(x, gate, up, down, rank, ranks)`: one rank's summand of y above. Shapes as in `nn.Linear`: gate and up (neurons, hidden),
+# down (hidden, neurons); rank r holds the r-th of `ranks` equal blocks of neurons. 4 lines, 10 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>The block is <code>slice(rank * size, (rank + 1) * size)</code>; which axis of each matrix are the neurons?</details>
+# <details><summary>Hint 2</summary>Rows of gate and up, columns of down; <code>nn.functional.silu</code>.</details>
+
+
+# %%
+# EXERCISE mlp_part
+def mlp_part(x, gate, up, down, rank, ranks):
+    """A rank's summand of a SwiGLU layer."""
+    ### BEGIN SOLUTION
+    size = gate.shape[0] // ranks
+    mine = slice(rank * size, (rank + 1) * size)
+    neurons = nn.functional.silu(x @ gate[mine].T) * (x @ up[mine].T)
+    return neurons @ down[:, mine].T
+    ### END SOLUTION
+
+
+# %%
+# CHECK mlp_part
+ch09_models.mlp_part(mlp_part)
+
+# %% [markdown]
+# Heads are never cut: a head's softmax needs all of its scores. With **grouped queries** (GQA) query head q reads key/value head q // (heads / kv_heads),
+# so a rank needs the key/value heads that its queries read. With more ranks than key/value heads, neighbours hold copies of one.
+#
+# ## Exercise 9.7: heads_of
+#
+# Write `heads_of(rank, ranks, heads, kv_heads)`: two lists, the rank's query heads (the rank-th block of heads / ranks) and the key/value
+# heads that these read, each once, in order. `ranks` divides `heads`, `kv_heads` divides `heads`. 4 lines, 8 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>First the queries, a range; then look up each query's key/value head.</details>
+# <details><summary>Hint 2</summary><code>sorted({q // (heads // kv_heads) for q in queries})</code>.</details>
+
+
+# %%
+# EXERCISE heads_of
+def heads_of(rank, ranks, heads, kv_heads):
+    """A rank's query heads and key/value heads."""
+    ### BEGIN SOLUTION
+    size = heads // ranks
+    queries = list(range(rank * size, (rank + 1) * size))
+    return queries, sorted({q // (heads // kv_heads) for q in queries})
+    ### END SOLUTION
+
+
+# %%
+# CHECK heads_of
+ch09_models.heads_of(heads_of)
+
+# %% [markdown]
+# What does it send? A **ring** all-reduce of n bytes over p ranks moves 2(p−1)/p · n from each rank: p−1 steps add up, p−1 pass the sums on.
+# In one decoding step the payload is a hidden state per request: batch × hidden × bytes per value. The vocabulary is cut as well: one more
+# all-reduce for the embedding, one all-gather for the logits.
+#
+# ## Exercise 9.8: sent_bytes
+#
+# Write `sent_bytes(layers, hidden, batch, ranks, value_bytes)`: bytes that each rank sends in all-reduces for one decoding step: two a
+# layer, and one for the embedding. 2 lines, 6 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>Payload of one all-reduce first, then the ring's factor, then how many there are.</details>
+# <details><summary>Hint 2</summary><code>(2 * layers + 1) * 2 * (ranks - 1) / ranks * payload</code>.</details>
+
+
+# %%
+# EXERCISE sent_bytes
+def sent_bytes(layers, hidden, batch, ranks, value_bytes):
+    """Bytes that a rank sends for one decoding step."""
+    ### BEGIN SOLUTION
+    payload = batch * hidden * value_bytes
+    return (2 * layers + 1) * 2 * (ranks - 1) / ranks * payload
+    ### END SOLUTION
+
+
+# %%
+# CHECK sent_bytes
+ch09_models.sent_bytes(sent_bytes)
+
+# %% [markdown]
+# Three ways, one result, on LabLM over two ranks: by hand (`tensor_parallel_`, a meter counting), torch's `parallelize_module`, and transformers'
+# `DistributedConfig(tp_plan="auto")`. The same launch decodes over **links** for section 9. transformers' way needs one more package,
+# accelerate; without it that row says so.
+
+# %%
+from labutils.bench.ranks import greedy
+from labutils.distributed.collectives import Link
+
+LINKS = {
+    "this machine's loopback": None,
+    "0.1 ms, 10 GB/s": Link(latency_s=1e-4, bytes_per_s=10e9),
+    "1 ms, 100 MB/s": Link(latency_s=1e-3, bytes_per_s=1e8),
+    "5 ms, 10 MB/s": Link(latency_s=5e-3, bytes_per_s=1e7),
+}
+NEW = 8
+text = load_model("lablm").tokenizer.bos_token + "import os\n\n\ndef read_lines(path):\n    with open(path) as file:\n"
+prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :12]
+batch = torch.cat([prompt.roll(shift, dims=1) for shift in range(4)])
+asked = {"name": "lablm", "token_ids": batch, "new_tokens": NEW, "links": LINKS, "repeats": 3}
+two = launch("labutils.bench.ranks:two_ranks", 2, asked, device="cpu", timeout_s=300)
+
+# %%
+with torch.no_grad():
+    reference = model(batch, use_cache=False).logits
+single = greedy(model, batch, NEW)
+for way in ("by hand", "parallelize_module", "tp_plan='auto'"):
+    if way in two[0]:
+        off = max((rank[way] - reference).abs().max().item() for rank in two)
+        print(f"{way:<20} largest difference of a logit {off:.1e}")
+print(two[0].get("skipped", "transformers' own tensor and pipeline parallelism ran, too"))
+if "pp_size" in two[0]:
+    print("transformers' pp_size=2, tokens equal:", torch.equal(two[0]["pp_size"], single[:, : prompt.shape[1] + 4]))
+print("by hand, tokens equal:", torch.equal(two[1]["over"]["tokens"]["tensor"], single))
+calls, sent = two[0]["over"]["sent"]
+formula = 13 * 4 * 256 * 4
+print(f"a step of 4 requests: {dict(calls)}; {sent['all_reduce']} bytes in all-reduces, {formula} by formula")
+
+# %% [markdown]
+# The meter counts what *should* cross the link. Does the kernel agree? On a large tensor, the loopback's own byte counter against the ring
+# formula (others on this machine use the loopback, too, so the counter may be a little higher):
+
+# %%
+measured, predicted = two[0]["loopback"]
+print(f"loopback counter {measured / 1e6:.1f} MB, formula {predicted / 1e6:.1f} MB: {measured / predicted:.3f} times")
+
+# %% [markdown]
+# ## 8 · Pipeline parallelism: every device some layers
+#
+# The other cut: rank 0 holds the first layers, rank 1 the next. Only a hidden state crosses each border, once a token. But a single request
+# keeps one stage busy and the others idle. GPipe (Huang et al. 2018, arXiv:1811.06965) cuts the batch into m **micro-batches** that follow one another;
+# with p equal stages the idle share, the **bubble**, is
+#
+# $$\frac{p-1}{m+p-1}$$
+#
+# **Tiny numbers:** 4 stages and 1 micro-batch: 3/4 idle; with 4: 3/7.
+
+# %% [markdown]
+# ## Exercise 9.9: pipeline_s
+#
+# Write `pipeline_s(stage_s, micro_batches)`: the total time of a forward pass, where stage k takes `stage_s[k]` seconds for each
+# micro-batch and messages take none. Stages need not be equal. 1 line, 8 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>The first micro-batch meets no queue. After it, how often does a micro-batch leave the slowest stage?</details>
+# <details><summary>Hint 2</summary>Sum of the stages, plus (m − 1) times the slowest.</details>
+
+
+# %%
+# EXERCISE pipeline_s
+def pipeline_s(stage_s, micro_batches):
+    """When the last micro-batch leaves the last stage."""
+    ### BEGIN SOLUTION
+    return sum(stage_s) + (micro_batches - 1) * max(stage_s)
+    ### END SOLUTION
+
+
+# %%
+# CHECK pipeline_s
+ch09_models.pipeline_s(pipeline_s)
+
+# %% [markdown]
+# Four real ranks whose stages sleep 0.1 s for each micro-batch (simulated work, real messages, and no need for four cores). The same launch
+# does section 10's ring attention and experts.
+
+# %%
+from labutils.distributed.pipeline import bubble, measured_bubble
+from labutils.measurement.threads import thread_count
+from labutils.measurement.timing import measure
+
+COUNTS = (1, 2, 4, 8)
+four = launch("labutils.bench.ranks:four_ranks", 4, {"pace_s": 0.1, "counts": COUNTS}, device="cpu")
+idle = {m: measured_bubble([rank["times"][m] for rank in four]) for m in COUNTS}
+for m in COUNTS:
+    print(f"4 stages, {m} micro-batches: {idle[m]:.3f} idle, {bubble(4, m):.3f} by formula")
+
+# %%
+figure, panels = plt.subplots(2, 1, figsize=(8, 4.4), layout="constrained")
+for axes, m in zip(panels, (1, 4), strict=True):
+    plots.draw_pipeline(axes, [rank["times"][m] for rank in four])
+    axes.set_title(f"{m} micro-batch{'es' if m > 1 else ''}: {idle[m]:.0%} of the stages' time is idle")
+plt.show()
+
+# %% [markdown]
+# *Who worked when: four stages, each bar one micro-batch (its number inside), white is the bubble. Stages sleep 0.1 s for a piece.*
+#
+# **Decoding** has no micro-batches to cut a token into: a token needs the one before it. So several **groups** of requests are in flight: while stage
+# 1 works on group 0, stage 0 works on group 1, and the last stage sends the chosen token back to the first. Each stage keeps a KV cache for each
+# group. LabLM over two stages, two groups of two:
+
+# %%
+piped = torch.cat(two[1]["over"]["tokens"]["pipeline"])
+print("tokens equal the single process:", torch.equal(piped, single))
+per_token = {
+    way: {link: statistics.median(two[0]["over"]["seconds"][way, link]) / NEW * 1e3 for link in LINKS}
+    for way in ("tensor", "pipeline")
+}
+with thread_count(1):
+    alone = measure(lambda: greedy(model, batch, NEW), name="one process", repeats=5, warmup=1)
+print(
+    f"4 requests, float32, ms a token: one process {alone.median_s / NEW * 1e3:.1f} (median of 5, 1 thread);", end=" "
+)
+print({way: round(times["this machine's loopback"], 1) for way, times in per_token.items()}, "(two ranks, of 3)")
+
+# %% [markdown]
+# **Explain.** LabLM is tiny: its matrices take little time beside the messages, so tensor parallelism *loses* to one process here, and a
+# pipeline gains nothing or little. Both pay where a model does not fit or its weights take long to read: gpt-fast reports 1.61, 2.42 and
+# 3.13 times the speed on 2, 4 and 8 GPUs with NVLink.
+
+# %% [markdown]
+# ## 9 · What a slow link does
+#
+# Count messages for one token of LabLM's 6 layers: tensor parallelism waits for 13 all-reduces and an all-gather, one after the other; a pipeline of
+# two stages for one message and the token back. So latency counts 27 times (in a ring of two an all-reduce has two steps) or twice.
+#
+# **Predict:** at 5 ms latency, how long is a token in each?
+
+# %%
+print(f"{'link (simulated but for the first)':<36}{'tensor':>9}{'pipeline':>10}   ms a token, 4 requests, medians of 3")
+for link in LINKS:
+    print(f"{link:<36}{per_token['tensor'][link]:>9.1f}{per_token['pipeline'][link]:>10.1f}")
+figure, axes = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
+plots.draw_links(axes, per_token)
+slowest = list(LINKS)[-1]
+ratio = per_token["tensor"][slowest] / per_token["pipeline"][slowest]
+axes.set_title(f"On the slowest link the pipeline is {ratio:.1f} times as fast as tensor parallelism")
+plt.show()
+
+# %% [markdown]
+# *Milliseconds a token of LabLM over two ranks, by link. The first is this machine's loopback; the others are **simulated**: every message
+# waits for latency + bytes / bandwidth on top of what it really takes.*
+
+# %% [markdown]
+# A simulation says what its author believes. On Linux, as root, the kernel can do better: two **network namespaces**, a virtual cable, and a
+# traffic shaper that lets 2 MB/s through (16 Mbit/s; this shaper limits bandwidth and adds no latency). One rank sits at each end. Elsewhere
+# the cell says why it was skipped.
+
+# %%
+from labutils.distributed.namespaces import launch_over_link, why_not
+
+RATE = 2e6
+real = None
+if reason := why_not():
+    print("skipped:", reason)
+else:
+    over = asked | {"links": {"real": None}}
+    real = launch_over_link("labutils.bench.ranks:over_links", over, bytes_per_s=RATE, timeout_s=240)[0]
+    for way in ("tensor", "pipeline"):
+        milliseconds = statistics.median(real["seconds"][way, "real"]) / NEW * 1e3
+        print(f"{way} over a real cable of 2 MB/s: {milliseconds:.1f} ms a token, prompt included")
+
+# %% [markdown]
+# ## 10 · Longer texts, more experts
+#
+# **Context parallelism:** a text longer than one device's memory. Each rank keeps the queries of its slice; keys and values go round the ring (Liu et
+# al. 2023, arXiv:2310.01889). What a rank has seen so far is merged with what arrives. If $o_a$ is attention over some keys and $L_a$ the log of
+# the sum of its exponentials, then over both sets
+#
+# $$L = \log(e^{L_a} + e^{L_b}), \qquad o = e^{L_a - L}\, o_a + e^{L_b - L}\, o_b$$
+
+# %% [markdown]
+# ## Exercise 9.10: merge_attention
+#
+# Write `merge_attention(output, log_sum, other, other_log_sum)`: outputs (heads, queries, head_dim), log sums (heads, queries); return the merged
+# output. 3 lines, 8 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary><code>torch.logaddexp(a, b)</code> is L, without overflow.</details>
+# <details><summary>Hint 2</summary>The weights lack the last axis: <code>(log_sum - total).exp()[..., None]</code>.</details>
+
+
+# %%
+# EXERCISE merge_attention
+def merge_attention(output, log_sum, other, other_log_sum):
+    """Attention over both sets of keys."""
+    ### BEGIN SOLUTION
+    total = torch.logaddexp(log_sum, other_log_sum)
+    first, second = (log_sum - total).exp(), (other_log_sum - total).exp()
+    return output * first[..., None] + other * second[..., None]
+    ### END SOLUTION
+
+
+# %%
+# CHECK merge_attention
+ch09_models.merge_attention(merge_attention)
+
+# %%
+query, key, value = four[0]["text"]
+whole = nn.functional.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)[0]
+ringed = torch.cat([rank["attended"] for rank in four], dim=1)
+print(f"64 positions over 4 ranks: largest difference from one device {(ringed - whole).abs().max():.1e}")
+print("each rank sent", four[0]["ring"], "bytes: 3 steps of keys and values of 16 positions")
+print(f"experts on 4 ranks: largest difference {max(rank['expert_off'] for rank in four):.1e};", end=" ")
+print("bytes sent to other ranks:", [rank["moved"]["all_to_all"] for rank in four])
+
+# %% [markdown]
+# **Expert parallelism:** in a mixture of experts each token needs one expert of many. Experts live on different ranks, and two **all-to-alls** carry
+# the tokens there and back (Lepikhin et al. 2020, arXiv:2006.16668). What a rank sends depends on where its tokens want to go: a popular expert makes
+# its rank the slowest.
+
+# %% [markdown]
+# ## 11 · A mesh, and a planner
+#
+# The ways multiply: with 8 devices, 2 replicas × 2 stages × 2 slices. Tensor neighbours talk 13 times a token, so they get neighbouring ranks (the
+# same machine, the fastest link); pipeline stages talk once, data replicas never.
+#
+# ## Exercise 9.11: coordinates
+#
+# Write `coordinates(rank, tensor, pipeline)`: the tuple (data, pipeline, tensor) of a rank, the tensor index running fastest, the replica
+# slowest. 1 line, 5 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>Like the digits of a number with mixed bases.</details>
+# <details><summary>Hint 2</summary>The last digit is <code>rank % tensor</code>; the next <code>rank // tensor % pipeline</code>.</details>
+
+
+# %%
+# EXERCISE coordinates
+def coordinates(rank, tensor, pipeline):
+    """(data, pipeline, tensor) of a rank."""
+    ### BEGIN SOLUTION
+    return rank // (tensor * pipeline), rank // tensor % pipeline, rank % tensor
+    ### END SOLUTION
+
+
+# %%
+# CHECK coordinates
+ch09_models.coordinates(coordinates)
+
+# %% [markdown]
+# A planner tries every mesh: weights and caches must fit; time is bytes read ÷ bandwidth + messages. First check it against what was measured: from the
+# *loopback* row alone we take each way's own time, add the link's formula, and predict the slow links.
+
+# %%
+from labutils.distributed.planner import Devices, Load, ModelShape, plan, step_s
+
+shape, load = ModelShape.of(model), Load(requests=4, positions=20)
+for name, link in list(LINKS.items())[1:]:
+    quiet = Devices(2, 1e9, float("inf"), link)
+    gather = link.all_gather_s(4 * 4096 * 4, ranks=2)
+    added = {"tensor": (step_s(shape, quiet, load, tensor=2, pipeline=1) + gather) * 1e3}
+    added["pipeline"] = step_s(shape, quiet, Load(2, 20), tensor=1, pipeline=2) * 1e3
+    for way, milliseconds in added.items():
+        predicted = per_token[way]["this machine's loopback"] + milliseconds
+        print(f"{name:<16}{way:<9} predicted {predicted:6.1f} ms, measured {per_token[way][name]:6.1f} ms")
+
+# %% [markdown]
+# (Measured times include the prompt. Tensor parallelism sleeps 14 times a token, each time a little longer than asked, which shows at 0.1 ms. The
+# pipeline hides part of a message behind the other group's work.) Now a model that nobody loads here: Llama-2-70B's shape in fp16, on eight devices
+# of 24 GB that read 1 TB/s, with two links. **Predict:** which mesh on which?
+
+# %%
+llama_70b = ModelShape(weight_bytes=138e9, layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128)
+for name, link in {"NVLink-like": Link(5e-6, 300e9), "10 Gbit Ethernet": Link(5e-5, 1.25e9)}.items():
+    devices = Devices(8, 24e9, 1e12, link)
+    print(name, "(formula, not measured):")
+    for candidate in plan(llama_70b, devices, Load(requests=16, positions=2048))[:3]:
+        print("   ", candidate)
+
+# %% [markdown]
+# ## 12 · Beyond one machine
+#
+# Nothing above changes but the address: `connect("tls://scheduler:8786", certificates=folder)` joins a Dask cluster of other machines, and
+# `ray_cluster(4, address=…)` a Ray one (`pip install "ray>=2.60"`). **Whoever reaches a scheduler can run any code on its nodes**, so beyond the
+# loopback `connect` refuses an address without TLS. `notebooks/RENTED_GPUS.md` says how a class does it.
+
+# %%
+try:
+    connect("tcp://10.0.0.7:8786").__enter__()
+except ValueError as error:
+    print("refused:", error)
+if shutil.which("openssl"):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        local_cluster(2, certificates=make_certificates(Path(folder))) as safe,
+    ):
+        squares = [a.value for a in dispatch(range(6), lambda batch: [x * x for x in batch], safe)]
+        print(squares, "over", {address.partition(":")[0] for address in safe.nodes().values()})
+
+# %% [markdown]
+# Most teams run a **serving engine** instead: vLLM, or `transformers serve`. They speak OpenAI's protocol, batch requests continuously, and hold
+# tensor parallelism behind a flag. Our client is 40 lines of standard library, and a function for `dispatch`: name servers in `SERVERS`, one
+# per node or several, to try it. With vLLM on a machine with two GPUs: `vllm serve MODEL --tensor-parallel-size 2 --host 127.0.0.1`; **we could not
+# run vLLM here** (it needs a GPU). The test suite runs `transformers serve --continuous-batching` on LabLM and holds the client against it.
+
+# %%
+from labutils.distributed.client import ChatClient, ServerError
+
+SERVERS = os.environ.get("LABUTILS_SERVERS", "").split()  # such as "http://127.0.0.1:8000 http://127.0.0.1:8001"
+if not SERVERS:
+    print("skipped: no server named in LABUTILS_SERVERS; this cell needs `vllm serve` or `transformers serve`")
+for url in SERVERS:
+    client = ChatClient(url, model=os.environ.get("LABUTILS_SERVED_MODEL", "lablm"))
+    try:
+        print(url, client([[{"role": "user", "content": "Where is my parcel?"}]]))
+    except ServerError as error:
+        print("skipped:", error)
+
+# %% [markdown]
+# ## What you have
+#
+# The chapter's three tables, from the runs above:
+
+# %%
+print("POLICIES (simulated work, real processes)", *policies, sep="\n  ")
+print("\nFAULTS (real signals)", *[f"{name}: {words}" for name, words in faults.items()], sep="\n  ")
+print("\nLINKS, ms a token (simulated but for the first, and the last where it ran)")
+rows = {link: tuple(per_token[way][link] for way in ("tensor", "pipeline")) for link in LINKS}
+if real:
+    rows["real cable, 2 MB/s"] = tuple(
+        statistics.median(real["seconds"][way, "real"]) / NEW * 1e3 for way in ("tensor", "pipeline")
+    )
+print(*[f"  {link:<26} tensor {t:7.1f}   pipeline {p:7.1f}" for link, (t, p) in rows.items()], sep="\n")
+
+# %% [markdown]
+# - the article's loop repaired, and its four steps with a promise: one answer or one named error per request;
+# - ranks that end with the notebook, whatever ends it;
+# - one model over several devices three ways, equal to the single process, with its bytes counted;
+# - a planner that says which mesh a link deserves.
+#
+# **Open question:** your service has 8 GPUs in two machines of four, joined by ordinary Ethernet, and a model that needs three GPUs' memory. How do
+# you split it, what happens when one machine stops, and which measurement of this chapter would you repeat before you buy anything?
+#
+# Next: **10 · Decoding faster**.
+
+# %%
+from labutils.course.progress import progress
+
+progress()
