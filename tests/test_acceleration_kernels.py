@@ -121,6 +121,20 @@ def test_interpret_leaves_triton_as_it_was():
     assert not triton.knobs.runtime.interpret and isinstance(tl.sum, triton.runtime.jit.JITFunction)
 
 
+def test_interpret_takes_a_kernel_with_and_without_its_source():
+    def doubling_kernel(x, BLOCK: "tl.constexpr"):
+        offsets, factor = tl.arange(0, BLOCK), 2.0
+        tl.store(x + offsets, tl.load(x + offsets) * factor)
+
+    sourceless = {}
+    body = "    at = x + tl.arange(0, BLOCK)\n    tl.store(at, 2 * tl.load(at))"
+    exec(f'def doubling_kernel(x, BLOCK: "tl.constexpr"):\n{body}', sourceless)
+    for kernel in (doubling_kernel, sourceless["doubling_kernel"]):
+        x = torch.arange(4.0)
+        interpret(kernel, (1,), x, BLOCK=4)
+        assert x.tolist() == [0.0, 2.0, 4.0, 6.0]
+
+
 def test_interpret_names_the_kernel_that_failed():
     def broken_kernel(x):
         tl.store(x, undefined)

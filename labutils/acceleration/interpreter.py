@@ -65,7 +65,9 @@ def interpret(kernel: Callable, grid: tuple[int, ...], *arguments, **constants) 
         import triton.experimental.gluon  # noqa: F401
     kernel = inspect.unwrap(kernel)
     twin = _twin(kernel, dict(kernel.__globals__) | {"tl": tl})
-    twin.__annotations__ = {n: tl.constexpr if a == "tl.constexpr" else a for n, a in kernel.__annotations__.items()}
+    interpreted = interpreter.InterpretedFunction(twin)
+    constexprs = {n: tl.constexpr for n, a in kernel.__annotations__.items() if a == "tl.constexpr"}
+    interpreted.rewrite().__annotations__ |= constexprs  # rewritten from the source where there is one, else the twin
     builder, accesses = interpreter.interpreter_builder, []
     with _restored(tl, tl.core, tl.math, tl.standard, tl.tensor, tl.core.tensor_descriptor_base):
         for name, function in _standard_functions().items():
@@ -74,7 +76,7 @@ def interpret(kernel: Callable, grid: tuple[int, ...], *arguments, **constants) 
                     setattr(namespace, name, function)
         with _recorded(builder, accesses):
             try:
-                interpreter.InterpretedFunction(twin)[grid](*arguments, **constants)
+                interpreted[grid](*arguments, **constants)
             except interpreter.InterpreterError as error:
                 raise RuntimeError(f"the kernel {kernel.__name__} failed: {error.__cause__ or error}") from error
             finally:
