@@ -31,11 +31,11 @@ def draw_timeline(
     low, high = window_s or (first, first + timeline.seconds)
     for row, events in enumerate(lanes.values()):
         bars = [(e.start_s * 1e3, e.seconds * 1e3) for e in events if e.end_s >= low and e.start_s <= high]
-        ax.broken_barh(bars, (row - 0.35, 0.7), color=PALETTE[row], linewidth=0)
+        ax.broken_barh(bars, (row - 0.35, 0.7), color=PALETTE[row], edgecolor="white", linewidth=0.4)
         ax.text(1.005, row, f"{len(bars)}", transform=ax.get_yaxis_transform(), va="center")
     ax.set(xlim=(low * 1e3, high * 1e3), ylim=(-0.6, len(lanes) - 0.4), xlabel="time (ms)")
     ax.set_yticks(range(len(lanes)), list(lanes))
-    ax.set_title(f"{name}: {timeline.gap_share:.0%} of the time no kernel runs ({timeline.device})")
+    ax.set_title(f"{name}: {timeline.gap_share:.0%} of the time nothing runs ({timeline.device})")
     return ax.get_figure()
 
 
@@ -85,7 +85,7 @@ def draw_ladder(timings: Mapping[str, Timing], skipped: Mapping[str, str], *, ba
     best = max(ratios, key=lambda n: ratios[n].value)
     ax.axvline(1.0, color="0.6", linestyle=":")
     ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
+    ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set(xlabel=f"speed against {base} (times)")
     ax.set_title(f"Best rung here: {best}, {ratios[best].value:.2f}x [{ratios[best].low:.2f}, {ratios[best].high:.2f}]")
     ax.grid(alpha=0.25, axis="x")
