@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from labutils.acceleration.cost import cost_per_million, joules_per_token
 from labutils.acceleration.graphs import CaptureError, GraphedStep, Tape
 from labutils.acceleration.memory import DoesNotFit, Need, memory_bytes, memory_guard, usable, what_fits
-from labutils.acceleration.timeline import bound_by, profile, read_trace
+from labutils.acceleration.timeline import Event, bound_by, merged, profile, read_trace
 from labutils.measurement.resources import Energy
 
 LLAMA_8B = Need(parameters=8e9, weight_bits=16, position_bytes=131_072, positions=8192, batch=16)
@@ -114,6 +114,10 @@ def test_read_trace_of_a_gpu_by_hand():
     assert [gap[1] for gap in timeline.gaps()] == [pytest.approx(10e-6)]
     assert timeline.longest_kernels()[0] == ("gemv", pytest.approx(40e-6), 2)
     assert "2 kernels, 1 copies, busy 75%, waiting 25%" in str(timeline)
+
+
+def test_merged_keeps_the_end_of_an_event_that_holds_another():
+    assert merged([Event("a", 0.0, 5.0), Event("b", 1.0, 1.0)]) == [(0.0, 5.0)]
 
 
 def test_read_trace_of_a_cpu_takes_the_outermost_operators():
