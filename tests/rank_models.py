@@ -4,8 +4,8 @@ import time
 
 import torch
 import torch.distributed as dist
-from tiny_models import CONFIGS, HEADS, LLAMA, random_ids, tiny_model
-from transformers import DynamicCache, LlamaConfig
+from tiny_models import random_ids, tiny_model
+from transformers import DynamicCache
 
 from labutils.distributed.collectives import Comm, broadcast_weights_, checksum
 from labutils.distributed.experts import expert_parallel
@@ -39,19 +39,14 @@ def groups_of_prompts():
     return [random_ids(count=4 + g, batch=2, seed=g) for g in range(3)]
 
 
-# Untied, and with large weights: other tiny models' tokens hardly depend on what they attend to.
-CONFIGS["deep"] = lambda: LlamaConfig(
-    **(LLAMA | {"num_hidden_layers": 5}), **HEADS, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
-)
+def piped_model():
+    """Untied, and with large weights: other tiny models' tokens hardly depend on what they attend to."""
+    return tiny_model("llama-untied-bias", std=0.4, num_hidden_layers=5)
 
 
-def piped_model(name="deep"):
-    return tiny_model(name, std=0.4)
-
-
-def pipeline(name):
+def pipeline():
     comm = Comm()
-    stage = Stage(piped_model(name), comm)
+    stage = Stage(piped_model(), comm)
     texts = pipeline_generate(stage, groups_of_prompts(), 5)
     meter = dict(comm.calls), dict(comm.sent_bytes)
     ids = random_ids(**IDS).split(1)
@@ -86,13 +81,13 @@ def synchronised():
     return before, broadcast_weights_(model), checksum(model)
 
 
-def everything(names=MODELS, pipelined="deep"):
+def everything(names=MODELS):
     large = dist.get_world_size() == 4
     return {
         "mesh": mesh(tensor=2) if large else None,
         "refusal": refusal() if large else None,
         "tensor": tensor_parallel(names),
-        "pipeline": pipeline(pipelined),
+        "pipeline": pipeline(),
         "ring": ring(8),
         "experts": experts(),
         "weights": synchronised(),
@@ -139,6 +134,6 @@ def seconds_of_messages(count, nbytes):
 def refusal():
     """What is said to more ranks than layers."""
     try:
-        pipeline("llama-gqa-tied")
+        Stage(tiny_model("llama-gqa-tied"), Comm())
     except ValueError as error:
         return str(error)

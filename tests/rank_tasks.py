@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 def rank_and_sum(offset=1):
     total = torch.tensor([dist.get_rank() + offset])
+    print("rank", end=" ")  # half a line, until every rank has printed as much
     dist.all_reduce(total)
-    print(f"rank {dist.get_rank()} says hello")
+    print(f"{dist.get_rank()} says hello")
     return dist.get_rank(), int(total)
 
 

@@ -38,7 +38,8 @@ def wait_until(condition, problem):
         time.sleep(0.1)
 
 
-def test_launch_returns_results_in_rank_order_and_what_ranks_print(capsys):
+def test_launch_returns_results_in_rank_order_and_whole_lines_of_what_ranks_print(capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     assert launch("rank_tasks:rank_and_sum", 2, {"offset": 10}) == [(0, 21), (1, 21)]
     assert sorted(capsys.readouterr().out.splitlines()) == ["rank 0 says hello", "rank 1 says hello"]
 

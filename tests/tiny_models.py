@@ -39,9 +39,10 @@ LLAMA3_ROPE = {
 LLAMAS = [name for name in CONFIGS if name.startswith("llama")]
 
 
-def tiny_model(name: str, *, seed: int = 0, std: float = 0.08) -> nn.Module:
+def tiny_model(name: str, *, seed: int = 0, std: float = 0.08, **changes: int) -> nn.Module:
     """Returns a model with every parameter random: matrices and biases around 0, norm gains around 1."""
     config = CONFIGS[name]()
+    config.update(changes)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)

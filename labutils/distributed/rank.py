@@ -69,6 +69,7 @@ def write(path: Path, data: bytes) -> None:
 def main(target: str, folder: Path, backend: str) -> None:
     """Runs `target(**args)` as one rank. A failure keeps its time: the first one can be told from its echoes."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)  # unbuffered, two ranks' lines would mix
     watch_stdin(folder / f"{rank}.stack")
     write(folder / f"{rank}.pid", str(os.getpid()).encode())
     try:
