@@ -14,7 +14,7 @@ from labutils.acceleration.linears import Fp8Linear, Int4Linear, Int8Linear, fus
 from labutils.acceleration.memory import DoesNotFit
 from labutils.acceleration.triton_ops import relative_error
 from labutils.generation.decode import forward_logits, generate_cached
-from labutils.models.ladder import accelerate, check_equal
+from labutils.models.ladder import accelerate, build, check_equal
 
 T4, A100 = Device("cuda", "T4", (7, 5)), Device("cuda", "A100", (8, 0))
 L4, H200 = Device("cuda", "L4", (8, 9)), Device("cuda", "H200", (9, 0))
@@ -85,6 +85,19 @@ def test_gpu_plans_equal_their_twin_when_computed_on_a_cpu(model, rung):
     accelerated = accelerate(model, rung, abilities=SLOW_H200, warn=False)
     equality = check_equal(accelerated, random_ids(12), prompt=5)
     assert rung not in accelerated.skipped and equality.holds, str(equality)
+
+
+def test_steps_round_products_as_the_rung_says(model):
+    seen = []
+    accelerated = accelerate(model, "tf32", abilities=SLOW_H200, warn=False)
+    accelerated.step = lambda *_: seen.append(torch.get_float32_matmul_precision())
+    accelerated.stepper(None, torch.zeros(1))(torch.zeros(1, dtype=torch.long))
+    assert seen == ["high"] and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_build_keeps_the_model_itself_as_twin_of_unrounded_weights(model):
+    assert accelerate(model, "sdpa", abilities=CPU, warn=False).twin is model
+    assert build(model, Plan(dtype=torch.bfloat16)).model.dtype == torch.bfloat16 and model.dtype == torch.float32
 
 
 def test_check_equal_finds_a_wrong_layer(model):

@@ -18,7 +18,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write one object per row to this file")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write one object per row to this file (.json, .jsonl)"
+    )
     parser.add_argument("--ledger", action="store_true", help="append the rows that have a quality to your ledger")
     parser.add_argument(
         "--quick", action="store_true", help="a small random model instead of the 0.2B one, fewer tokens"
@@ -178,13 +180,15 @@ def run_gpu(args: Namespace) -> int:
     """The ladder on the GPU where there is one, otherwise on the CPU: a trained model, then the random-weight one."""
     import torch
 
+    from labutils.acceleration.ladder import NAMES
     from labutils.bench.gpu import BASE, Settings, as_record, bench_gpu, rung_quality
     from labutils.bench.subject import speed_subject, trained_subject
     from labutils.bench.table import as_table, write_json
     from labutils.measurement import ledger
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = Settings(device, max(args.rounds, 5), not (args.no_compile or args.quick))
+    compiles = not (args.no_compile or args.quick)
+    settings = Settings(device, max(args.rounds, 5), compiles, args.threads, peers=not args.quick)
     print(ledger.host_line() + ("" if device == "cuda" else "; no CUDA device: nothing here was run on a GPU"))
     subjects = [trained_subject(args.model)]
     if not args.no_speed_model:
@@ -196,7 +200,7 @@ def run_gpu(args: Namespace) -> int:
         print(as_table(found, reference=BASE))
         rows += found
         if args.ledger and subject.bits_per_byte is not None:
-            for row in (r for r in found if r.samples):
+            for row in (r for r in found if r.samples and r.technique in NAMES):
                 ledger.append(as_record(row, subject, settings, rung_quality(subject, row.technique)))
     if args.json:
         write_json(rows, args.json)

@@ -65,7 +65,7 @@ def install_missing(pyproject: Path) -> list[str]:
 
 
 def is_missing(requirement: str) -> bool:
-    """Whether a requirement such as ``transformers>=5,<6`` is not met here, though meant for here, and may be installed.
+    """Whether a requirement such as ``transformers>=5,<6`` is not met here, is meant for here, and may be installed.
 
     >>> is_missing("numpy>=99"), is_missing("a-package-that-nobody-has>=1")
     (False, True)

@@ -64,12 +64,15 @@ class Accelerated:
 
     def stepper(self, cache, example: Int[Tensor, " batch"]):
         """A function from the newest tokens to the next logits; with a graph, recorded on this cache."""
+
+        def step(ids: Int[Tensor, " batch"]) -> Tensor:
+            with _matmuls(self.plan):
+                return self.step(self.model, ids, cache, None)
+
         if not self.plan.graphed:
-            return lambda ids: self.step(self.model, ids, cache, None)
+            return step
         length = int(cache.get_seq_length())
-        return GraphedStep(
-            lambda ids: self.step(self.model, ids, cache, None), example, undo=lambda: cache.truncate(length)
-        )
+        return GraphedStep(step, example, undo=lambda: cache.truncate(length))
 
     def generate(
         self,
@@ -147,19 +150,39 @@ def accelerate(
     plan, skipped = climb(rung, abilities)
     if skipped and warn:
         warnings.warn(f"left out on this device: {'; '.join(skipped.values())}", stacklevel=2)
+    return build(model, plan, device=device, on_cpu=abilities.kind == "cpu", skipped=skipped)
+
+
+def build(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    device: str | torch.device = "cpu",
+    on_cpu: bool = True,
+    skipped: dict[str, str] | None = None,
+) -> Accelerated:
+    """A copy of a float32 model as a plan has it, beside its twin; `accelerate` chooses the plan by a rung's name.
+
+    Args:
+        model: a Hugging Face Llama or Qwen2 in float32.
+        plan: how it is to decode.
+        device: where it is to run.
+        on_cpu: whether int8 and int4 are chapter 03's packed layers.
+        skipped: what the plan had to leave out, and why.
+    """
     twin = _twin(model, plan.weights)
     changed = copy.deepcopy(twin)  # rounded already: rounding again finds the same codes
     changed.config._attn_implementation = plan.attention
     if plan.fused:
         fuse_(changed)
-    _weights_(changed, plan, on_cpu=abilities.kind == "cpu")
+    _weights_(changed, plan, on_cpu=on_cpu)
     for parameter in changed.parameters():  # not buffers: codes, scales and rotary frequencies keep their formats
         parameter.data = parameter.data.to(plan.dtype)
     changed = changed.to(device).eval()
     if plan.weights == "2:4":
         _sparsify_(changed)
     step = torch.compile(decode_one_token, fullgraph=True, dynamic=False) if plan.compiled else decode_one_token
-    return Accelerated(changed, plan, skipped, twin, step)
+    return Accelerated(changed, plan, skipped or {}, twin, step)
 
 
 def check_equal(accelerated: Accelerated, token_ids: Int[Tensor, "batch n"], *, prompt: int) -> Equality:
@@ -177,8 +200,8 @@ def scheme_of(weights: str) -> Scheme:
 
 
 def _twin(model: nn.Module, weights: str) -> nn.Module:
-    """The same weights as the rung's, as float32."""
-    twin = copy.deepcopy(model)
+    """The same weights as the rung's, as float32: the model itself where the rung leaves them as they are."""
+    twin = model if weights == "float" else copy.deepcopy(model)
     if weights in ("int8", "int4"):
         change_weights_(twin, lambda _, w: fake_quantize(w, scheme_of(weights)), with_head=True)
     elif weights == "fp8":
