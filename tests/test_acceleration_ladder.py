@@ -14,7 +14,7 @@ from labutils.acceleration.linears import Fp8Linear, Int4Linear, Int8Linear, fus
 from labutils.acceleration.memory import DoesNotFit
 from labutils.acceleration.triton_ops import relative_error
 from labutils.generation.decode import forward_logits, generate_cached
-from labutils.models.ladder import accelerate, build, check_equal
+from labutils.models.ladder import accelerate, build, check_equal, compiled_step
 
 T4, A100 = Device("cuda", "T4", (7, 5)), Device("cuda", "A100", (8, 0))
 L4, H200 = Device("cuda", "L4", (8, 9)), Device("cuda", "H200", (9, 0))
@@ -90,9 +90,20 @@ def test_gpu_plans_equal_their_twin_when_computed_on_a_cpu(model, rung):
 def test_steps_round_products_as_the_rung_says(model):
     seen = []
     accelerated = accelerate(model, "tf32", abilities=SLOW_H200, warn=False)
-    accelerated.step = lambda *_: seen.append(torch.get_float32_matmul_precision())
-    accelerated.stepper(None, torch.zeros(1))(torch.zeros(1, dtype=torch.long))
+    accelerated.step = lambda *_: seen.append(torch.get_float32_matmul_precision()) or torch.zeros(1)
+    ids = torch.zeros(1, dtype=torch.long)
+    accelerated.stepper(None, ids)(ids)
     assert seen == ["high"] and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_compiled_steps_are_counted_apart_and_their_caches_have_few_lengths(model, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    first, second = compiled_step(), compiled_step()
+    assert len({first.__code__.co_code, second.__code__.co_code}) == 1 and first.__code__ is not second.__code__
+    accelerated = build(model, Plan(static=True, compiled=True))
+    assert [accelerated.cache(positions=n).max_length for n in (1, 17, 64, 65)] == [64, 64, 64, 128]
+    ids = random_ids(6)
+    assert torch.equal(accelerated.generate(ids, 5), generate_cached(model, ids, 5))
 
 
 def test_build_keeps_the_model_itself_as_twin_of_unrounded_weights(model):

@@ -9,9 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_model
 
+from labutils.acceleration.copies import prefetched
 from labutils.acceleration.cost import cost_per_million, joules_per_token
 from labutils.acceleration.graphs import CaptureError, GraphedStep, Tape
-from labutils.acceleration.memory import DoesNotFit, Need, memory_bytes, memory_guard, usable, what_fits
+from labutils.acceleration.memory import (
+    DoesNotFit,
+    Need,
+    channels_bytes_per_s,
+    memory_bytes,
+    memory_guard,
+    threads_to_saturate,
+    usable,
+    what_fits,
+)
 from labutils.acceleration.timeline import Event, bound_by, merged, profile, read_trace
 from labutils.measurement.resources import Energy
 
@@ -49,6 +59,30 @@ def test_what_fits_names_each_way_out():
 def test_need_refuses_nonsense():
     with pytest.raises(ValueError, match="positive; got 0"):
         Need(parameters=1e9, weight_bits=16, position_bytes=10, positions=0)
+
+
+def test_threads_to_saturate_by_hand():
+    assert threads_to_saturate(2, 3.2e9, 12, 80e-9) == 6  # 51.2 GB/s over 9.6 GB/s a thread
+    assert threads_to_saturate(1, 1e9, 100, 1e-9) == 1
+    with pytest.raises(ValueError, match="positive"):
+        threads_to_saturate(0, 3.2e9, 12, 80e-9)
+
+
+@given(st.integers(1, 12), st.integers(4, 40))
+def test_so_many_threads_fill_the_channels_and_one_fewer_does_not(channels, lines):
+    threads = threads_to_saturate(channels, 4.8e9, lines, 97e-9)
+    each = lines * 64 / 97e-9
+    assert threads * each >= channels_bytes_per_s(channels, 4.8e9) > (threads - 1) * each
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_prefetched_hands_out_every_batch_in_order(device, count):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    batches = [torch.full((1000, 100), float(i)) for i in range(count)]
+    found = [(batch.device.type, (batch * 2).sum().item()) for batch in prefetched(batches, device)]
+    assert found == [(device, i * 2e5) for i in range(count)]
 
 
 def test_memory_guard_lets_go_of_the_tensors():

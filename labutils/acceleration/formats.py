@@ -38,7 +38,7 @@ def format_name(rows: int, dtype: torch.dtype) -> str:
 
 
 def products(*, device: str | torch.device = "cpu", size: int = SIZE) -> dict[str, Callable[[], torch.Tensor]]:
-    """X W^T for one row (decoding) and for many (prefill) in each format; int8 is PyTorch's plain `@`, on a CPU only."""
+    """X W^T for one row (decoding) and many (prefill) in each format; int8 is PyTorch's plain `@`, on a CPU only."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size, size, generator=generator)
     found = {}

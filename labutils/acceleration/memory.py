@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from labutils.measurement.resources import kv_bytes_per_position
 
 RESERVE = 0.08  # of a device: its context, the allocator's rounding, activations of a step
+LINE_BYTES = 64  # a CPU's cache line
 
 
 class DoesNotFit(RuntimeError):
@@ -100,6 +102,33 @@ def what_fits(need: Need, memory_bytes: float) -> str:
     lines += [f"would fit: {text} positions at this batch"] if text else []
     lines += [f"would fit: {bits}-bit weights"] if bits and bits < need.weight_bits else []
     return "; ".join(lines if len(lines) > 1 else [*lines, "would fit: a smaller model only"])
+
+
+def channels_bytes_per_s(channels: int, transfers_per_s: float) -> float:
+    """What memory channels carry at most: 64 bits at each transfer (DDR4-3200: 3.2e9 transfers a second).
+
+    >>> channels_bytes_per_s(2, 3.2e9)
+    51200000000.0
+    """
+    return channels * transfers_per_s * 8
+
+
+def threads_to_saturate(channels: int, transfers_per_s: float, lines: int, latency_s: float) -> int:
+    """How many threads fill the memory channels, when each waits for a few cache lines at once.
+
+        ceil(channels · transfers/s · 8 / (lines · 64 / latency))
+
+    Little's law (Little 1961): what is on its way = rate · time on the way.
+
+    Raises:
+        ValueError: For a size that is not positive.
+
+    >>> threads_to_saturate(2, 3.2e9, 12, 80e-9)
+    6
+    """
+    if min(channels, transfers_per_s, lines, latency_s) <= 0:
+        raise ValueError(f"sizes must be positive; got {channels}, {transfers_per_s}, {lines}, {latency_s}")
+    return math.ceil(channels_bytes_per_s(channels, transfers_per_s) / (lines * LINE_BYTES / latency_s))
 
 
 def memory_bytes(device: str | torch.device = "cpu") -> int:

@@ -19,7 +19,7 @@ from labutils.bench.subject import Subject
 from labutils.generation.decode import decode_one_token
 from labutils.layers.linears import change_weights_, linear_layers, output_head, weight_of
 from labutils.measurement.timing import quantile
-from labutils.models.ladder import Accelerated, build
+from labutils.models.ladder import Accelerated, build, compiled_step
 
 FORMATS = {"fp16 by itself": torch.float16, "bf16 by itself": torch.bfloat16}
 TRANSFORMERS = ("transformers, eager", "transformers, compiled")
@@ -62,7 +62,7 @@ def torchao_decoder(model: nn.Module, bits: int, plan: Plan, device: str) -> Acc
     twin = copy.deepcopy(model)
     output_head(twin).weight = nn.Parameter(output_head(twin).weight.detach().clone(), requires_grad=False)
     change_weights_(twin, lambda name, weight: rounded[name].to(weight.device), with_head=True)
-    step = torch.compile(decode_one_token, fullgraph=True, dynamic=False) if plan.compiled else decode_one_token
+    step = compiled_step() if plan.compiled else decode_one_token
     return Accelerated(changed, replace(plan, weights=f"int{bits}"), {}, twin, step)
 
 

@@ -1,11 +1,10 @@
-"""Checks of chapter 06, first half: queued work, gaps, batches, bytes of attention, memory, a tape, a price."""
+"""Checks of chapter 06, first half: queued work, gaps, batches, bytes of attention, memory, a tape."""
 
 import math
 from functools import partial
 
 import torch
 
-from labutils.acceleration.cost import cost_per_million
 from labutils.acceleration.graphs import Tape
 from labutils.acceleration.memory import Need, usable
 from labutils.acceleration.simulation import SimulatedGpu
@@ -260,35 +259,4 @@ def replayed_step(answer):
     call(torch.ones(2)), call(torch.ones(2))
     expect_true(
         len(count) == 1, "the step was recorded anew at every call", hint="recording is the slow part: do it once"
-    )
-
-
-def _price(tokens_per_s, price_per_hour, watts, price_per_kwh):
-    cost = cost_per_million(
-        tokens_per_s, price_per_hour=price_per_hour, joules_per_token=watts / tokens_per_s, price_per_kwh=price_per_kwh
-    )
-    return cost.total
-
-
-def _priced(tokens_per_s, price_per_hour, watts, price_per_kwh, *, seconds=3600, kilo=1000, energy=True, rent=True):
-    hours = 1e6 / tokens_per_s / seconds
-    return hours * (price_per_hour * rent + (watts / kilo * price_per_kwh if energy else 0))
-
-
-@exercise("6.11")
-def price_per_million(answer):
-    """Hours times (rent plus power times tariff)."""
-    names = ("tokens_per_s", "price_per_hour", "watts", "price_per_kwh")
-    values = ((100.0, 2.0, 300.0, 0.3), (2500.0, 4.0, 700.0, 0.25))
-    expect_function(
-        answer,
-        _price,
-        cases=[dict(zip(names, each, strict=True)) for each in values],
-        mistakes=[
-            (partial(_priced, energy=False), "the energy is missing: watts / 1000 kilowatts for those hours"),
-            (partial(_priced, rent=False), "the rent is missing: hours times price_per_hour"),
-            (partial(_priced, kilo=1), "watts are not kilowatts: divide by 1000"),
-            (partial(_priced, seconds=1), "those are seconds: an hour has 3600"),
-            (partial(_priced, seconds=60), "those are minutes: an hour has 3600 seconds"),
-        ],
     )

@@ -60,7 +60,7 @@ def _only(reached, a, x, y):
     return out
 
 
-@exercise("6.7")
+@exercise("6.8")
 def saxpy_kernel(answer):
     """Offsets, mask, load, store."""
 
@@ -90,7 +90,7 @@ def _rms(x, gain, eps, *, divisor=None, root=True, keep_eps=True, centre=False, 
     return (x / (mean.sqrt() if root else mean) * (gain.double() if gains else 1)).float()
 
 
-@exercise("6.8")
+@exercise("6.9")
 def rms_norm_kernel(answer):
     """A row a program: read once, written once."""
 
@@ -128,7 +128,7 @@ def _strided_by_one(codes):
     return codes.flatten().double().unfold(0, n, 1)[:rows]
 
 
-@exercise("6.9")
+@exercise("6.10")
 def int8_gemv_kernel(answer):
     """A row a program; the codes become floats inside."""
 
@@ -172,7 +172,7 @@ def _divided(**case):
     return larger, total, mixed / total
 
 
-@exercise("6.10")
+@exercise("6.11")
 def online_update(answer):
     """Two blocks after one another give what one softmax over both gives."""
     make = torch.Generator().manual_seed(3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from labutils.pruning.masks import mask_n_of_m
 from labutils.quantization.affine import Scheme, choose_qparams, fake_quantize, quantize
 from labutils.quantization.packed import pack_model_
 
+BUCKET = 64  # positions: to a multiple of it, the caches of compiled steps are rounded up
 GROUP = 32  # of int4 scales; it divides every width that a power of two of heads makes
 
 
@@ -49,8 +51,10 @@ class Accelerated:
         """An empty cache of the plan's kind."""
         if not self.plan.static:
             return KVCache()
-        kind = CompiledKVCache if self.plan.compiled or self.plan.graphed else StaticKVCache
         where = {"dtype": self.model.dtype, "device": self.model.device}
+        kind = StaticKVCache
+        if self.plan.compiled or self.plan.graphed:  # few lengths: a new one is compiled anew
+            kind, positions = CompiledKVCache, -(-positions // BUCKET) * BUCKET
         return kind(self.model.config, max_length=positions, batch=batch, **where)
 
     def logits(self, token_ids: Int[Tensor, "batch n"], *, prompt: int) -> Float[Tensor, "batch steps vocab"]:
@@ -181,8 +185,18 @@ def build(
     changed = changed.to(device).eval()
     if plan.weights == "2:4":
         _sparsify_(changed)
-    step = torch.compile(decode_one_token, fullgraph=True, dynamic=False) if plan.compiled else decode_one_token
-    return Accelerated(changed, plan, skipped or {}, twin, step)
+    return Accelerated(changed, plan, skipped or {}, twin, compiled_step() if plan.compiled else decode_one_token)
+
+
+def compiled_step():
+    """`decode_one_token`, to be compiled for one model.
+
+    Dynamo counts compilations of each *code object* and gives up after eight of them, all models together: so each step
+    gets a code object of its own.
+    """
+    one = decode_one_token
+    own = types.FunctionType(one.__code__.replace(), one.__globals__, one.__name__, one.__defaults__, one.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 def check_equal(accelerated: Accelerated, token_ids: Int[Tensor, "batch n"], *, prompt: int) -> Equality:

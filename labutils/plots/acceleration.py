@@ -70,8 +70,10 @@ def draw_accesses(
     axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def draw_ladder(timings: Mapping[str, Timing], skipped: Mapping[str, str], *, base: str, ax: Axes) -> None:
-    """Draws each rung's speed against the first one's, with its interval; skipped rungs stand in grey."""
+def draw_ladder(
+    timings: Mapping[str, Timing], skipped: Mapping[str, str], *, base: str, ax: Axes, where: str = "here"
+) -> None:
+    """Draws each rung's speed against the base's, with its interval; skipped rungs stand in grey."""
     names = [*timings, *skipped]
     ratios = {n: paired_ratio(timings[base].samples_s, t.samples_s) for n, t in timings.items()}
     for row, name in enumerate(names):
@@ -87,7 +89,7 @@ def draw_ladder(timings: Mapping[str, Timing], skipped: Mapping[str, str], *, ba
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set(xlabel=f"speed against {base} (times)")
-    ax.set_title(f"Best rung here: {best}, {ratios[best].value:.2f}x [{ratios[best].low:.2f}, {ratios[best].high:.2f}]")
+    ax.set_title(f"Fastest {where}: {best}, {ratios[best]}")
     ax.grid(alpha=0.25, axis="x")
 
 

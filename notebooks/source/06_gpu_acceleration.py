@@ -10,13 +10,13 @@
 # | Time | 3 hours for you; all cells run in half a minute on one core, ten times as long on a busy one (measured: 27 s) |
 # | Memory, download | 1.7 GB at the peak (measured); Triton, 200 MB (700 MB on disk, Linux only), is installed by the first cell |
 # | Hardware | any computer; the same cells use a GPU (T4, L4, A100, H100 …) where there is one |
-# | Exercises | 11, each checked in the cell below it |
+# | Exercises | 12, each checked in the cell below it |
 
 # %% [markdown]
 # **What is real here: not run on a GPU.** No GPU was at hand when these outputs were made. What is timed below was timed
 # on a CPU. Kernels were run by Triton's interpreter, which shows that they are right and says nothing about their speed,
 # and compiled to a GPU's machine code, which shows that they compile. Where a GPU is *simulated*, the text says so.
-# On a machine with a GPU the same cells run on it.
+# On a machine with a GPU the same cells are meant to run on it; that, too, was never tried.
 
 # %%
 from labutils.course.extras import install_extra
@@ -212,21 +212,40 @@ plt.show()
 # *The figure shows the simulated GPU with two streams: all copies but the first one hide behind kernels.* What remains
 # is the longer of the two.
 #
-# On a real GPU it takes three words: `pin_memory()`, `non_blocking=True`, and a second stream. The next cell runs there
-# and only there.
+# On a real GPU it takes three words: `pin_memory()`, `non_blocking=True`, and a second stream: `labutils`' `prefetched`
+# is a loop with all three. On a CPU it hands out the batches as they are; the times are for a GPU and only there.
 
 # %%
+from labutils.acceleration.copies import prefetched
+
+batches = [torch.full((1024, 1024), i / 1024) for i in range(8)]
+print("the same batches, in order:", [int(batch.sum() / 1024) for batch in prefetched(batches, device)])
 if device == "cuda":
-    host = torch.randn(4096, 4096)
-    pinned = host.pin_memory()
+    pinned = batches[0].pin_memory()
     ways = {
-        "pageable": lambda: host.to(device),
-        "pinned": lambda: pinned.to(device, non_blocking=True),
+        "one pageable copy": lambda: batches[0].to(device),
+        "one pinned copy": lambda: pinned.to(device, non_blocking=True),
+        "eight, one after the other": lambda: [(x := b.to(device)) @ x for b in batches],
+        "eight, prefetched": lambda: [b @ b for b in prefetched(batches, device)],
     }
-    for timing in measure_interleaved(ways, device=device).values():
-        print(timing, f"{host.nbytes / timing.median_s / 1e9:.1f} GB/s")
+    print(*measure_interleaved(ways, device=device).values(), sep="\n")
 else:
-    print("left out: not run on a GPU")
+    print("their times: not run on a GPU")
+
+# %% [markdown]
+# **Fix the article.** Its listing moves the model to the GPU and never the batch (its other mistakes: chapters 00, 03,
+# 09). As printed it fails on the first call. Without a GPU, PyTorch's `meta` device stands in: it knows shapes only, and
+# refuses mixed devices as a GPU does. The repair is one word, in front of every call.
+
+# %%
+elsewhere = "cuda" if device == "cuda" else "meta"
+network = torch.nn.Linear(10, 10).to(elsewhere)  # model.to(device)
+batch = torch.rand(4, 10)
+try:
+    network(batch)  # for batch in data: output = model(batch)
+except RuntimeError as error:
+    print("as printed:", str(error).splitlines()[0])
+print("repaired:  ", tuple(network(batch.to(elsewhere)).shape), "on", elsewhere)
 
 # %% [markdown]
 # ## 4 · Memory-bound, or bound by arithmetic?
@@ -321,60 +340,62 @@ for name, flops, bandwidth, size in (
 # ## 5 · "Low precision is faster"
 #
 # The article says so, without a condition. Two products decide about a model's speed: one row times a matrix (decoding
-# one text) and many rows times a matrix (prefill). The same numbers in four formats, on *this* processor.
+# one text) and many rows times a matrix (prefill). The same numbers in four formats, on *this* processor; and once more
+# in a process in which oneDNN, which computes PyTorch's products on a CPU, may use AVX2 only: so an older one behaves.
 #
 # **Predict** the order of the four formats, for each of the two.
 
 # %%
-from pathlib import Path
+from labutils.acceleration.formats import cpu_units, time_formats, time_formats_limited
 
-cpuinfo = Path("/proc/cpuinfo")
-flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.exists() else []
-units = [
-    f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8") if f in flags
-]
-print("units for vectors and low precision:", ", ".join(units) or "unknown")
-weight = torch.randn(1024, 1024, device=device)
-products = {}
-for rows in (1, 256):
-    x = torch.randn(rows, 1024, device=device)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        left, right = x.to(dtype), weight.to(dtype).T
-        products[f"{rows} rows, {str(dtype)[6:]}"] = lambda left=left, right=right: left @ right
-    if device == "cpu":
-        whole, codes = (x * 20).to(torch.int8), (weight * 20).to(torch.int8).T
-        products[f"{rows} rows, int8"] = lambda left=whole, right=codes: left @ right
-formats = measure_interleaved(products, repeats=7, warmup=1, device=device, calls_per_sample=2)
+print("units for vectors and low precision:", ", ".join(cpu_units()) or "unknown")
+measured = {"this processor": time_formats(device=device)}
+if device == "cpu":
+    measured["held to AVX2"] = time_formats_limited("AVX2")
+print(*measured["this processor"].values(), sep="\n")
 
 # %%
-names = [name.split(", ")[1] for name in formats if name.startswith("1 ")]
-figure, panels = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-for axes, rows in zip(panels, (1, 256), strict=True):
-    base = formats[f"{rows} rows, float32"].samples_s
-    ratios = [paired_ratio(formats[f"{rows} rows, {name}"].samples_s, base) for name in names]
-    axes.barh(names, [r.value for r in ratios], color=[series_style(i)["color"] for i in range(len(names))])
-    worst = max(range(len(names)), key=lambda i: ratios[i].value)
-    axes.set(xscale="log", xlabel="time against float32 (times)", title=f"{rows} rows: {names[worst]} is slowest")
-    spread = [min(r.value for r in ratios) / 1.5, max(r.value for r in ratios) * 1.5]
-    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 50, 200) if spread[0] < t < spread[1]]
-    axes.set_xticks(ticks, [str(t) for t in ticks])
-    axes.set_xticks([], minor=True)
+ROWS = {1: "decoding, 1 row", 256: "prefill, 256 rows"}
+names = [name.split(", ")[1] for name in measured["this processor"] if name.startswith("1 ")]
+versus, slower, faster = {}, [], []
+for where, formats in measured.items():
+    for rows, work in ROWS.items():
+        base = formats[f"{rows} rows, float32"].samples_s
+        versus[where, rows] = [paired_ratio(formats[f"{rows} rows, {n}"].samples_s, base) for n in names]
+        print(f"{where}, {work}:", ", ".join(f"{n} {r}" for n, r in zip(names, versus[where, rows], strict=True)))
+        slower += [f"{n} ({where}, {work})" for n, r in zip(names, versus[where, rows], strict=True) if r.low > 1]
+        faster += [f"{n} ({where}, {work})" for n, r in zip(names, versus[where, rows], strict=True) if r.high < 1]
+print("time of float32 = 1; surely slower than float32:", "; ".join(slower) or "none")
+print("surely faster:", "; ".join(faster) or "none")
+
+# %%
+figure, panels = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained", sharey=True)
+for axes, (rows, work) in zip(panels, ROWS.items(), strict=True):
+    for index, where in enumerate(measured):
+        ratios = [r.value for r in versus[where, rows]]
+        axes.plot(ratios, range(len(names)), label=where, **{**series_style(index), "linestyle": "none"})
+    worst = max((r.value, n) for where in measured for n, r in zip(names, versus[where, rows], strict=True))
+    axes.set(xscale="log", xlabel="time against float32 (times)", title=f"{work}: {worst[1]} up to {worst[0]:.1f}x")
+    axes.set_yticks(range(len(names)), names)
     axes.axvline(1.0, color="0.4", linestyle=":")
-    print(f"{rows} rows:", ", ".join(f"{n} {r}" for n, r in zip(names, ratios, strict=True)))
+    axes.grid(alpha=0.25)
+panels[0].legend()
 plt.show()
 
 # %% [markdown]
-# *The figure shows the time of one product with a 1024 × 1024 matrix, against float32: left of the dotted line is faster.
-# int8 is PyTorch's plain `@` on a CPU.*
+# *The figure shows the time of one product with a 1024 × 1024 matrix, against float32 on the same processor: left of the
+# dotted line is faster. int8 is PyTorch's plain `@`, on a CPU only.*
 #
 # **Explain.** A format is fast where the processor has a unit for it *and* the library calls that unit. Without one,
-# every number is converted, multiplied as a float, and rounded back; for plain int8 `@` no library is called at all. On
-# processors without AMX or AVX512-BF16 bf16 can be a hundred times slower than float32. So the rule is: measure. Chapter 03's
-# int8 is fast because it brings its own kernel. On a GPU: TF32 and bf16 from Ampere on, fp16 since Volta; a T4 has fp16 but only emulates bf16.
+# every number is converted, multiplied as a float, and rounded back; for plain int8 `@` no library is called at all. One
+# row is another matter: there only reading counts, and fewer bytes may help. So the article's advice needs two conditions,
+# and the rule is: measure. Chapter 03's int8 is fast because it brings its own kernel. On a GPU: TF32 and bf16 from Ampere on,
+# fp16 since Volta; a T4 has fp16 but only emulates bf16.
 
 # %% [markdown]
 # **Why not autocast?** It was made for training: weights stay float32 and are cast again for *every* product. For
-# inference, cast once: `model.to(torch.bfloat16)`. Count the casts in one decoding step.
+# inference, cast once: `model.to(torch.bfloat16)`. (The article's listing imports `autocast` and `GradScaler` and calls
+# neither.) Count the casts in one decoding step.
 
 # %%
 import copy
@@ -684,7 +705,8 @@ print("for example:", climb("bf16", Device("cuda", "T4", (7, 5)))[1]["bf16"])
 # part of the ladder. One warning names everything that is left out.
 
 # %%
-from labutils.models.ladder import accelerate, check_equal
+from labutils.acceleration.ladder import Plan
+from labutils.models.ladder import accelerate, build, check_equal
 
 abilities = Device.of(device)
 if device == "cpu":
@@ -698,10 +720,13 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     accelerate(host_model, "fp8", device=device, abilities=abilities)
 print(*(warning.message for warning in caught if "left out" in str(warning.message)))
+if device == "cpu":  # the ladder leaves 16-bit formats to GPUs; what do they do here, by themselves?
+    for dtype in (torch.float16, torch.bfloat16):
+        rungs[f"{str(dtype)[6:]} by itself"] = build(host_model, Plan(dtype=dtype))
 text_ids = tokenizer(prompt * 2, return_tensors="pt")["input_ids"]
 equal = {name: check_equal(rung, text_ids, prompt=text_ids.shape[1] // 2) for name, rung in rungs.items()}
 for name, result in equal.items():
-    print(f"{name:<13} {result}")
+    print(f"{name:<18} {result}")
 
 # %% [markdown]
 # The same `generate` runs on every rung. Timed is one decoding step, all rungs interleaved. **Predict:** which of these
@@ -711,7 +736,8 @@ for name, result in equal.items():
 from labutils.bench.gpu import bytes_read, decode_step
 
 new_tokens = {name: rung.generate(prompt_ids, 12)[0, -12:].tolist() for name, rung in rungs.items()}
-print("same tokens as fp32:", {name: ids == new_tokens["fp32"] for name, ids in new_tokens.items()})
+others = [name for name, ids in new_tokens.items() if ids != new_tokens["fp32"]]
+print("12 new tokens, others than fp32's on:", ", ".join(others) or "no rung")
 decoding = {name: decode_step(rung, prompt_ids) for name, rung in rungs.items()}
 timings = measure_interleaved(decoding, repeats=9, warmup=2, device=device, calls_per_sample=3)
 for name, timing in timings.items():
@@ -734,7 +760,28 @@ for name, reason in skipped.items():
 # **Explain.** Compare the bytes that two rungs read with their times: they are far from proportional. LabLM is small, and
 # most of a step is Python between the kernels, which no format makes shorter. On a GPU the gains are others; published for a
 # 7B Llama on an A100 (gpt-fast): eager 25.5 tokens/s, compiled with a static cache 107, int8 157, int4 202.
-# `python -m labutils bench gpu` runs all rungs on a 0.2B model, too large for a cache.
+# `python -m labutils bench gpu` runs all rungs on a 0.2B model, too large for most caches, beside transformers' own
+# `generate` and torchao. What it wrote on this project's machines stands in `data/results`.
+
+# %%
+from labutils.bench.gpu import BASE, read_ladders
+from labutils.paths import DATA
+
+for name, where in (("cpu_ladder", "on two cores of a shared Xeon"), ("h200", "on an H200")):
+    path = DATA / "results" / f"{name}.jsonl"
+    if not path.exists():
+        print(f"data/results/{path.name} does not exist: nothing was run {where}")
+        continue
+    ladders = read_ladders(path)
+    figure, panels = plt.subplots(1, len(ladders), figsize=(12, 4.4), layout="constrained", squeeze=False)
+    for axes, (its_model, found) in zip(panels[0], ladders.items(), strict=True):
+        draw_ladder(found, {}, base=BASE, ax=axes, where=where)
+        axes.set_title(f"{its_model[:40]}\n{axes.get_title()}", fontsize="medium")
+    plt.show()
+
+# %% [markdown]
+# *The figures show the stored runs of `bench gpu`, one panel a model: speed of each rung and of other people's paths
+# against the first rung, with 95% intervals. A GPU's stands there only if its file does.*
 
 # %%
 from labutils.measurement import ledger
@@ -756,7 +803,97 @@ for name in ("fp32", "int8", "int4"):
     print(f"{name}: {record.tokens_per_s:.0f} tokens/s, {quality}")
 
 # %% [markdown]
-# ## 11 · A kernel of your own
+# ## 11 · The CPU is an accelerator too
+#
+# It has the same three limits, and levers of its own: compile, formats that its units know, kernels that unpack inside (all
+# on the ladder above), and **threads**. One core alone cannot use the whole memory: it waits for a few cache lines of 64
+# bytes at a time. Memory hangs on **channels**, 8 bytes wide. By Little's law (Little 1961),
+#
+# $$\text{threads} = \left\lceil \frac{\text{channels} \cdot \text{transfers/s} \cdot 8}{\text{lines} \cdot 64 / \text{latency}} \right\rceil$$
+#
+# **Tiny numbers:** 12 lines on their way for 80 ns each: 9.6 GB/s a core. Two channels of DDR4-3200: 51.2 GB/s. So six threads.
+
+# %% [markdown]
+# ## Exercise 6.7: threads_to_saturate
+#
+# Write `threads_to_saturate(channels, transfers_per_s, lines, latency_s)`: how many threads fill the channels, a whole
+# number. 3 lines, 6 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>What do all channels carry in a second? What does one thread have on its way in a second?</details>
+# <details><summary>Hint 2</summary><code>math.ceil(channels * transfers_per_s * 8 / (lines * 64 / latency_s))</code></details>
+
+# %%
+import math
+
+
+# %%
+# EXERCISE threads_to_saturate
+def threads_to_saturate(channels, transfers_per_s, lines, latency_s):
+    """How many threads fill the memory channels."""
+    ### BEGIN SOLUTION
+    memory = channels * transfers_per_s * 8
+    core = lines * 64 / latency_s
+    return math.ceil(memory / core)
+    ### END SOLUTION
+
+
+# %%
+# CHECK threads_to_saturate
+from labutils.checks import ch06_machine
+
+ch06_machine.threads_to_saturate(threads_to_saturate)
+
+# %% [markdown]
+# Now this machine: a long sum, which only reads, and a decoding step of LabLM in float32 and in int8, each with every
+# number of threads, interleaved. **Predict:** which of the three gains by a second thread?
+
+# %%
+from labutils.acceleration.memory import channels_bytes_per_s
+from labutils.measurement.roofline import probe_working_set_bytes
+from labutils.measurement.threads import available_cores, best_thread_count, thread_candidates
+
+numbers = torch.ones(probe_working_set_bytes() // 4)
+jobs = {"reading memory": numbers.sum}
+if device == "cpu":
+    jobs |= {f"a step, {name}": decoding[name] for name in ("fp32", "int8")}
+counts = thread_candidates(available_cores())
+choices = {name: best_thread_count(job, candidates=counts, repeats=7) for name, job in jobs.items()}
+for name, choice in choices.items():
+    print(f"{name}: best with {choice} (7 rounds, medians)")
+rates = {n: numbers.nbytes / t.median_s for n, t in choices["reading memory"].timings.items()}
+print("read:", ", ".join(f"{n} threads {rate / 1e9:.1f} GB/s" for n, rate in rates.items()))
+for memory, transfers in (("DDR4-3200", 3.2e9), ("DDR5-4800", 4.8e9)):
+    one = channels_bytes_per_s(1, transfers)
+    print(
+        f"one channel of {memory}: {one / 1e9:.1f} GB/s; reached here: {max(rates.values()) / one:.2f} channels' worth"
+    )
+del numbers, jobs
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+for index, (name, choice) in enumerate(choices.items()):
+    one = choice.timings[1].samples_s
+    gains = [paired_ratio(one, choice.timings[n].samples_s) for n in counts]
+    bars = [[max(r.value - r.low, 0) for r in gains], [max(r.high - r.value, 0) for r in gains]]
+    axes.errorbar(counts, [r.value for r in gains], yerr=bars, capsize=3, label=name, **series_style(index))
+best = ", ".join(f"{name}: {choice.threads}" for name, choice in choices.items())
+axes.set(xlabel="threads", ylabel="speed against one thread (times)", title=f"Best number of threads: {best}")
+axes.set_xticks(counts)
+axes.axhline(1.0, color="0.6", linestyle=":")
+axes.grid(alpha=0.25)
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# *The figure shows the speed with several threads against one, with 95% intervals over 7 rounds.*
+#
+# **Explain.** Reading gains until the channels are full. A step of a small model is hundreds of small operators, each of
+# which starts and joins its threads: it gains little or loses. And threads that outnumber the *free* cores wait for one
+# another, which can cost more than they bring. How many channels there are, a program may not ask; the board's manual
+# says so, and a virtual machine shares them with its neighbours.
+
+# %% [markdown]
+# ## 12 · A kernel of your own
 #
 # Where no library has the kernel you need, you write it. In **Triton** you write what *one program* does with *a block* of
 # numbers; a grid says how many programs there are. Three things make a kernel: where the block lies (`offsets`), what
@@ -793,7 +930,7 @@ if has_triton:
 # touched together: a GPU fetches them in one piece (*coalesced*). A kernel that jumps needs a fetch for each number.
 
 # %% [markdown]
-# ## Exercise 6.7: saxpy_kernel
+# ## Exercise 6.8: saxpy_kernel
 #
 # Write the kernel of out = a·x + y for n numbers. `x`, `y`, `out` are pointers: `tl.load(x + offsets, mask=…)`. The
 # arguments' order is given. 5 lines, 10 minutes, difficulty 1 of 3.
@@ -829,7 +966,7 @@ ch06_kernels.saxpy_kernel(saxpy_kernel)
 # **Tiny numbers:** x = (3, 4), g = (1, 2), ε = 0: the mean square is 12.5, so y = (0.849, 2.263).
 
 # %% [markdown]
-# ## Exercise 6.8: rms_norm_kernel
+# ## Exercise 6.9: rms_norm_kernel
 #
 # Write the kernel: program i takes row i of `x` (rows of n numbers, one after the other), `gain` has n numbers, BLOCK is a
 # power of two of at least n. 6 lines, 12 minutes, difficulty 2 of 3.
@@ -864,7 +1001,7 @@ ch06_kernels.rms_norm_kernel(rms_norm_kernel)
 # matrix as floats: that is why eager int8 is slower than fp16, and this kernel is not.
 
 # %% [markdown]
-# ## Exercise 6.9: int8_gemv_kernel
+# ## Exercise 6.10: int8_gemv_kernel
 #
 # Write it: program r takes row r of `codes` (n int8 numbers), walks along it in blocks, and stores one number.
 # 8 lines, 15 minutes, difficulty 3 of 3.
@@ -921,7 +1058,7 @@ if has_triton:
 # At the end the output is o / ℓ. **Tiny numbers:** m = 0, ℓ = 1, then one score ln 2: m' = ln 2, ℓ' = 1/2 + 1.
 
 # %% [markdown]
-# ## Exercise 6.10: online_update
+# ## Exercise 6.11: online_update
 #
 # Write `online_update(m, total, mixed, scores, values)` in PyTorch: `m` and `total` are tensors of shape (), `mixed`
 # (head_dim,), `scores` (block,), `values` (block, head_dim). Return the new (m, total, mixed), not yet divided.
@@ -953,14 +1090,17 @@ ch06_kernels.online_update(online_update)
 # %%
 from labutils.acceleration import triton_ops as ops
 
-if has_triton:
-    a, b, gain = torch.randn(5, 96), torch.randn(5, 96), torch.randn(96)
-    codes, row_scales, vector = torch.randint(-127, 128, (5, 96), dtype=torch.int8), torch.rand(5), torch.randn(96)
-    nibbles, group_scales = torch.randint(0, 16, (5, 96)), torch.rand(5, 3)
+
+def against_float64(place):
+    """Name to (kernel's result, PyTorch's in float64)."""
+    a, b, gain = torch.randn(5, 96, device=place), torch.randn(5, 96, device=place), torch.randn(96, device=place)
+    codes = torch.randint(-127, 128, (5, 96), dtype=torch.int8, device=place)
+    nibbles, vector = torch.randint(0, 16, (5, 96), device=place), torch.randn(96, device=place)
+    row_scales, group_scales = torch.rand(5, device=place), torch.rand(5, 3, device=place)
     int4_weight = (nibbles - 8).double() * group_scales.double().repeat_interleave(32, dim=1)
-    q, k, v = torch.randn(3, 2, 70, 16)
-    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
-    results = {
+    q, k, v = torch.randn(3, 2, 70, 16, device=place)
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    return {
         "vector add": (ops.add(a[0], b[0]), a[0].double() + b[0].double()),
         "softmax": (ops.softmax(a), a.double().softmax(dim=1)),
         "RMSNorm": (ops.rms_norm(a, gain), torch.nn.functional.rms_norm(a.double(), (96,), gain.double(), 1e-6)),
@@ -968,8 +1108,21 @@ if has_triton:
         "int4 GEMV": (ops.int4_gemv((nibbles[:, ::2] | nibbles[:, 1::2] << 4).byte(), group_scales, vector), int4_weight @ vector.double()),
         "flash attention": (ops.flash_attention(q, k, v), exact),
     }  # fmt: skip
-    for name, (ours, theirs) in results.items():
-        print(f"{name:<16} relative error {ops.relative_error(ours, theirs):.1e}")
+
+
+# %%
+for place in ("cpu", "cuda") if device == "cuda" else ("cpu",):
+    for name, (ours, exact) in against_float64(place).items() if has_triton else ():
+        print(
+            f"{'compiled' if place == 'cuda' else 'interpreted'}: {name:<16} error {ops.relative_error(ours, exact):.1e}"
+        )
+if device == "cuda" and has_triton:
+    w = torch.randn(4096, 4096, device=device)
+    x, codes, scales = w[0].clone(), (w * 30).clamp(-127, 127).to(torch.int8), torch.ones(4096, device=device)
+    race = {"fp32 by PyTorch": lambda: w @ x, "int8 by our kernel": lambda: ops.int8_gemv(codes, scales, x)}
+    print(*measure_interleaved(race, device=device).values(), sep="\n")
+else:
+    print("compiled and timed: not run on a GPU")
 
 # %% [markdown]
 # Right on paper; does it run on a GPU? That needs one. But Triton's *compiler* needs none: it makes the machine code of
@@ -991,12 +1144,12 @@ if has_triton:
 # accesses are chosen by measuring (`triton.autotune`), on the device itself.
 
 # %% [markdown]
-# ## 12 · What does it cost?
+# ## 13 · What does it cost?
 #
 # Speed becomes money: a million tokens at v tokens/s take $10^6/v/3600$ hours; each costs the rent, and the energy if it
 # is not included. **Tiny numbers:** 100 tokens/s, 3.60 an hour: 2.78 hours, 10.00.
 #
-# ## Exercise 6.11: price_per_million
+# ## Exercise 6.12: price_per_million
 #
 # Write `price_per_million(tokens_per_s, price_per_hour, watts, price_per_kwh)`: rent and energy of a million tokens, on a
 # machine that is always busy. 3 lines, 5 minutes, difficulty 1 of 3.
@@ -1017,7 +1170,7 @@ def price_per_million(tokens_per_s, price_per_hour, watts, price_per_kwh):
 
 # %%
 # CHECK price_per_million
-ch06.price_per_million(price_per_million)
+ch06_machine.price_per_million(price_per_million)
 
 # %% [markdown]
 # Energy is read from a counter (NVML on NVIDIA GPUs, RAPL on some CPUs) or not stated at all: a TDP times seconds is an
@@ -1052,9 +1205,11 @@ cost_widget(1 / timings["fp32"].median_s, joules_per_token=per_token)
 # - a timing that waits, a batch that balances, copies that hide, an error that says what would fit;
 # - thirteen rungs by name, each held against its twin, each with its reason where a device lacks it;
 # - kernels of your own, right to a few roundings and compiled for GPUs that were not there;
+# - threads, channels and formats of a CPU, measured where you are;
 # - the price of a million tokens.
 #
-# This machine's ladder stands in section 10. **On a GPU: not run**, for none could be had.
+# This machine's ladder stands in section 10. **On a GPU: not run**, for none could be had: `data/results/h200.jsonl` does
+# not exist. Every path to a GPU has a test that waits for one (`python -m labutils test -m gpu`).
 #
 # **Open question:** your model decodes at 30% of a GPU's memory bandwidth. Name three different causes, for each the one
 # measurement that would confirm it, and the rung that answers it.

@@ -213,6 +213,30 @@ def replayed_step(step, example, record):
     return call
 
 
+# %% WRONG threads_to_saturate | round up
+# EXERCISE threads_to_saturate
+def threads_to_saturate(channels, transfers_per_s, lines, latency_s):
+    return int(channels * transfers_per_s * 8 / (lines * 64 / latency_s))
+
+
+# %% WRONG threads_to_saturate | 64 bits a transfer are 8 bytes
+# EXERCISE threads_to_saturate
+def threads_to_saturate(channels, transfers_per_s, lines, latency_s):
+    return math.ceil(channels * transfers_per_s * 64 / (lines * 64 / latency_s))
+
+
+# %% WRONG threads_to_saturate | lines are not bytes
+# EXERCISE threads_to_saturate
+def threads_to_saturate(channels, transfers_per_s, lines, latency_s):
+    return math.ceil(channels * transfers_per_s * 8 / (lines / latency_s))
+
+
+# %% WRONG threads_to_saturate | upside down
+# EXERCISE threads_to_saturate
+def threads_to_saturate(channels, transfers_per_s, lines, latency_s):
+    return math.ceil((lines * 64 / latency_s) / (channels * transfers_per_s * 8))
+
+
 # %% WRONG saxpy_kernel | every program worked on the first block
 # EXERCISE saxpy_kernel
 def saxpy_kernel(x, y, out, a, n, BLOCK: "tl.constexpr"):
