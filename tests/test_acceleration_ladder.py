@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from aside import triton_there
 from shapes import unchecked
 from tiny_models import LLAMAS, random_ids, tiny_model
 from torch import nn
 
 from labutils.acceleration.ladder import LADDER, NAMES, Device, Plan, climb, missing, tolerance
-from labutils.acceleration.linears import Fp8Linear, Int4Linear, Int8Linear, fuse_
+from labutils.acceleration.linears import Fp8Linear, Int4Linear, Int8Linear, fits_sparse, fuse_, takes_kernel
 from labutils.acceleration.memory import DoesNotFit
 from labutils.acceleration.triton_ops import relative_error
 from labutils.generation.decode import forward_logits, generate_cached
@@ -213,6 +214,34 @@ def test_quantized_linears_by_hand():
     int4 = Int4Linear(codes, torch.tensor([[0.5, 1.0], [2.0, 3.0]]), None)
     assert int4.dequantize().tolist() == [[0.5, -2.0], [6.0, 12.0]]
     assert int4(torch.tensor([[10.0, 1.0]])).tolist() == [[3.0, 72.0]] and int4.codes.numel() == 2
+
+
+def test_two_of_four_keeps_two_and_stores_what_fits(monkeypatch):
+    stored = []
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda w: stored.append(tuple(w.shape)) or w)
+    accelerated = build(tiny_model("llama-gqa-tied"), Plan(dtype=torch.bfloat16, weights="2:4"))
+    weights = dict(accelerated.model.named_parameters())
+    kept = [(w.unflatten(1, (-1, 4)) != 0).sum(dim=2) for n, w in weights.items() if n.endswith("proj.weight")]
+    assert all((groups <= 2).all() for groups in kept) and (kept[0] == 2).all()
+    assert stored == [tuple(w.shape) for n, w in weights.items() if n.endswith("proj.weight") and fits_sparse(w)]
+    assert stored and len(stored) < len(kept)  # widths of 32 do not fit
+    assert check_equal(accelerated, random_ids(12), prompt=5).holds
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_quantized_linears_on_a_gpu_equal_their_formula(rows, dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (40, 64), generator=generator).to(torch.int8)
+    x = torch.randn(rows, 64, generator=generator)
+    for layer in (Int8Linear(codes, torch.rand(40), None), Int4Linear(codes, torch.rand(40, 2), torch.ones(40))):
+        exact = x.double() @ layer.dequantize().double().T + (0 if layer.bias is None else 1)
+        x_there = x.to("cuda", dtype)
+        assert takes_kernel(x_there) == (rows == 1 and triton_there())
+        assert relative_error(layer.to("cuda")(x_there).cpu(), exact) < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
 def test_quantized_linears_refuse_what_they_cannot_hold():

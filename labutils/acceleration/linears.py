@@ -104,6 +104,15 @@ def fits_fp8(weight: Float[Tensor, "out n"]) -> bool:
     return not any(size % 16 for size in weight.shape)
 
 
+def fits_sparse(weight: Float[Tensor, "out n"]) -> bool:
+    """Whether PyTorch stores a 16-bit weight of this shape as 2:4; other layers keep their zeros as numbers.
+
+    >>> fits_sparse(torch.zeros(32, 64)), fits_sparse(torch.zeros(16, 64))
+    (True, False)
+    """
+    return not (weight.shape[0] % 32 or weight.shape[1] % 64)
+
+
 def fp8_scales(x: Float[Tensor, "rows n"]) -> Float32[Tensor, "rows 1"]:
     """The scales: max |x| / 448 of each row, 448 being the largest e4m3 number.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from labutils.acceleration.graphs import GraphedStep
 from labutils.acceleration.ladder import Device, Plan, climb, tolerance
-from labutils.acceleration.linears import Fp8Linear, Int4Linear, Int8Linear, fits_fp8, fuse_
+from labutils.acceleration.linears import Fp8Linear, Int4Linear, Int8Linear, fits_fp8, fits_sparse, fuse_
 from labutils.acceleration.memory import Need, memory_bytes, memory_guard, what_fits
 from labutils.acceleration.triton_ops import relative_error
 from labutils.generation.cache import CompiledKVCache, KVCache, StaticKVCache
@@ -250,6 +250,8 @@ def _sparsify_(model: nn.Module) -> None:
     from torch.sparse import to_sparse_semi_structured
 
     for _, layer in linear_layers(model):
+        if not fits_sparse(layer.weight):
+            continue
         layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
 
 

@@ -24,6 +24,7 @@ from labutils.course.extras import install_extra
 install_extra("gpu")  # Triton; where it is already installed, nothing happens
 
 # %%
+import math
 import warnings
 from dataclasses import replace
 
@@ -705,8 +706,7 @@ print("for example:", climb("bf16", Device("cuda", "T4", (7, 5)))[1]["bf16"])
 # part of the ladder. One warning names everything that is left out.
 
 # %%
-from labutils.acceleration.ladder import Plan
-from labutils.models.ladder import accelerate, build, check_equal
+from labutils.models.ladder import accelerate
 
 abilities = Device.of(device)
 if device == "cpu":
@@ -720,7 +720,16 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     accelerate(host_model, "fp8", device=device, abilities=abilities)
 print(*(warning.message for warning in caught if "left out" in str(warning.message)))
-if device == "cpu":  # the ladder leaves 16-bit formats to GPUs; what do they do here, by themselves?
+
+# %% [markdown]
+# The ladder leaves 16-bit formats to GPUs. Here they stand beside it by themselves, on an otherwise plain model: whether
+# they help on this CPU is a measurement. Then every one is held against its twin.
+
+# %%
+from labutils.acceleration.ladder import Plan
+from labutils.models.ladder import build, check_equal
+
+if device == "cpu":
     for dtype in (torch.float16, torch.bfloat16):
         rungs[f"{str(dtype)[6:]} by itself"] = build(host_model, Plan(dtype=dtype))
 text_ids = tokenizer(prompt * 2, return_tensors="pt")["input_ids"]
@@ -822,9 +831,6 @@ for name in ("fp32", "int8", "int4"):
 # <details><summary>Hint 1</summary>What do all channels carry in a second? What does one thread have on its way in a second?</details>
 # <details><summary>Hint 2</summary><code>math.ceil(channels * transfers_per_s * 8 / (lines * 64 / latency_s))</code></details>
 
-# %%
-import math
-
 
 # %%
 # EXERCISE threads_to_saturate
@@ -860,8 +866,10 @@ counts = thread_candidates(available_cores())
 choices = {name: best_thread_count(job, candidates=counts, repeats=7) for name, job in jobs.items()}
 for name, choice in choices.items():
     print(f"{name}: best with {choice} (7 rounds, medians)")
+
+# %%
 rates = {n: numbers.nbytes / t.median_s for n, t in choices["reading memory"].timings.items()}
-print("read:", ", ".join(f"{n} threads {rate / 1e9:.1f} GB/s" for n, rate in rates.items()))
+print("memory is read:", ", ".join(f"{n} threads {rate / 1e9:.1f} GB/s" for n, rate in rates.items()))
 for memory, transfers in (("DDR4-3200", 3.2e9), ("DDR5-4800", 4.8e9)):
     one = channels_bytes_per_s(1, transfers)
     print(
@@ -1209,8 +1217,9 @@ cost_widget(1 / timings["fp32"].median_s, joules_per_token=per_token)
 # - the price of a million tokens.
 #
 # This machine's ladder stands in section 10. **On a GPU: not run**, for none could be had: `data/results/h200.jsonl` does
-# not exist. Every path to a GPU has a test that waits for one (`python -m labutils test -m gpu`).
-#
+# not exist. The tests for GPUs wait for one (`python -m labutils test -m gpu`).
+
+# %% [markdown]
 # **Open question:** your model decodes at 30% of a GPU's memory bandwidth. Name three different causes, for each the one
 # measurement that would confirm it, and the rung that answers it.
 #
