@@ -7,7 +7,7 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapters 01 and 02; 03 helps |
-# | Time | 3 hours for you; all cells run in half a minute on one core, ten times as long on a busy one (measured: 27 s) |
+# | Time | 3 hours for you; all cells run in about a minute on one core, longer on a busy one (measured: 60 and 104 s) |
 # | Memory, download | 1.7 GB at the peak (measured); Triton, 200 MB (700 MB on disk, Linux only), is installed by the first cell |
 # | Hardware | any computer; the same cells use a GPU (T4, L4, A100, H100 …) where there is one |
 # | Exercises | 12, each checked in the cell below it |
@@ -376,7 +376,11 @@ for axes, (rows, work) in zip(panels, ROWS.items(), strict=True):
         ratios = [r.value for r in versus[where, rows]]
         axes.plot(ratios, range(len(names)), label=where, **{**series_style(index), "linestyle": "none"})
     worst = max((r.value, n) for where in measured for n, r in zip(names, versus[where, rows], strict=True))
-    axes.set(xscale="log", xlabel="time against float32 (times)", title=f"{work}: {worst[1]} up to {worst[0]:.1f}x")
+    axes.set(xscale="log", xlabel="time against float32 (times)", title=f"{work}: slowest {worst[1]}, {worst[0]:.1f}x")
+    low, high = axes.set_xlim(axes.get_xlim()[0] / 1.2, axes.get_xlim()[1] * 1.2)
+    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low < t < high]
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.set_xticks([], minor=True)
     axes.set_yticks(range(len(names)), names)
     axes.axvline(1.0, color="0.4", linestyle=":")
     axes.grid(alpha=0.25)
@@ -766,8 +770,9 @@ for name, reason in skipped.items():
 # *The figure shows the speed of one decoding step on each rung against the first one, with 95% intervals; rungs that this
 # device lacks are named, not drawn.*
 #
-# **Explain.** Compare the bytes that two rungs read with their times: they are far from proportional. LabLM is small, and
-# most of a step is Python between the kernels, which no format makes shorter. On a GPU the gains are others; published for a
+# **Explain.** Compare the bytes that two rungs read with their times: they are far from proportional. LabLM is small. The
+# profile of section 1 says which share of a step no kernel runs, and no format makes that shorter; and a small kernel takes
+# its time to start, whatever it reads. On a GPU the gains are others; published for a
 # 7B Llama on an A100 (gpt-fast): eager 25.5 tokens/s, compiled with a static cache 107, int8 157, int4 202.
 # `python -m labutils bench gpu` runs all rungs on a 0.2B model, too large for most caches, beside transformers' own
 # `generate` and torchao. What it wrote on this project's machines stands in `data/results`.
@@ -776,10 +781,10 @@ for name, reason in skipped.items():
 from labutils.bench.gpu import BASE, read_ladders
 from labutils.paths import DATA
 
-for name, where in (("cpu_ladder", "on two cores of a shared Xeon"), ("h200", "on an H200")):
+for name, where in (("cpu_ladder", "on a shared Xeon of two cores"), ("h200", "on an H200")):
     path = DATA / "results" / f"{name}.jsonl"
     if not path.exists():
-        print(f"data/results/{path.name} does not exist: nothing was run {where}")
+        print(f"data/results/{path.name} does not exist: nothing was ever run {where}")
         continue
     ladders = read_ladders(path)
     figure, panels = plt.subplots(1, len(ladders), figsize=(12, 4.4), layout="constrained", squeeze=False)
