@@ -855,8 +855,8 @@ from labutils.checks import ch06_machine
 ch06_machine.threads_to_saturate(threads_to_saturate)
 
 # %% [markdown]
-# Now this machine: a long sum, which only reads, and a decoding step of LabLM in float32 and in int8, each with every
-# number of threads, interleaved. **Predict:** which of the three gains by a second thread?
+# Now this machine: a long sum, which only reads, and a decoding step of LabLM in float32, each with every number of
+# threads, interleaved. **Predict:** which of the two gains by a second thread?
 
 # %%
 from labutils.acceleration.memory import channels_bytes_per_s
@@ -866,11 +866,11 @@ from labutils.measurement.threads import available_cores, best_thread_count, thr
 numbers = torch.ones(probe_working_set_bytes() // 4)
 jobs = {"reading memory": numbers.sum}
 if device == "cpu":
-    jobs |= {f"a step, {name}": decoding[name] for name in ("fp32", "int8")}
+    jobs["a decoding step"] = decoding["fp32"]
 counts = thread_candidates(available_cores())
-choices = {name: best_thread_count(job, candidates=counts, repeats=7) for name, job in jobs.items()}
+choices = {name: best_thread_count(job, candidates=counts, repeats=5) for name, job in jobs.items()}
 for name, choice in choices.items():
-    print(f"{name}: best with {choice} (7 rounds, medians)")
+    print(f"{name}: best with {choice} (5 rounds, medians)")
 
 # %%
 rates = {n: numbers.nbytes / t.median_s for n, t in choices["reading memory"].timings.items()}
@@ -898,7 +898,7 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# *The figure shows the speed with several threads against one, with 95% intervals over 7 rounds.*
+# *The figure shows the speed with several threads against one, with 95% intervals over 5 rounds.*
 #
 # **Explain.** Reading gains until the channels are full. A step of a small model is hundreds of small operators, each of
 # which starts and joins its threads: it gains little or loses. And threads that outnumber the *free* cores wait for one
