@@ -3,6 +3,8 @@
 import gc
 import weakref
 
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -179,6 +181,17 @@ def test_profile_sees_the_product():
     timeline = profile(lambda: x @ x + 1)
     assert {"aten::matmul", "aten::add"} <= {kernel.name for kernel in timeline.kernels}
     assert 0 <= timeline.gap_share < 1
+
+
+def test_profile_keeps_the_call_that_nothing_interrupted():
+    x, naps = torch.ones(64, 64), iter([0.0, 0.4, 0.4, 0.0, 0.4, 0.4])
+
+    def step():
+        y = x @ x
+        time.sleep(next(naps))
+        return y + 1
+
+    assert profile(step).seconds < 0.4
 
 
 @pytest.mark.gpu

@@ -82,7 +82,8 @@ plt.show()
 
 # %% [markdown]
 # *The figure shows one sixth of one token, from its middle: every bar is a kernel, white is waiting.* Profiling
-# slows everything down: read shares from it, never milliseconds.
+# slows everything down: read shares from it, never milliseconds. It is the quickest of five calls: in others, the system
+# may have given the core to somebody else.
 #
 # A GPU makes this worse. It finishes a small kernel in 2 µs, while the host needs 5 µs or more to launch the next one: it
 # waits for Python. Such a program is **launch-bound**, and no faster GPU helps it.
