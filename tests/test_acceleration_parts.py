@@ -1,9 +1,8 @@
 """Memory that fits, the guard against out of memory, profiles read, costs, and steps recorded."""
 
 import gc
-import weakref
-
 import time
+import weakref
 
 import pytest
 import torch

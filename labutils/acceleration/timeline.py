@@ -160,7 +160,7 @@ def read_trace(trace: dict) -> Timeline:
 
 
 def profile(function: Callable[[], object], *, device: str | torch.device = "cpu", calls: int = 5) -> Timeline:
-    """The quickest of some calls, after one to warm up: a call that others interrupted would show their time as waiting.
+    """The quickest of some calls, after a warm-up: a call that others interrupted would show their time as waiting.
 
     Profiling itself costs time: read shares, not milliseconds.
     """
