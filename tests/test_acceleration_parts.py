@@ -65,8 +65,10 @@ def test_need_refuses_nonsense():
 def test_threads_to_saturate_by_hand():
     assert threads_to_saturate(2, 3.2e9, 12, 80e-9) == 6  # 51.2 GB/s over 9.6 GB/s a thread
     assert threads_to_saturate(1, 1e9, 100, 1e-9) == 1
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="positive; got 0 and"):
         threads_to_saturate(0, 3.2e9, 12, 80e-9)
+    with pytest.raises(ValueError, match="positive; got 12 and 0"):
+        threads_to_saturate(2, 3.2e9, 12, 0)
 
 
 @given(st.integers(1, 12), st.integers(4, 40))
@@ -191,6 +193,8 @@ def test_profile_keeps_the_call_that_nothing_interrupted():
         return y + 1
 
     assert profile(step).seconds < 0.4
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        profile(step, calls=0)
 
 
 @pytest.mark.gpu

@@ -105,11 +105,16 @@ def what_fits(need: Need, memory_bytes: float) -> str:
 
 
 def channels_bytes_per_s(channels: int, transfers_per_s: float) -> float:
-    """What memory channels carry at most: 64 bits at each transfer (DDR4-3200: 3.2e9 transfers a second).
+    """What memory channels carry at most, in bytes/s: 64 bits at each transfer (DDR4-3200: 3.2e9 transfers a second).
+
+    Raises:
+        ValueError: For a number that is not positive.
 
     >>> channels_bytes_per_s(2, 3.2e9)
     51200000000.0
     """
+    if min(channels, transfers_per_s) <= 0:
+        raise ValueError(f"channels and transfers_per_s must be positive; got {channels} and {transfers_per_s}")
     return channels * transfers_per_s * 8
 
 
@@ -126,8 +131,8 @@ def threads_to_saturate(channels: int, transfers_per_s: float, lines: int, laten
     >>> threads_to_saturate(2, 3.2e9, 12, 80e-9)
     6
     """
-    if min(channels, transfers_per_s, lines, latency_s) <= 0:
-        raise ValueError(f"sizes must be positive; got {channels}, {transfers_per_s}, {lines}, {latency_s}")
+    if min(lines, latency_s) <= 0:
+        raise ValueError(f"lines and latency_s must be positive; got {lines} and {latency_s}")
     return math.ceil(channels_bytes_per_s(channels, transfers_per_s) / (lines * LINE_BYTES / latency_s))
 
 

@@ -163,7 +163,12 @@ def profile(function: Callable[[], object], *, device: str | torch.device = "cpu
     """The quickest of some calls, after a warm-up: a call that others interrupted would show their time as waiting.
 
     Profiling itself costs time: read shares, not milliseconds.
+
+    Raises:
+        ValueError: when no call is asked for.
     """
+    if calls < 1:
+        raise ValueError(f"calls must be at least 1; got {calls}")
     function()
     return min((_profile_once(function, device) for _ in range(calls)), key=lambda timeline: timeline.seconds)
 

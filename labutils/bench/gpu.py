@@ -32,6 +32,7 @@ from labutils.models.ladder import Accelerated, Equality, accelerate, check_equa
 
 BASE = NAMES[0]
 PREFILL_TOKENS = 512
+WARMUP = 2  # rounds before those that count
 FITS_IN_CACHE = "weights fit into the cache: no share of memory bandwidth"
 
 
@@ -169,7 +170,7 @@ def read_ladders(path: Path) -> dict[str, dict[str, Timing]]:
         if row["samples"]:
             device = row["host"]["gpu"] or row["host"]["cpu"]
             seconds = tuple(1 / speed for speed in row["samples"])
-            timing = Timing(row["technique"], seconds, 3, device, row["threads"])
+            timing = Timing(row["technique"], seconds, WARMUP, device, row["threads"])
             found.setdefault(row["model"], {})[row["technique"]] = timing
     return found
 
@@ -238,8 +239,8 @@ def _measure(found: _Field, subject: Subject, settings: Settings) -> tuple[dict[
     meter = BandwidthMeter(sizes, threads=[torch.get_num_threads()], device=settings.device)
     steps = {name: decode_step(rung, subject.token_ids) for name, rung in found.rungs.items()}
     functions = steps | found.others | {"bandwidth": meter.run_round}
-    timings = measure_interleaved(functions, repeats=settings.rounds, warmup=2, device=settings.device)
-    meter.rounds = {size: rates[2:] for size, rates in meter.rounds.items()}  # without the warm-up, as the timings
+    timings = measure_interleaved(functions, repeats=settings.rounds, warmup=WARMUP, device=settings.device)
+    meter.rounds = {size: rates[WARMUP:] for size, rates in meter.rounds.items()}  # without the warm-up, as the timings
     for name in set(found.others) & set(gpu_peers.NAMES):
         seconds = gpu_peers.seconds_per_token(timings[name].samples_s, timings[f"{name}, {gpu_peers.FIRST}"].samples_s)
         timings[name] = replace(timings[name], samples_s=seconds)

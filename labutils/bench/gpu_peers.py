@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from labutils.acceleration.ladder import Device, Plan, climb
 from labutils.bench.subject import Subject
 from labutils.generation.decode import decode_one_token
-from labutils.layers.linears import change_weights_, linear_layers, output_head, weight_of
+from labutils.layers.linears import change_weights_, linear_layers, untie_head_, weight_of
 from labutils.measurement.timing import quantile
 from labutils.models.ladder import Accelerated, build, compiled_step
 
@@ -55,12 +55,11 @@ def torchao_decoder(model: nn.Module, bits: int, plan: Plan, device: str) -> Acc
 
     changed = copy.deepcopy(model).to(device=device, dtype=plan.dtype).eval()
     changed.config._attn_implementation = plan.attention
-    head = output_head(changed)  # the embedding stays as it is
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    untie_head_(changed)  # the embedding stays as it is
     quantize_(changed, Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig(group_size=GROUP))
     rounded = {n: weight_of(each).dequantize().float() for n, each in linear_layers(changed, with_head=True)}
     twin = copy.deepcopy(model)
-    output_head(twin).weight = nn.Parameter(output_head(twin).weight.detach().clone(), requires_grad=False)
+    untie_head_(twin)
     change_weights_(twin, lambda name, weight: rounded[name].to(weight.device), with_head=True)
     step = compiled_step() if plan.compiled else decode_one_token
     return Accelerated(changed, replace(plan, weights=f"int{bits}"), {}, twin, step)

@@ -52,11 +52,11 @@ def requirements(root: Path, extras: str) -> list[str]:
     return [*project["dependencies"], *project["optional-dependencies"][extras]]
 
 
-def optional_packages(root: Path, extras: str = "lab") -> set[str]:
-    """The packages that only other extras name."""
-    all_extras = tomllib.loads(read_pins(root, "pyproject.toml"))["project"]["optional-dependencies"]
-    named = [_package(requirement) for extra in all_extras.values() for requirement in extra]
-    return set(named) - {_package(requirement) for requirement in requirements(root, extras)}
+def _optional_packages(root: Path) -> set[str]:
+    """What some extra names and the set-up does not install."""
+    extras = tomllib.loads(read_pins(root, "pyproject.toml"))["project"]["optional-dependencies"]
+    named = {_package(requirement) for extra in extras.values() for requirement in extra}
+    return named - {_package(requirement) for requirement in requirements(root, "lab")}
 
 
 def _package(requirement: str) -> str:
@@ -216,7 +216,7 @@ def condemn(root: Path, package: str) -> bool:
     The constraints pin the optional extras too; a package that only they name was never part of the environment.
     """
     pinned = f"\n{package.lower()}==" in read_pins(root, "constraints.txt").lower()
-    if not (pinned and read_stamp(root) and is_inside(root)) or package.lower() in optional_packages(root):
+    if not (pinned and read_stamp(root) and is_inside(root)) or package.lower() in _optional_packages(root):
         return False
     mark_unfinished(root)
     return True

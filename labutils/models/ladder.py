@@ -20,7 +20,7 @@ from labutils.acceleration.triton_ops import relative_error
 from labutils.generation.cache import CompiledKVCache, KVCache, StaticKVCache
 from labutils.generation.decode import Choose, decode_one_token, forward_logits, prefill
 from labutils.generation.sampling import greedy
-from labutils.layers.linears import change_weights_, linear_layers, output_head, replace_module_, weight_of
+from labutils.layers.linears import change_weights_, linear_layers, replace_module_, untie_head_, weight_of
 from labutils.pruning.masks import mask_n_of_m
 from labutils.quantization.affine import Scheme, choose_qparams, fake_quantize, quantize
 from labutils.quantization.packed import pack_model_
@@ -229,9 +229,7 @@ def _weights_(model: nn.Module, plan: Plan, *, on_cpu: bool) -> None:
     if plan.weights in ("int8", "int4") and on_cpu:
         pack_model_(model, scheme_of(plan.weights))
     elif plan.weights in ("int8", "int4", "fp8"):
-        if model.config.tie_word_embeddings:  # the head gets a weight of its own; the embedding stays as it is
-            head = output_head(model)
-            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        untie_head_(model)  # the embedding stays as it is
         for name, layer in list(linear_layers(model, with_head=True)):
             replace_module_(model, name, _quantized(layer, plan.weights))
 
