@@ -7,8 +7,8 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapters 01 and 02; 03 helps |
-# | Time | 3 hours for you; all cells run in about a minute on one core, longer on a busy one (measured: 60 and 104 s) |
-# | Memory, download | 1.7 GB at the peak (measured); Triton, 200 MB (700 MB on disk, Linux only), is installed by the first cell |
+# | Time | 3 hours for you; all cells run in about a minute on one core, longer on a busy one (measured: 36 and 104 s) |
+# | Memory, download | 2.0 GB at the peak (measured); Triton, 200 MB (700 MB on disk, Linux only), is installed by the first cell |
 # | Hardware | any computer; the same cells use a GPU (T4, L4, A100, H100 …) where there is one |
 # | Exercises | 12, each checked in the cell below it |
 
