@@ -9,7 +9,7 @@ from labutils.acceleration.graphs import Tape
 from labutils.acceleration.memory import Need, usable
 from labutils.acceleration.simulation import SimulatedGpu
 from labutils.acceleration.timeline import Event, merged
-from labutils.checks import exercise, expect_close, expect_function, expect_true
+from labutils.checks import cases_of, exercise, expect_close, expect_function, expect_true
 
 KERNEL_S, LAUNCH_S, EARLIER_S = 50e-6, 5e-6, 3e-3
 
@@ -87,11 +87,8 @@ def _batch(flops_per_s, bytes_per_s, bytes_per_weight, *, flop=2.0, weight=True,
 @exercise("6.3")
 def balancing_batch(answer):
     """Where reading a weight and using it for every text take equally long."""
-    names = ("flops_per_s", "bytes_per_s", "bytes_per_weight")
-    cases = [
-        dict(zip(names, values, strict=True))
-        for values in ((312e12, 2.039e12, 2), (100e9, 10e9, 4), (65e12, 0.3e12, 0.5))
-    ]
+    names = "flops_per_s bytes_per_s bytes_per_weight"
+    cases = cases_of(names, (312e12, 2.039e12, 2), (100e9, 10e9, 4), (65e12, 0.3e12, 0.5))
     expect_function(
         answer,
         _batch,
@@ -123,11 +120,10 @@ def _attention_bytes(positions, head_dim, element_bytes, *, passes=4, matrices=4
 @exercise("6.4")
 def attention_bytes(answer):
     """Scores written and read, shares written and read; fused, only the four matrices."""
-    names = ("positions", "head_dim", "element_bytes")
     expect_function(
         answer,
         _attention_bytes,
-        cases=[dict(zip(names, values, strict=True)) for values in ((10, 4, 2), (4096, 128, 2), (100, 64, 4))],
+        cases=cases_of("positions head_dim element_bytes", (10, 4, 2), (4096, 128, 2), (100, 64, 4)),
         mistakes=[
             (
                 partial(_attention_bytes, passes=2),
@@ -169,12 +165,12 @@ def _raw(
 @exercise("6.5")
 def largest_batch(answer):
     """Texts beside the weights, with the reserve taken off."""
-    names = ("memory_bytes", "parameters", "weight_bits", "position_bytes", "positions")
+    names = "memory_bytes parameters weight_bits position_bytes positions"
     values = ((24e9, 8e9, 16, 131_072, 8192), (80e9, 8e9, 4, 131_072, 4096), (15e9, 8e9, 16, 131_072, 1000))
     expect_function(
         answer,
         _need,
-        cases=[dict(zip(names, each, strict=True)) for each in values],
+        cases=cases_of(names, *values),
         mistakes=[
             (partial(_raw, share=False), "8% of the memory are not for you: the context, the allocator, activations"),
             (partial(_raw, weights=0.0), "the weights lie there too: take them off first"),

@@ -6,7 +6,7 @@ from functools import partial
 from labutils.acceleration.cost import cost_per_million
 from labutils.acceleration.memory import LINE_BYTES
 from labutils.acceleration.memory import threads_to_saturate as right_threads
-from labutils.checks import exercise, expect_function
+from labutils.checks import cases_of, exercise, expect_function
 
 
 def _threads(channels, transfers_per_s, lines, latency_s, *, width=8, line=LINE_BYTES, whole=math.ceil, turned=False):
@@ -17,12 +17,12 @@ def _threads(channels, transfers_per_s, lines, latency_s, *, width=8, line=LINE_
 @exercise("6.7")
 def threads_to_saturate(answer):
     """All channels together over what one thread keeps on its way."""
-    names = ("channels", "transfers_per_s", "lines", "latency_s")
+    names = "channels transfers_per_s lines latency_s"
     values = ((2, 3.2e9, 12, 80e-9), (8, 5.6e9, 16, 110e-9), (1, 2.4e9, 10, 70e-9))
     expect_function(
         answer,
         right_threads,
-        cases=[dict(zip(names, each, strict=True)) for each in values],
+        cases=cases_of(names, *values),
         mistakes=[
             (partial(_threads, whole=math.floor), "that many threads leave some bandwidth unused: round up"),
             (partial(_threads, whole=float), "a third of a thread is none: round up to a whole number"),
@@ -50,12 +50,11 @@ def _priced(tokens_per_s, price_per_hour, watts, price_per_kwh, *, seconds=3600,
 @exercise("6.12")
 def price_per_million(answer):
     """Hours times (rent plus power times tariff)."""
-    names = ("tokens_per_s", "price_per_hour", "watts", "price_per_kwh")
-    values = ((100.0, 2.0, 300.0, 0.3), (2500.0, 4.0, 700.0, 0.25))
+    names = "tokens_per_s price_per_hour watts price_per_kwh"
     expect_function(
         answer,
         _price,
-        cases=[dict(zip(names, each, strict=True)) for each in values],
+        cases=cases_of(names, (100.0, 2.0, 300.0, 0.3), (2500.0, 4.0, 700.0, 0.25)),
         mistakes=[
             (partial(_priced, energy=False), "the energy is missing: watts / 1000 kilowatts for those hours"),
             (partial(_priced, rent=False), "the rent is missing: hours times price_per_hour"),
