@@ -1,5 +1,6 @@
 """Packages installed beside the environment, for one test session: what must not stand in it while learners work."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -21,3 +22,8 @@ def install_aside(folder: Path, pins: Sequence[str]) -> None:
     if result.returncode and re.search(UNREACHABLE, result.stderr):
         pytest.skip("the package index cannot be reached")
     assert result.returncode == 0, result.stderr
+
+
+def triton_there() -> bool:
+    """Whether Triton can be imported; asked without importing it."""
+    return importlib.util.find_spec("triton") is not None

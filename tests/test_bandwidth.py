@@ -15,7 +15,7 @@ def test_probe_bytes_reads_no_more_than_the_weights(weight_bytes, size):
 
 def test_a_meter_keeps_the_best_rate_of_every_round(monkeypatch):
     rates = iter([3.0, 9.0, 5.0, 1.0, 2.0, 4.0, 8.0, 6.0, 7.0, 1.0, 1.0, 1.0, 10.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    monkeypatch.setattr(bandwidth, "_rate", lambda function, moved: next(rates))
+    monkeypatch.setattr(bandwidth, "_rate", lambda function, moved, device: next(rates))
     meter = BandwidthMeter([2**20, 0, 2**20], threads=[1, 2], more=lambda size: {"bytes:mine": (lambda: None, size)})
     assert list(meter.probes) == [2**20]
     meter.run_round()

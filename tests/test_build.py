@@ -240,6 +240,11 @@ def test_is_missing_never_touches_numpy_and_torch():
     assert not setup_cell.is_missing("ipywidgets>=7.7,<9")
 
 
+def test_is_missing_asks_only_for_what_is_meant_for_this_system():
+    assert setup_cell.is_missing("a-package-that-nobody-has>=1; python_version >= '3'")
+    assert not setup_cell.is_missing("a-package-that-nobody-has>=1; sys_platform == 'an-old-computer'")
+
+
 def test_install_missing_installs_only_that(monkeypatch, tmp_path, capsys):
     pyproject = tmp_path / "pyproject.toml"
     wanted = '["torch>=99", "numpy>=99", "pytest>=1", "a-package-that-nobody-has>=1"]'

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -24,6 +25,19 @@ def test_a_cluster_without_tokens_is_refused(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(ValueError, match="open to all without tokens; got RAY_AUTH_MODE='disabled'"):
         ray_engine.ray_cluster(2).__enter__()
+
+
+def test_a_start_that_fails_leaves_nothing_running(monkeypatch):
+    calls = []
+
+    def init(**_):
+        calls.append("init")
+        raise RuntimeError("no start")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: calls.append("shutdown")))
+    with pytest.raises(RuntimeError, match="no start"):
+        ray_engine.ray_cluster(2).__enter__()
+    assert calls == ["init", "shutdown"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +64,6 @@ def patient_cluster(stack, attempts=4):
         except Exception as error:
             if "timed out during startup" not in str(error) or attempt == attempts - 1:
                 raise
-            importlib.import_module("ray").shutdown()
 
 
 @pytest.fixture

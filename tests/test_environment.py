@@ -13,7 +13,12 @@ import pytest
 from labutils.cli import environment, lock
 from labutils.cli.installation import Plan, SetupError
 
-PYPROJECT = '[project]\ndependencies = ["torch>=2.9"]\n[project.optional-dependencies]\nlab = ["pytest>=8"]\n'
+PYPROJECT = """[project]
+dependencies = ["torch>=2.9"]
+[project.optional-dependencies]
+lab = ["pytest>=8"]
+gpu = ["triton>=3"]
+"""
 
 
 @pytest.fixture
@@ -21,7 +26,7 @@ def root(tmp_path):
     folder = tmp_path / "course"
     folder.mkdir()
     (folder / "pyproject.toml").write_text(PYPROJECT, encoding="utf-8")
-    (folder / "constraints.txt").write_text("# tested\nfoo==1.0\ntorch==2.13.0\n", encoding="utf-8")
+    (folder / "constraints.txt").write_text("# tested\nfoo==1.0\ntorch==2.13.0\ntriton==3.7.1\n", encoding="utf-8")
     return folder
 
 
@@ -261,7 +266,8 @@ def test_two_calls_install_once(root, installs, capsys):
 def test_condemn_has_the_next_call_build_anew(root, installs, monkeypatch):
     environment.ensure_environment(root)
     monkeypatch.setattr(sys, "prefix", str(environment.venv_path(root)))
-    assert not environment.condemn(root, "triton")  # not one of the pins: not the environment's fault
+    assert not environment.condemn(root, "unknown")  # not one of the pins: not the environment's fault
+    assert not environment.condemn(root, "triton")  # pinned, but an extra brings it: the set-up never did
     assert environment.condemn(root, "torch")
     environment.ensure_environment(root)
     assert [plan.fresh for plan in installs] == [True, True]

@@ -11,7 +11,7 @@ from lanes import read_wrong_answers, run_lanes
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "notebooks" / "source").glob("[0-9][0-9]_*.py"))
-NEEDS = {"07_tpu_and_xla": "jax", "08_fpga": "amaranth"}  # packages of optional extras
+NEEDS = {"06_gpu_acceleration": "triton", "07_tpu_and_xla": "jax", "08_fpga": "amaranth"}  # packages of optional extras
 WRONG = (DEMO / "wrong_answers" / "90_demo.py").read_text(encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
 from labutils.layers.calibration import InputStatistics, input_statistics, inverse_factor, layer_error
-from labutils.layers.linears import linear_layers, replace_module_, set_weight_, weight_of
+from labutils.layers.linears import linear_layers, replace_module_, set_weight_, untie_head_, weight_of
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -25,6 +25,20 @@ def test_linear_layers_are_all_but_the_head(name):
 def test_linear_layers_of_a_model_without_a_head():
     bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
     assert "pooler.dense" in [name for name, _ in linear_layers(bert, with_head=True)]
+
+
+def test_untie_head_copies_what_is_shared_and_nothing_else():
+    tied, untied = tiny_model("llama-gqa-tied"), tiny_model("llama-untied-bias")
+    before, own = tied(random_ids(5)).logits, untied.lm_head.weight
+    untie_head_(tied)
+    untie_head_(untied)
+    assert tied.lm_head.weight is not tied.model.embed_tokens.weight and not tied.config.tie_word_embeddings
+    assert torch.equal(tied(random_ids(5)).logits, before) and untied.lm_head.weight is own
+    with torch.no_grad():
+        tied.lm_head.weight.zero_()
+    assert tied.model.embed_tokens.weight.abs().sum() > 0
+    with pytest.raises(ValueError, match="got BertModel"):
+        untie_head_(BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)))
 
 
 def test_weight_of_conv1d_is_out_by_in():

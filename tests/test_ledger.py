@@ -30,21 +30,24 @@ def record(**changes) -> Record:
 
 
 WRITER = """
-import sys
+import sys, time
 from pathlib import Path
 from labutils.measurement.ledger import Record, append
-path, name, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+path, name, count, other = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 print("ready", flush=True)
 sys.stdin.readline()
 for i in range(count):
+    while other and i == count // 2 and f'"{other}0"' not in path.read_text(encoding="utf-8"):
+        time.sleep(0.001)
     append(Record(technique=f"{name}{i}", model="m" * 2000, device="cpu", dtype="float32", threads=1, prompt_tokens=1,
                   output_tokens=1, samples=(1, 2, 3, 4, 5), bits_per_byte=1.0, host={}), path)
     print(i, flush=True)
 """
 
 
-def writer(path, name: str, count: int) -> subprocess.Popen:
-    command = [sys.executable, "-c", WRITER, str(path), name, str(count)]
+def writer(path, name: str, count: int, *, other: str = "") -> subprocess.Popen:
+    """Writes records; halfway it waits for the first one of another writer, so that both are at it."""
+    command = [sys.executable, "-c", WRITER, str(path), name, str(count), other]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -144,7 +147,7 @@ def test_ledger_path_follows_the_environment(tmp_path, monkeypatch):
 
 def test_two_processes_append_at_once_and_lose_nothing(tmp_path):
     path = tmp_path / "ledger.jsonl"
-    writers = [writer(path, name, 80) for name in "ab"]
+    writers = [writer(path, "a", 80, other="b"), writer(path, "b", 80, other="a")]
     assert [process.stdout.readline() for process in writers] == ["ready\n", "ready\n"]
     for process in writers:  # both are up: let them go together
         process.stdin.write("go\n")

@@ -13,7 +13,7 @@ from labutils.bench.table import Row
 from labutils.generation.fast_llama import FastLlama
 from labutils.measurement.roofline import bandwidth_probes
 from labutils.measurement.threads import thread_count
-from labutils.measurement.timing import quantile
+from labutils.measurement.timing import quantile, synchronize
 
 Probes = dict[str, tuple[Callable[[], object], int]]  # name: what to run, and the bytes that it moves
 SMALLEST_BYTES = 2**26  # less may lie in a core's own cache
@@ -39,17 +39,23 @@ class BandwidthMeter:
         sizes: Bytes to read; 0 stands for no probe.
         threads: Thread counts to try.
         more: Further probes of a size.
+        device: Whose memory is read.
 
     Attributes:
         rounds: Size to the best rate of each round, in bytes/s.
     """
 
     def __init__(
-        self, sizes: Sequence[int], *, threads: Sequence[int], more: Callable[[int], Probes] = lambda size: {}
+        self,
+        sizes: Sequence[int],
+        *,
+        threads: Sequence[int],
+        more: Callable[[int], Probes] = lambda size: {},
+        device: str | torch.device = "cpu",
     ) -> None:
-        self.threads = threads
+        self.threads, self.device = threads, device
         self.probes = {
-            size: bandwidth_probes(size, device="cpu", dtype=torch.float32) | more(size)
+            size: bandwidth_probes(size, device=device, dtype=torch.float32) | more(size)
             for size in sorted(set(sizes) - {0})
         }
         self.rounds: dict[int, list[float]] = {size: [] for size in self.probes}
@@ -60,7 +66,7 @@ class BandwidthMeter:
             rates = []
             for count in self.threads:
                 with thread_count(count):
-                    rates += [_rate(function, moved) for function, moved in probes.values()]
+                    rates += [_rate(function, moved, self.device) for function, moved in probes.values()]
             self.rounds[size].append(max(rates))
 
     def describe(self, size: int) -> str:
@@ -69,9 +75,11 @@ class BandwidthMeter:
         return f"bandwidth, {size / 1e6:.0f} MB read: {middle:.1f} GB/s, rounds from {low:.1f} to {high:.1f}"
 
 
-def _rate(function: Callable[[], object], moved_bytes: int) -> float:
+def _rate(function: Callable[[], object], moved_bytes: int, device: str | torch.device) -> float:
+    synchronize(device)
     began = time.perf_counter()
     function()
+    synchronize(device)
     return moved_bytes / (time.perf_counter() - began)
 
 

@@ -59,8 +59,10 @@ class Bar:
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
-    """Writes one JSON array with an object per row."""
-    path.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n", encoding="utf-8")
+    """Writes one JSON array with an object per row; to a file named .jsonl, a line per row."""
+    objects = [row.to_json() for row in rows]
+    lines = [json.dumps(each) for each in objects] if path.suffix == ".jsonl" else [json.dumps(objects, indent=1)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def as_table(rows: Sequence[Row], *, reference: str) -> str:

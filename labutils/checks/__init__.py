@@ -24,6 +24,7 @@ The cell in the notebook is then ``ch00.tokens_per_second(tokens_per_second)``: 
 
 from labutils.checks.core import EXERCISES, LISTENERS, RESULTS, CheckFailed, StillBlank, exercise, passed
 from labutils.checks.expect import (
+    cases_of,
     expect_close,
     expect_equal,
     expect_function,
@@ -39,6 +40,7 @@ __all__ = [
     "RESULTS",
     "CheckFailed",
     "StillBlank",
+    "cases_of",
     "exercise",
     "expect_close",
     "expect_equal",

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from labutils.checks import exercise, expect_close, expect_function
+from labutils.checks import cases_of, exercise, expect_close, expect_function
 from labutils.checks.passes import generation_cases, watched
 from labutils.generation.cache import KVCache
 from labutils.generation.decode import decode_one_token, forward_logits, generate_cached, prefill
@@ -55,7 +55,7 @@ def _masked_too_late(query, key, value):
 def causal_attention(answer):
     """Equal to PyTorch's own."""
     make = torch.Generator().manual_seed(0)
-    cases = [dict(zip(("query", "key", "value"), torch.randn(3, n, 8, generator=make), strict=True)) for n in (4, 7)]
+    cases = cases_of("query key value", *(torch.randn(3, n, 8, generator=make) for n in (4, 7)))
     expect_function(
         answer,
         partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True),
@@ -207,12 +207,11 @@ def _cache_bytes(layers, heads, kv_heads, head_dim, positions, element_bytes):
 @exercise("1.6")
 def kv_cache_bytes(answer):
     """Keys and values of the KV heads, in bytes."""
-    names = ("layers", "heads", "kv_heads", "head_dim", "positions", "element_bytes")
-    shapes = [(80, 64, 8, 128, 4096, 2), (6, 4, 2, 64, 100, 4)]
+    names = "layers heads kv_heads head_dim positions element_bytes"
     expect_function(
         answer,
         _cache_bytes,
-        cases=[dict(zip(names, shape, strict=True)) for shape in shapes],
+        cases=cases_of(names, (80, 64, 8, 128, 4096, 2), (6, 4, 2, 64, 100, 4)),
         mistakes=[
             (lambda **shape: _cache_bytes(**{**shape, "kv_heads": shape["heads"]}), "count kv_heads, not heads"),
             (lambda **shape: _cache_bytes(**shape) // 2, "half of it is missing: keys and values are both stored"),
@@ -230,11 +229,11 @@ def _intensity(parameters, tokens, bytes_per_parameter, cache_bytes, reads=1):
 @exercise("1.7")
 def flop_per_byte(answer):
     """2 FLOP a parameter and token, each parameter read once."""
-    names = ("parameters", "tokens", "bytes_per_parameter", "cache_bytes")
+    names = "parameters tokens bytes_per_parameter cache_bytes"
     expect_function(
         answer,
         _intensity,
-        cases=[dict(zip(names, case, strict=True)) for case in ((7e9, 1, 2, 2e9), (5.8e6, 256, 4, 1.5e6))],
+        cases=cases_of(names, (7e9, 1, 2, 2e9), (5.8e6, 256, 4, 1.5e6)),
         mistakes=[
             (lambda **case: _intensity(**case) / 2, "each parameter multiplies and adds: 2 FLOP a parameter and token"),
             (lambda **case: _intensity(**case, reads=case["tokens"]), "weights are read once a pass, not once a token"),

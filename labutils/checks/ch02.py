@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from labutils.checks import exercise, expect_function
+from labutils.checks import cases_of, exercise, expect_function
 from labutils.quantization import affine, clipping, packing, theory
 
 
@@ -157,12 +157,11 @@ def _true_bits(rows, columns, bits, group_size, scale_bits, zero_point_bits):
 @exercise("2.4")
 def stored_bits(answer):
     """Codes and each group's overhead."""
-    names = ("rows", "columns", "bits", "group_size", "scale_bits", "zero_point_bits")
-    cases = [(256, 256, 4, 64, 16, 0), (128, 768, 3, 32, 16, 3), (2, 24, 8, 8, 32, 8)]
+    names = "rows columns bits group_size scale_bits zero_point_bits"
     expect_function(
         answer,
         _true_bits,
-        cases=[dict(zip(names, case, strict=True)) for case in cases],
+        cases=cases_of(names, (256, 256, 4, 64, 16, 0), (128, 768, 3, 32, 16, 3), (2, 24, 8, 8, 32, 8)),
         mistakes=[
             (_bits(scale=False, zero=False), "the scales are missing: every group stores one"),
             (_bits(zero=False), "the zero points are missing: an affine scheme stores one a group"),

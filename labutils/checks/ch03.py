@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from labutils.checks import exercise, expect_function
+from labutils.checks import cases_of, exercise, expect_function
 from labutils.layers import calibration
 from labutils.layers.calibration import inverse_factor
 from labutils.quantization import awq, gptq, integer_linear, kv_cache, qat, smoothquant
@@ -38,7 +38,7 @@ def output_error(answer):
     expect_function(
         lambda **case: float(answer(**case)),
         lambda weight, rounded, gram: calibration.layer_error(weight, rounded, gram),
-        cases=[dict(zip(("weight", "rounded", "gram"), layer, strict=True)) for layer in _layers(4, 5)],
+        cases=cases_of("weight rounded gram", *_layers(4, 5)),
         rtol=1e-3,
         mistakes=[
             (of_weights, "that is the weight's own error: the Gram matrix says how much each input counts"),

@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 
-from labutils.checks import exercise, expect_function, expect_raises, expect_true
+from labutils.checks import cases_of, exercise, expect_function, expect_raises, expect_true
 from labutils.xla import generate, hlo
 from labutils.xla.lazy import jax, jnp
 
@@ -183,8 +183,7 @@ def decode_scan(answer):
 @exercise("7.5")
 def break_even_tokens(answer):
     """Compile time over time saved a token."""
-    names = ("compile_s", "slow_token_s", "fast_token_s")
-    cases = [(3.0, 0.02, 0.005), (0.8, 0.004, 0.003), (2.0, 0.01, 0.03)]
+    names = "compile_s slow_token_s fast_token_s"
 
     def saved(slow_token_s, fast_token_s):
         return slow_token_s - fast_token_s
@@ -192,7 +191,7 @@ def break_even_tokens(answer):
     expect_function(
         answer,
         hlo.break_even_tokens,
-        cases=[dict(zip(names, case, strict=True)) for case in cases],
+        cases=cases_of(names, (3.0, 0.02, 0.005), (0.8, 0.004, 0.003), (2.0, 0.01, 0.03)),
         mistakes=[
             (lambda compile_s, **t: compile_s / saved(**t), "slower code never pays: return float('inf') there"),
             (
@@ -218,11 +217,10 @@ def break_even_tokens(answer):
 @exercise("7.6")
 def total_flop(answer):
     """One layer, plus what each further one adds."""
-    names = ("one_layer", "two_layers", "layers")
     expect_function(
         answer,
         hlo.total_flop,
-        cases=[dict(zip(names, case, strict=True)) for case in ((5.0e6, 7.0e6, 6), (120.0, 150.0, 3))],
+        cases=cases_of("one_layer two_layers layers", (5.0e6, 7.0e6, 6), (120.0, 150.0, 3)),
         mistakes=[
             (lambda one_layer, two_layers, layers: one_layer * layers, "the output layer is counted once a layer"),
             (

@@ -5,7 +5,7 @@ from math import ceil
 
 import numpy as np
 
-from labutils.checks import exercise, expect_equal, expect_function
+from labutils.checks import cases_of, exercise, expect_equal, expect_function
 from labutils.xla import pallas_matmul, sharding, systolic
 from labutils.xla.lazy import jnp
 from labutils.xla.pallas_matmul import pl, pltpu
@@ -20,12 +20,10 @@ def _utilisation(rows, inner, columns, size, *, up=ceil, load=1, drain=2, operat
 @exercise("7.7")
 def mxu_utilisation(answer):
     """Asked-for multiplications over cells times cycles."""
-    names = ("rows", "inner", "columns", "size")
-    cases = [(1, 256, 256, 128), (100, 300, 20, 8), (64, 130, 257, 128)]
     expect_function(
         answer,
         systolic.mxu_utilisation,
-        cases=[dict(zip(names, case, strict=True)) for case in cases],
+        cases=cases_of("rows inner columns size", (1, 256, 256, 128), (100, 300, 20, 8), (64, 130, 257, 128)),
         mistakes=[
             (partial(_utilisation, up=lambda tiles: tiles), "there are no half tiles: round their number up"),
             (partial(_utilisation, load=0), "the time to load a tile is missing: size cycles before the first row"),
@@ -131,11 +129,10 @@ def _memory(rows, columns, inner, *, blocks=2, out_bytes=4, in_bytes=1, sums=1):
 @exercise("7.10")
 def vmem_bytes(answer):
     """Blocks twice, sums once."""
-    names = ("rows", "columns", "inner")
     expect_function(
         answer,
         lambda rows, columns, inner: pallas_matmul.vmem_bytes((rows, columns, inner)),
-        cases=[dict(zip(names, case, strict=True)) for case in ((128, 256, 512), (2048, 2048, 1024))],
+        cases=cases_of("rows columns inner", (128, 256, 512), (2048, 2048, 1024)),
         mistakes=[
             (partial(_memory, blocks=1), "while one block is worked on the next is on its way: blocks count twice"),
             (partial(_memory, sums=2), "the sums stay where they are: they count once"),

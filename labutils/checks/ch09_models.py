@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import silu
 
-from labutils.checks import exercise, expect_function
+from labutils.checks import cases_of, exercise, expect_function
 from labutils.distributed import pipeline, planner, ring_attention, tensor_parallel
 from labutils.distributed.collectives import all_reduce_bytes
 
@@ -99,7 +99,7 @@ def heads_of(answer):
     expect_function(
         answer,
         reference,
-        cases=[dict(zip(("rank", "ranks", "heads", "kv_heads"), case, strict=True)) for case in cases],
+        cases=cases_of("rank ranks heads kv_heads", *cases),
         mistakes=[
             (
                 variant(lambda queries, *_: queries),
@@ -137,13 +137,11 @@ def sent_bytes(answer):
 
         return count
 
-    keys = ("layers", "hidden", "batch", "ranks", "value_bytes")
+    names = "layers hidden batch ranks value_bytes"
     expect_function(
         answer,
         make(),
-        cases=[
-            dict(zip(keys, case, strict=True)) for case in [(6, 256, 4, 2, 4), (32, 4096, 1, 8, 2), (2, 8, 3, 1, 4)]
-        ],
+        cases=cases_of(names, (6, 256, 4, 2, 4), (32, 4096, 1, 8, 2), (2, 8, 3, 1, 4)),
         mistakes=[
             (make(extra=0), "the embedding's all-reduce is missing: 2 a layer, and 1 before the first"),
             (make(per_layer=1), "one all-reduce a layer: attention's output and the MLP's each need one"),

@@ -7,6 +7,15 @@ from labutils.checks.compare import ATOL, RTOL, describe, difference, guess, is_
 from labutils.checks.core import CheckFailed, from_error, is_blank
 
 
+def cases_of(names: str, *rows) -> list[dict]:
+    """Cases for `expect_function` as a table: the arguments' names, then their values case by case.
+
+    >>> cases_of("rows columns", (2, 3), (1, 1))
+    [{'rows': 2, 'columns': 3}, {'rows': 1, 'columns': 1}]
+    """
+    return [dict(zip(names.split(), row, strict=True)) for row in rows]
+
+
 def expect_function(
     answer, reference, *, cases, mistakes=(), rtol=RTOL, atol=ATOL, dtype=False, may_modify=False
 ) -> None:

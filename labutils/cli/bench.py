@@ -5,7 +5,7 @@ from pathlib import Path
 
 HELP = (
     "measure and compare: `bench decode` (every path), `bench quantization` (int8, int4), `bench pruning` (zeros), "
-    "`bench xla` (JAX), `bench fpga` (area), `bench distributed` (policies, bubble)"
+    "`bench xla` (JAX), `bench fpga` (area), `bench distributed` (policies, bubble), `bench gpu` (the ladder)"
 )
 NEEDS_ENVIRONMENT = True
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -13,12 +13,14 @@ SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    choices = ("decode", "quantization", "pruning", "xla", "fpga", "distributed")
+    choices = ("decode", "quantization", "pruning", "xla", "fpga", "distributed", "gpu")
     parser.add_argument("name", choices=choices, help="what to measure")
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write one object per row to this file")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write one object per row to this file (.json, .jsonl)"
+    )
     parser.add_argument("--ledger", action="store_true", help="append the rows that have a quality to your ledger")
     parser.add_argument(
         "--quick", action="store_true", help="a small random model instead of the 0.2B one, fewer tokens"
@@ -34,7 +36,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
     runs = {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning}
-    return (runs | {"xla": run_xla, "fpga": run_fpga, "distributed": run_distributed})[args.name](args)
+    more = {"xla": run_xla, "fpga": run_fpga, "distributed": run_distributed, "gpu": run_gpu}
+    return (runs | more)[args.name](args)
 
 
 def run_quantization(args: Namespace) -> int:
@@ -170,4 +173,35 @@ def run_distributed(args: Namespace) -> int:
         print(f"labutils: {error}")
         return 1
     print(*bars, sep="\n")
+    return 0
+
+
+def run_gpu(args: Namespace) -> int:
+    """The ladder on the GPU where there is one, otherwise on the CPU: a trained model, then the random-weight one."""
+    import torch
+
+    from labutils.acceleration.ladder import NAMES
+    from labutils.bench.gpu import BASE, Settings, as_record, bench_gpu, rung_quality
+    from labutils.bench.subject import speed_subject, trained_subject
+    from labutils.bench.table import as_table, write_json
+    from labutils.measurement import ledger
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    compiles = not (args.no_compile or args.quick)
+    settings = Settings(device, max(args.rounds, 5), compiles, args.threads, peers=not args.quick)
+    print(ledger.host_line() + ("" if device == "cuda" else "; no CUDA device: nothing here was run on a GPU"))
+    subjects = [trained_subject(args.model)]
+    if not args.no_speed_model:
+        subjects.append(speed_subject(**(SMALL if args.quick else {})))
+    rows = []
+    for subject in subjects:
+        print(f"\n{subject.name}: a decoding step after {subject.token_ids.shape[1]} tokens, {settings.rounds} rounds")
+        found = bench_gpu(subject, settings, say=lambda line: print(line, flush=True))
+        print(as_table(found, reference=BASE))
+        rows += found
+        if args.ledger and subject.bits_per_byte is not None:
+            for row in (r for r in found if r.samples and r.technique in NAMES):
+                ledger.append(as_record(row, subject, settings, rung_quality(subject, row.technique)))
+    if args.json:
+        write_json(rows, args.json)
     return 0

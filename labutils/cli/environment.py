@@ -52,6 +52,17 @@ def requirements(root: Path, extras: str) -> list[str]:
     return [*project["dependencies"], *project["optional-dependencies"][extras]]
 
 
+def _optional_packages(root: Path) -> set[str]:
+    """What some extra names and the set-up does not install."""
+    extras = tomllib.loads(read_pins(root, "pyproject.toml"))["project"]["optional-dependencies"]
+    named = {_package(requirement) for extra in extras.values() for requirement in extra}
+    return named - {_package(requirement) for requirement in requirements(root, "lab")}
+
+
+def _package(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower()
+
+
 def fingerprint(root: Path, extras: str) -> str:
     """A hash that changes when what has to be installed changes, and only then."""
     pins = [*requirements(root, extras), read_pins(root, "constraints.txt")]
@@ -200,9 +211,12 @@ def ensure_environment(root: Path, extras: str = "lab", cuda: bool = False) -> P
 
 
 def condemn(root: Path, package: str) -> bool:
-    """Has the next call build the environment anew where a package that belongs to it is gone."""
+    """Has the next call build the environment anew where a package that belongs to it is gone.
+
+    The constraints pin the optional extras too; a package that only they name was never part of the environment.
+    """
     pinned = f"\n{package.lower()}==" in read_pins(root, "constraints.txt").lower()
-    if not (pinned and read_stamp(root) and is_inside(root)):
+    if not (pinned and read_stamp(root) and is_inside(root)) or package.lower() in _optional_packages(root):
         return False
     mark_unfinished(root)
     return True
@@ -212,7 +226,7 @@ def require_packages(root: Path, extras: str = "lab") -> None:
     """Raises where an environment that somebody else made lacks a package."""
     missing = []
     for requirement in requirements(root, extras):
-        name = re.match(r"[\w.-]+", requirement)[0]
+        name = _package(requirement)
         try:
             importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:

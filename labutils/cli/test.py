@@ -16,7 +16,8 @@ HELP = (
 NEEDS_ENVIRONMENT = True
 PASSES_ON = True
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = ("tpu", "fpga")  # whose chapters are tested too; in an environment of one's own only where they are there
+# Their chapters are tested too; in an environment of one's own only where they are there.
+EXTRAS = ("tpu", "fpga", "gpu")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -5,6 +5,8 @@ import datetime
 import importlib
 import json
 import os
+import pkgutil
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -66,14 +68,26 @@ def _write(path: Path, text: str) -> None:
 
 
 def standing(chapter: str = "") -> dict[str, bool | None]:
-    """Each exercise of a chapter: passed, tried without success, or (None) not tried yet."""
+    """Each exercise of a chapter by number: passed, tried without success, or (None) not tried yet."""
     chapter = chapter or _CHAPTER["number"]
     if chapter:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(f"labutils.checks.ch{int(chapter):02d}")
+        _define(chapter)
     kept = {name: entry["passed"] for name, entry in load().items()} | checks.RESULTS
-    names = [*checks.EXERCISES, *sorted(kept.keys() - set(checks.EXERCISES))]
+    names = sorted({*checks.EXERCISES, *kept}, key=lambda name: (_numbers(name), name))
     return {name: kept.get(name) for name in names if not chapter or name.split(".")[0] == chapter}
+
+
+def _define(chapter: str) -> None:
+    """Imports all modules that hold a chapter's checks, so that its exercises are known."""
+    for module in pkgutil.iter_modules(checks.__path__):
+        if module.name.startswith(f"ch{int(chapter):02d}"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(f"labutils.checks.{module.name}")
+
+
+def _numbers(name: str) -> list[int]:
+    """[6, 12] of "6.12 price_per_million"."""
+    return [int(digits) for digits in re.findall(r"\d+", name.partition(" ")[0])]
 
 
 def summary(chapter: str = "") -> str:

@@ -1,7 +1,6 @@
 """The generated set-up cell: finds the course here, or fetches it on Colab. Standard library only."""
 
 import importlib.metadata
-import re
 import subprocess
 import sys
 import tomllib
@@ -66,18 +65,18 @@ def install_missing(pyproject: Path) -> list[str]:
 
 
 def is_missing(requirement: str) -> bool:
-    """Whether a requirement such as ``transformers>=5,<6`` is not met here and may be installed.
+    """Whether a requirement such as ``transformers>=5,<6`` is not met here, is meant for here, and may be installed.
 
     >>> is_missing("numpy>=99"), is_missing("a-package-that-nobody-has>=1")
     (False, True)
     """
-    name = re.split(r"[<>=!~;\[ ]", requirement, maxsplit=1)[0]
-    if name.lower() in NEVER_INSTALLED:
-        return False
-    try:
-        found = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return True
     from packaging.requirements import Requirement  # comes with every Jupyter
 
-    return not Requirement(requirement).specifier.contains(found, prereleases=True)
+    wanted = Requirement(requirement)
+    if wanted.name.lower() in NEVER_INSTALLED or (wanted.marker and not wanted.marker.evaluate()):
+        return False
+    try:
+        found = importlib.metadata.version(wanted.name)
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return not wanted.specifier.contains(found, prereleases=True)

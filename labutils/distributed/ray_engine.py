@@ -71,6 +71,8 @@ def ray_cluster(nodes: int, *, address: str | None = None) -> Iterator[RayEngine
     Ray's processes listen on every interface, whatever they are told (seen with 2.60): its token authentication, on by
     default there, has to stay on. Beyond this machine set RAY_USE_TLS=1 and its certificates on every node as well.
 
+    Whatever Ray has started is stopped at the end, after a start that failed too.
+
     Raises:
         ValueError: Without tokens, or for an address beyond this machine without RAY_USE_TLS=1.
         ModuleNotFoundError: Without Ray.
@@ -86,8 +88,8 @@ def ray_cluster(nodes: int, *, address: str | None = None) -> Iterator[RayEngine
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(MISSING, name=error.name) from None
     here = {"num_cpus": nodes, "_node_ip_address": "127.0.0.1", "include_dashboard": False}
-    ray.init(address=address, log_to_driver=False, **({} if address else here))
     try:
+        ray.init(address=address, log_to_driver=False, **({} if address else here))
         yield RayEngine(ray, nodes)
     finally:
         ray.shutdown()

@@ -27,6 +27,20 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
+def untie_head_(model: nn.Module) -> None:
+    """Gives the head a copy of the weight that it shares with the embedding; an untied model stays as it is.
+
+    Raises:
+        ValueError: when the model has no head.
+    """
+    head = output_head(model)
+    if head is None:
+        raise ValueError(f"a head can be untied only where there is one; got {type(model).__name__}")
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        model.config.tie_word_embeddings = False
+
+
 def weight_of(layer: Linear) -> Weight:
     """A view of the layer's weight, one row an output: `Conv1D` stores the transpose."""
     weight = layer.weight.detach()

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from labutils.layers.linears import untie_head_
 from labutils.quantization.folding import folds
 
 
@@ -54,9 +55,7 @@ def fold_gains_(model: nn.Module) -> None:
     if model.config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
         raise ValueError(f"rotations are known for llama, mistral, qwen2 and qwen3; got {model.config.model_type}")
     head, norm = model.get_output_embeddings(), model.model.norm
-    if head.weight is model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.clone())
-        model.config.tie_word_embeddings = False
+    untie_head_(model)
     for fold in folds(model, after_norms_only=True):
         for layer in fold.readers.values():
             layer.weight *= fold.source.weight

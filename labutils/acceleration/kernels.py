@@ -1,0 +1,101 @@
+"""Six Triton kernels: vector add, softmax, RMSNorm, int8 and int4 dequantize-GEMV, and a small flash attention.
+
+Each is a plain function: `triton_ops` compiles it for a GPU, or has it interpreted on a CPU. `tl` is
+`triton.language`, given to them when they run, so that this file needs no Triton to be read.
+
+A *program* is one instance of a kernel: `tl.program_id(0)` tells which. It works on a block of numbers at once; the
+block's size is a power of two fixed at compile time, and a mask hides what lies beyond the end.
+"""
+
+from __future__ import annotations
+
+tl = None  # triton.language; set where a kernel is compiled or interpreted
+
+
+def add_kernel(x, y, out, n, BLOCK: tl.constexpr):
+    """Stores x + y of n numbers: program i takes the i-th block."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    total = tl.load(x + offsets, mask=mask, other=0.0) + tl.load(y + offsets, mask=mask, other=0.0)
+    tl.store(out + offsets, total, mask=mask)
+
+
+def softmax_kernel(x, out, n, BLOCK: tl.constexpr):
+    """Stores softmax(x) of rows of n: program i takes row i, reads it once and writes it once."""
+    start, columns = tl.program_id(0) * n, tl.arange(0, BLOCK)
+    mask = columns < n
+    scores = tl.load(x + start + columns, mask=mask, other=-float("inf")).to(tl.float32)
+    powers = tl.exp(scores - tl.max(scores, axis=0))
+    tl.store(out + start + columns, powers / tl.sum(powers, axis=0), mask=mask)
+
+
+def rms_norm_kernel(x, gain, out, n, eps, BLOCK: tl.constexpr):
+    """Stores x / sqrt(mean(x^2) + eps) * gain of rows of n (arXiv:1910.07467, eq. 4): program i takes row i."""
+    start, columns = tl.program_id(0) * n, tl.arange(0, BLOCK)
+    mask = columns < n
+    row = tl.load(x + start + columns, mask=mask, other=0.0).to(tl.float32)
+    inverse = 1.0 / tl.sqrt(tl.sum(row * row, axis=0) / n + eps)
+    gains = tl.load(gain + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + start + columns, row * inverse * gains, mask=mask)
+
+
+def int8_gemv_kernel(codes, scales, x, out, rows, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores y_r = s_r * sum_k q_rk x_k: a program takes ROWS rows and walks along them in blocks."""
+    row, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    sums = tl.zeros((ROWS,), dtype=tl.float32)
+    for start in range(0, n, BLOCK):
+        k = start + columns
+        inside = (row[:, None] < rows) & (k[None, :] < n)
+        q = tl.load(codes + row[:, None] * n + k[None, :], mask=inside, other=0).to(tl.float32)
+        part = tl.load(x + k, mask=k < n, other=0.0).to(tl.float32)
+        sums += tl.sum(q * part[None, :], axis=1)
+    scale = tl.load(scales + row, mask=row < rows, other=0.0)
+    tl.store(out + row, sums * scale, mask=row < rows)
+
+
+def int4_gemv_kernel(codes, scales, x, out, rows, n, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """Stores y_r = sum_g s_rg * sum_(k in g) (q_rk - 8) x_k; a byte holds inputs 2i (low half) and 2i + 1 (high)."""
+    row, pairs = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, GROUP // 2)
+    alive = row < rows
+    sums = tl.zeros((ROWS,), dtype=tl.float32)
+    for group in range(0, n // GROUP):
+        byte = group * (GROUP // 2) + pairs
+        packed = tl.load(codes + row[:, None] * (n // 2) + byte[None, :], mask=alive[:, None], other=0).to(tl.int32)
+        even, odd = (packed & 15) - 8, (packed >> 4) - 8
+        x_even, x_odd = tl.load(x + 2 * byte).to(tl.float32), tl.load(x + 2 * byte + 1).to(tl.float32)
+        dots = tl.sum(even.to(tl.float32) * x_even[None, :] + odd.to(tl.float32) * x_odd[None, :], axis=1)
+        sums += dots * tl.load(scales + row * (n // GROUP) + group, mask=alive, other=0.0)
+    tl.store(out + row, sums, mask=alive)
+
+
+def flash_attention_kernel(
+    q, k, v, out, positions, scale, CAUSAL: tl.constexpr, DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
+):
+    """Stores softmax(q k^T * scale) v of one head, without ever holding the whole score matrix.
+
+    A program takes QUERIES rows and walks over the keys. For each row it keeps the largest score m so far, the sum l
+    of exp(score - m), and the output; a larger m rescales both (Milakov and Gimelshein 2018, arXiv:1805.02867;
+    Dao et al. 2022, arXiv:2205.14135, algorithm 1). The grid's second axis counts heads.
+    """
+    head = tl.program_id(1) * positions * DIM
+    rows, columns = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES), tl.arange(0, DIM)
+    query = tl.load(q + head + rows[:, None] * DIM + columns[None, :], mask=rows[:, None] < positions, other=0.0)
+    m = tl.full((QUERIES,), -float("inf"), dtype=tl.float32)
+    total = tl.zeros((QUERIES,), dtype=tl.float32)
+    mixed = tl.zeros((QUERIES, DIM), dtype=tl.float32)
+    end = tl.minimum((tl.program_id(0) + 1) * QUERIES, positions) if CAUSAL else positions
+    for start in range(0, end, KEYS):
+        at = start + tl.arange(0, KEYS)
+        inside = (at < positions)[:, None]
+        key = tl.load(k + head + at[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
+        value = tl.load(v + head + at[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        seen = (at[None, :] < positions) & ((at[None, :] <= rows[:, None]) | (not CAUSAL))
+        scores = tl.where(seen, scores, -float("inf"))
+        larger = tl.maximum(m, tl.max(scores, axis=1))
+        shrink, powers = tl.exp(m - larger), tl.exp(scores - larger[:, None])
+        total = total * shrink + tl.sum(powers, axis=1)
+        mixed = mixed * shrink[:, None] + tl.dot(powers.to(value.dtype), value, input_precision="ieee")
+        m = larger
+    result = mixed / total[:, None]
+    tl.store(out + head + rows[:, None] * DIM + columns[None, :], result, mask=rows[:, None] < positions)

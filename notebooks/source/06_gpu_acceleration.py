@@ -1,0 +1,1237 @@
+# %% [markdown]
+# # 06 · GPU acceleration
+#
+# **Goal:** find out what a device waits for, climb the ladder from an eager loop to the memory wall, check on every rung
+# that the answers stayed the same, and write the kernels at its top yourself.
+#
+# | | |
+# | --- | --- |
+# | Prerequisites | chapters 01 and 02; 03 helps |
+# | Time | 3 hours for you; all cells run in about a minute on one core, longer on a busy one (measured: 36 and 104 s) |
+# | Memory, download | 2.0 GB at the peak (measured); Triton, 200 MB (700 MB on disk, Linux only), is installed by the first cell |
+# | Hardware | any computer; the same cells use a GPU (T4, L4, A100, H100 …) where there is one |
+# | Exercises | 12, each checked in the cell below it |
+
+# %% [markdown]
+# **What is real here: not run on a GPU.** No GPU was at hand when these outputs were made. What is timed below was timed
+# on a CPU. Kernels were run by Triton's interpreter, which shows that they are right and says nothing about their speed,
+# and compiled to a GPU's machine code, which shows that they compile. Where a GPU is *simulated*, the text says so.
+# On a machine with a GPU the same cells are meant to run on it; that, too, was never tried.
+
+# %%
+from labutils.course.extras import install_extra
+
+install_extra("gpu")  # Triton; where it is already installed, nothing happens
+
+# %%
+import math
+import warnings
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import torch
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from labutils.acceleration.interpreter import WITHOUT_TRITON, interpret, missing_triton
+from labutils.measurement.timing import measure_interleaved, paired_ratio
+from labutils.models.load import load_model
+from labutils.plots.style import series_style
+
+# %%
+device = "cuda" if torch.cuda.is_available() else "cpu"
+has_triton = not missing_triton()
+model, tokenizer = load_model("lablm", device=device)
+prompt = tokenizer.bos_token + "import os\n\n\ndef read_lines(path):\n    "
+prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+print(f"{device}, {torch.get_num_threads()} threads, {'with' if has_triton else 'without'} Triton")
+if not has_triton:
+    print(WITHOUT_TRITON)
+
+# %% [markdown]
+# ## 1 · Where does the time go?
+#
+# One token of LabLM is a few hundred operators, and Python asks for each of them. A **profiler** notes when each ran.
+# On a GPU it notes three things: the host's *launches*, the *kernels* on the device, and the *copies* between both.
+# On a CPU a "kernel" is an operator that touches numbers, and the gaps between are Python and bookkeeping.
+#
+# **Predict:** in which share of the time does *no* kernel run while LabLM decodes?
+
+# %%
+from labutils.acceleration.timeline import profile
+from labutils.generation.decode import decode_one_token, prefill, static_cache
+from labutils.plots.acceleration import draw_timeline
+
+
+def eager_step():
+    cache.truncate(prompt_ids.shape[1])
+    return decode_one_token(model, prompt_ids[:, -1], cache)
+
+
+cache = static_cache(model, prompt_ids, 8)
+prefill(model, prompt_ids, cache)
+timeline = profile(eager_step, device=device)
+print(timeline)
+for name, seconds, calls in timeline.longest_kernels(4):
+    print(f"{name[:50]:<50} {seconds * 1e3:6.2f} ms in {calls} calls")
+
+# %%
+figure, axes = plt.subplots(figsize=(10, 2.4), layout="constrained")
+half = timeline.seconds / 2
+draw_timeline(timeline, name="one eager token", window_s=(half, half + timeline.seconds / 6), ax=axes)
+plt.show()
+
+# %% [markdown]
+# *The figure shows one sixth of one token, from its middle: every bar is a kernel, white is waiting.* Profiling
+# slows everything down: read shares from it, never milliseconds. It is the quickest of five calls: in others, the system
+# may have given the core to somebody else.
+#
+# A GPU makes this worse. It finishes a small kernel in 2 µs, while the host needs 5 µs or more to launch the next one: it
+# waits for Python. Such a program is **launch-bound**, and no faster GPU helps it.
+
+# %% [markdown]
+# ## 2 · A trap
+#
+# Somebody times a kernel on a GPU. The GPU here is **simulated**: it obeys CUDA's rules (a launch returns at once, work
+# queues up), and its seconds are made up: 50 µs for the kernel, 5 µs for a launch.
+#
+# **Predict:** which number will the careless benchmark print?
+
+# %%
+from labutils.acceleration.simulation import SimulatedGpu
+
+gpu = SimulatedGpu(launch_s=5e-6)
+gpu.launch(3e-3)  # somebody's earlier work is still in the queue
+start = gpu.clock()
+for _ in range(40):
+    gpu.launch(50e-6)
+print(f"careless: {(gpu.clock() - start) / 40 * 1e6:.1f} µs a call")
+gpu.wait()
+print(f"the same, the clock read after a wait: {(gpu.clock() - start) / 40 * 1e6:.1f} µs a call")
+
+# %% [markdown]
+# Both are wrong: the kernel takes 50 µs.
+#
+# ## Exercise 6.1: honest_seconds
+#
+# Write `honest_seconds(launch, wait, clock, calls)`: the device's own seconds for one call. `launch()` queues the kernel,
+# `wait()` blocks until the device is idle, `clock()` gives seconds. Waiting after *every* call would add the launch to
+# it. 6 lines, 8 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>What was in the queue before the clock was started? What was in it when the clock was read?</details>
+# <details><summary>Hint 2</summary>Wait, read the clock, launch all calls, wait once, read the clock, divide.</details>
+
+
+# %%
+# EXERCISE honest_seconds
+def honest_seconds(launch, wait, clock, calls):
+    """Seconds of device time for one call of a queued kernel."""
+    ### BEGIN SOLUTION
+    wait()
+    start = clock()
+    for _ in range(calls):
+        launch()
+    wait()
+    return (clock() - start) / calls
+    ### END SOLUTION
+
+
+# %%
+# CHECK honest_seconds
+from labutils.checks import ch06
+
+ch06.honest_seconds(honest_seconds)
+
+# %% [markdown]
+# `labutils.measurement.timing` waits in this way for every sample.
+#
+# Back to the profile. Its most useful number is the share of time in which *anything* ran. Kernels and copies overlap on
+# a GPU, so their durations may not simply be added:
+#
+# $$\text{busy} = \frac{\left|\bigcup_i [s_i,\, s_i + d_i]\right|}{\max_i (s_i + d_i) - \min_i s_i}$$
+#
+# **Tiny numbers:** a kernel from 0 to 2, a copy from 1 to 3, a kernel from 5 to 6. Busy: 3 + 1 of 6.
+
+# %% [markdown]
+# ## Exercise 6.2: busy_share
+#
+# Write `busy_share(events)`: `events` is a list of (start, seconds), in any order; return the share of the time from the
+# first start to the last end in which at least one runs. 8 lines, 10 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>Walk through them in order of their starts and remember until when you have counted already.</details>
+# <details><summary>Hint 2</summary>For each event: <code>busy += max(0, end - max(start, counted))</code>, then <code>counted = max(counted, end)</code>.</details>
+
+
+# %%
+# EXERCISE busy_share
+def busy_share(events):
+    """Share of the time in which at least one event runs."""
+    ### BEGIN SOLUTION
+    first, busy = min(start for start, _ in events), 0.0
+    counted = first
+    for start, seconds in sorted(events):
+        busy += max(0.0, start + seconds - max(start, counted))
+        counted = max(counted, start + seconds)
+    return busy / (counted - first)
+    ### END SOLUTION
+
+
+# %%
+# CHECK busy_share
+ch06.busy_share(busy_share)
+
+# %% [markdown]
+# ## 3 · Copies that hide
+#
+# A GPU has its own memory. Whatever comes from the host is copied first, and a copy can run *beside* the kernels: on a
+# **stream** of its own, from **pinned** memory (pages that the system promised not to move). Unpinned memory is copied
+# twice, through a pinned buffer, and the host waits.
+#
+# Eight batches, each copied (2 ms) and computed on (3 ms), on the **simulated** GPU. **Predict** both totals: 8 · (2 + 3)
+# one after the other, and ... ?
+
+# %%
+from labutils.plots.acceleration import as_timeline
+
+
+def eight_batches(overlapped):
+    gpu = SimulatedGpu()
+    for _ in range(8):
+        gpu.launch(2e-3, stream="copies" if overlapped else "kernels")
+        gpu.launch(3e-3, after="copies")  # a kernel waits for its own copy
+        if not overlapped:
+            gpu.wait()
+    gpu.wait()
+    return gpu
+
+
+runs = {name: eight_batches(name == "overlapped") for name in ("one after the other", "overlapped")}
+print({name: f"{gpu.clock() * 1e3:.1f} ms" for name, gpu in runs.items()})
+figure, axes = plt.subplots(figsize=(10, 2.2), layout="constrained")
+draw_timeline(as_timeline(runs["overlapped"].events), name="copies beside kernels", ax=axes)
+plt.show()
+
+# %% [markdown]
+# *The figure shows the simulated GPU with two streams: all copies but the first one hide behind kernels.* What remains
+# is the longer of the two.
+#
+# On a real GPU it takes three words: `pin_memory()`, `non_blocking=True`, and a second stream: `labutils`' `prefetched`
+# is a loop with all three. On a CPU it hands out the batches as they are; the times are for a GPU and only there.
+
+# %%
+from labutils.acceleration.copies import prefetched
+
+batches = [torch.full((1024, 1024), i / 1024) for i in range(8)]
+print("the same batches, in order:", [int(batch.sum() / 1024) for batch in prefetched(batches, device)])
+if device == "cuda":
+    pinned = batches[0].pin_memory()
+    ways = {
+        "one pageable copy": lambda: batches[0].to(device),
+        "one pinned copy": lambda: pinned.to(device, non_blocking=True),
+        "eight, one after the other": lambda: [(x := b.to(device)) @ x for b in batches],
+        "eight, prefetched": lambda: [b @ b for b in prefetched(batches, device)],
+    }
+    print(*measure_interleaved(ways, device=device).values(), sep="\n")
+else:
+    print("their times: not run on a GPU")
+
+# %% [markdown]
+# **Fix the article.** Its listing moves the model to the GPU and never the batch (its other mistakes: chapters 00, 03,
+# 09). As printed it fails on the first call. Without a GPU, PyTorch's `meta` device stands in: it knows shapes only, and
+# refuses mixed devices as a GPU does. The repair is one word, in front of every call.
+
+# %%
+elsewhere = "cuda" if device == "cuda" else "meta"
+network = torch.nn.Linear(10, 10).to(elsewhere)  # model.to(device)
+batch = torch.rand(4, 10)
+try:
+    network(batch)  # for batch in data: output = model(batch)
+except RuntimeError as error:
+    print("as printed:", str(error).splitlines()[0])
+print("repaired:  ", tuple(network(batch.to(elsewhere)).shape), "on", elsewhere)
+
+# %% [markdown]
+# ## 4 · Memory-bound, or bound by arithmetic?
+#
+# When launches do not limit, the roofline of chapter 01 decides: decoding reads every weight for every token. But a batch
+# of B texts reads it *once* for B tokens. So up to some B, more texts are almost free: **latency** stays,
+# **throughput** grows.
+
+# %%
+steps = {}
+for batch in (1, 2, 4, 8, 16, 32):
+    ids = prompt_ids.repeat(batch, 1)
+    its_cache = static_cache(model, ids, 8)
+    prefill(model, ids, its_cache)
+
+    def step(ids=ids, its_cache=its_cache):
+        its_cache.truncate(ids.shape[1])
+        return decode_one_token(model, ids[:, -1], its_cache)
+
+    steps[batch] = step
+sweep = measure_interleaved({str(b): f for b, f in steps.items()}, repeats=7, warmup=1, device=device)
+for batch in steps:
+    print(f"batch {sweep[str(batch)]}: {batch / sweep[str(batch)].median_s:.0f} tokens/s")
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+latency = [sweep[str(b)].median_s * 1e3 for b in steps]
+throughput = [b / sweep[str(b)].median_s for b in steps]
+axes.plot(latency, throughput, **series_style(0))
+for b, x, y in zip(steps, latency, throughput, strict=True):
+    axes.annotate(f"batch {b}", (x, y), xytext=(6, -10), textcoords="offset points")
+axes.margins(0.12)
+axes.set(xlabel="time of one step (ms)", ylabel="tokens per second, all texts")
+axes.set_title(
+    f"32 texts: {throughput[-1] / throughput[0]:.1f} times the tokens, {latency[-1] / latency[0]:.1f} times the wait"
+)
+axes.grid(alpha=0.25)
+plt.show()
+
+# %% [markdown]
+# *The figure shows one decoding step of LabLM for batches of 1 to 32 texts (float32, 7 rounds, medians): to the right
+# everybody waits longer, upwards more tokens come out.*
+#
+# Reading a weight of b bytes takes b / bandwidth; using it for B texts takes 2·B / peak. Where both are equal, the batch
+# balances. **Tiny numbers:** 10 GB/s, 100 GFLOP/s, 4 bytes: 0.4 ns to read, 0.02 ns a text to use: B = 20.
+
+# %% [markdown]
+# ## Exercise 6.3: balancing_batch
+#
+# Write `balancing_batch(flops_per_s, bytes_per_s, bytes_per_weight)`: the batch at which reading a weight and computing
+# with it take equally long. 1 line, 5 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>Write down both times for one weight and set them equal.</details>
+# <details><summary>Hint 2</summary>bytes_per_weight / bytes_per_s = 2·B / flops_per_s.</details>
+
+
+# %%
+# EXERCISE balancing_batch
+def balancing_batch(flops_per_s, bytes_per_s, bytes_per_weight):
+    """The batch at which memory and arithmetic take equally long."""
+    ### BEGIN SOLUTION
+    return flops_per_s * bytes_per_weight / (2 * bytes_per_s)
+    ### END SOLUTION
+
+
+# %%
+# CHECK balancing_batch
+ch06.balancing_batch(balancing_batch)
+
+# %% [markdown]
+# Three limits, and a rule for telling them apart. First look at the profile: a device that waits half of its time is
+# limited by *launches*, whatever its roofline says. Only then compare the intensity with the ridge. A datasheet's
+# numbers for an A100 (312 TFLOP/s, 2,039 GB/s) stand beside this machine's, which are measured.
+
+# %%
+from labutils.acceleration.timeline import bound_by
+from labutils.measurement.roofline import measure_roofline
+
+machine = measure_roofline(1.0, device=device)
+print(machine)
+intensity = 2 / 4  # decoding one text: 2 operations for a weight of 4 bytes
+print("LabLM's eager decoding waits for:", bound_by(timeline.gap_share, intensity, machine.ridge_flop_per_byte))
+print("without any gap it would wait for:", bound_by(0.0, intensity, machine.ridge_flop_per_byte))
+for name, flops, bandwidth, size in (
+    ("this machine, float32", machine.flops_per_s, machine.bandwidth_bytes_per_s, 4),
+    ("A100 by its datasheet, bf16", 312e12, 2.039e12, 2),
+    ("A100 by its datasheet, int4 weights", 312e12, 2.039e12, 0.5),
+):
+    print(f"{name}: balanced at a batch of {flops * size / (2 * bandwidth):.0f}")
+
+# %% [markdown]
+# ## 5 · "Low precision is faster"
+#
+# The article says so, without a condition. Two products decide about a model's speed: one row times a matrix (decoding
+# one text) and many rows times a matrix (prefill). The same numbers in four formats, on *this* processor; and once more
+# in a process in which oneDNN, which computes PyTorch's products on a CPU, may use AVX2 only: so an older one behaves.
+#
+# **Predict** the order of the four formats, for each of the two.
+
+# %%
+from labutils.acceleration.formats import cpu_units, time_formats, time_formats_limited
+
+print("units for vectors and low precision:", ", ".join(cpu_units()) or "unknown")
+measured = {"this processor": time_formats(device=device)}
+if device == "cpu":
+    measured["held to AVX2"] = time_formats_limited("AVX2")
+print(*measured["this processor"].values(), sep="\n")
+
+# %%
+ROWS = {1: "decoding, 1 row", 256: "prefill, 256 rows"}
+names = [name.split(", ")[1] for name in measured["this processor"] if name.startswith("1 ")]
+versus, slower, faster = {}, [], []
+for where, formats in measured.items():
+    for rows, work in ROWS.items():
+        base = formats[f"{rows} rows, float32"].samples_s
+        versus[where, rows] = [paired_ratio(formats[f"{rows} rows, {n}"].samples_s, base) for n in names]
+        print(f"{where}, {work}:", ", ".join(f"{n} {r}" for n, r in zip(names, versus[where, rows], strict=True)))
+        slower += [f"{n} ({where}, {work})" for n, r in zip(names, versus[where, rows], strict=True) if r.low > 1]
+        faster += [f"{n} ({where}, {work})" for n, r in zip(names, versus[where, rows], strict=True) if r.high < 1]
+print("time of float32 = 1; surely slower than float32:", "; ".join(slower) or "none")
+print("surely faster:", "; ".join(faster) or "none")
+
+# %%
+figure, panels = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained", sharey=True)
+for axes, (rows, work) in zip(panels, ROWS.items(), strict=True):
+    for index, where in enumerate(measured):
+        ratios = [r.value for r in versus[where, rows]]
+        axes.plot(ratios, range(len(names)), label=where, **{**series_style(index), "linestyle": "none"})
+    worst = max((r.value, n) for where in measured for n, r in zip(names, versus[where, rows], strict=True))
+    axes.set(xscale="log", xlabel="time against float32 (times)", title=f"{work}: slowest {worst[1]}, {worst[0]:.1f}x")
+    low, high = axes.set_xlim(axes.get_xlim()[0] / 1.2, axes.get_xlim()[1] * 1.2)
+    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low < t < high]
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_yticks(range(len(names)), names)
+    axes.axvline(1.0, color="0.4", linestyle=":")
+    axes.grid(alpha=0.25)
+panels[0].legend()
+plt.show()
+
+# %% [markdown]
+# *The figure shows the time of one product with a 1024 × 1024 matrix, against float32 on the same processor: left of the
+# dotted line is faster. int8 is PyTorch's plain `@`, on a CPU only.*
+#
+# **Explain.** A format is fast where the processor has a unit for it *and* the library calls that unit. Without one,
+# every number is converted, multiplied as a float, and rounded back; for plain int8 `@` no library is called at all. One
+# row is another matter: there only reading counts, and fewer bytes may help. So the article's advice needs two conditions,
+# and the rule is: measure. Chapter 03's int8 is fast because it brings its own kernel. On a GPU: TF32 and bf16 from Ampere on,
+# fp16 since Volta; a T4 has fp16 but only emulates bf16.
+
+# %% [markdown]
+# **Why not autocast?** It was made for training: weights stay float32 and are cast again for *every* product. For
+# inference, cast once: `model.to(torch.bfloat16)`. (The article's listing imports `autocast` and `GradScaler` and calls
+# neither.) Count the casts in one decoding step.
+
+# %%
+import copy
+
+half_model = copy.deepcopy(model).to(torch.bfloat16)
+
+
+def one_pass(its_model, autocast):
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+        return its_model(input_ids=prompt_ids[:, :1], use_cache=False).logits
+
+
+for name, its_model, autocast in (("autocast", model, True), ("cast once", half_model, False)):
+    with torch.profiler.profile() as recorded:
+        one_pass(its_model, autocast)
+    casts = sum(e.count for e in recorded.key_averages() if e.key == "aten::_to_copy")
+    weights_mb = sum(p.nbytes for p in its_model.parameters()) / 1e6
+    print(f"{name}: {casts} casts in one pass, {weights_mb:.1f} MB of weights kept")
+del half_model
+
+# %% [markdown]
+# ## 6 · Attention without the square
+#
+# Plain attention writes the scores (n × n for each head) to memory, reads them for the softmax, writes the shares, and
+# reads those to mix the values. A *fused* kernel never writes them: it keeps a block of scores on the chip
+# (FlashAttention, Dao et al. 2022, arXiv:2205.14135). `scaled_dot_product_attention` (SDPA) picks such a kernel.
+#
+# **Tiny numbers:** n = 10 positions of 4 numbers in fp16. Query, key, value, output: 4 · 40 numbers = 320 bytes. Scores:
+# written and read, shares: written and read: 4 · 100 numbers = 800 bytes more.
+
+# %% [markdown]
+# ## Exercise 6.4: attention_bytes
+#
+# Write `attention_bytes(positions, head_dim, element_bytes)`: return the tuple (plain, fused) of bytes that one head moves:
+# fused reads query, key and value and writes the output, plain moves the scores and shares too, without savings by the
+# causal mask. 3 lines, 6 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>The tiny example is (1120, 320).</details>
+# <details><summary>Hint 2</summary>4·n·d numbers for both; 4·n² more for plain.</details>
+
+
+# %%
+# EXERCISE attention_bytes
+def attention_bytes(positions, head_dim, element_bytes):
+    """Bytes moved by one head of attention: (plain, fused)."""
+    ### BEGIN SOLUTION
+    fused = 4 * positions * head_dim * element_bytes
+    return fused + 4 * positions**2 * element_bytes, fused
+    ### END SOLUTION
+
+
+# %%
+# CHECK attention_bytes
+ch06.attention_bytes(attention_bytes)
+
+
+# %%
+def plain_attention(query, key, value):
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
+    return scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ value
+
+
+LENGTHS, contestants, error = (128, 256, 512, 1024), {}, 0.0
+for n in LENGTHS:
+    q, k, v = torch.randn(3, 1, 4, n, 64, device=device)
+    contestants[f"plain {n}"] = lambda q=q, k=k, v=v: plain_attention(q, k, v)
+    contestants[f"SDPA {n}"] = lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v, is_causal=True)
+    error = max(error, (contestants[f"plain {n}"]() - contestants[f"SDPA {n}"]()).abs().max().item())
+attention = measure_interleaved(contestants, repeats=7, warmup=1, device=device)
+print(f"largest difference between the two: {error:.1e}")
+print(attention["plain 1024"], attention["SDPA 1024"], sep="\n")
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+for index, name in enumerate(("plain", "SDPA")):
+    medians = [attention[f"{name} {n}"].median_s * 1e3 for n in LENGTHS]
+    left.plot(LENGTHS, medians, label=name, **series_style(index))
+    moved = [4 * (4 * n * 64 + (4 * n * n if name == "plain" else 0)) * 4 / 1e6 for n in LENGTHS]
+    right.plot(LENGTHS, moved, label=name, **series_style(index))
+ratio = paired_ratio(attention["plain 1024"].samples_s, attention["SDPA 1024"].samples_s)
+left.set(ylabel="time (ms)", title=f"At 1024 tokens SDPA takes 1/{ratio.value:.1f} of the time")
+right.set(ylabel="bytes moved (MB), computed", title="Scores grow with the square of the text")
+for axes in (left, right):
+    axes.set(xscale="log", yscale="log", xlabel="length of the text (tokens)")
+    axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.25)
+    axes.legend()
+plt.show()
+
+# %% [markdown]
+# *Left: measured time of attention, 4 heads of 64, float32, medians of 7 rounds; right: the bytes, computed by the formula
+# of the exercise.* SDPA also skips the blocks that the causal mask empties, which the formula does not count.
+
+# %% [markdown]
+# ## 7 · Will it fit?
+#
+# Three things need memory: weights (parameters · bits / 8), the cache (texts · positions · bytes for each), and a
+# **reserve** for the CUDA context, the allocator's rounding and a step's activations: `labutils` takes 8%.
+#
+# **Tiny numbers:** an 8B model in bf16 is 16 GB. Of 24 GB, 22.08 are usable; 6.08 are left. With 128 KiB a position, a text
+# of 8,192 positions takes 1.07 GB: five texts.
+
+# %% [markdown]
+# ## Exercise 6.5: largest_batch
+#
+# Write `largest_batch(memory_bytes, parameters, weight_bits, position_bytes, positions)`: how many texts fit beside the
+# weights when 8% of the memory is kept back; 0 where none does. 3 lines, 8 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>What is left of 92% of the memory once the weights are in it?</details>
+# <details><summary>Hint 2</summary><code>max(int(free // (positions * position_bytes)), 0)</code></details>
+
+
+# %%
+# EXERCISE largest_batch
+def largest_batch(memory_bytes, parameters, weight_bits, position_bytes, positions):
+    """How many texts of that length fit beside the weights."""
+    ### BEGIN SOLUTION
+    free = memory_bytes * (1 - 0.08) - parameters * weight_bits / 8
+    return max(int(free // (positions * position_bytes)), 0)
+    ### END SOLUTION
+
+
+# %%
+# CHECK largest_batch
+ch06.largest_batch(largest_batch)
+
+# %%
+from labutils.acceleration.memory import DoesNotFit, Need, memory_guard, what_fits
+
+need = Need(parameters=8e9, weight_bits=16, position_bytes=131_072, positions=8192, batch=16)
+for name, memory in (("T4", 15e9), ("L4", 24e9), ("A100", 80e9)):
+    print(f"{name}: {what_fits(need, memory)}")
+
+# %% [markdown]
+# And if it happens all the same? In a notebook, catching the error frees nothing: its traceback keeps every frame, and
+# every frame its tensors. `memory_guard` clears the frames, empties CUDA's cache, and says what would fit. Here the error
+# is **raised by hand**.
+
+# %%
+try:
+    with memory_guard(lambda: what_fits(need, 24e9), device=device):
+        large = torch.zeros(1000, device=device)
+        raise torch.OutOfMemoryError("CUDA out of memory (raised by hand).")
+except DoesNotFit as error:
+    print(error)
+print("and the device works:", torch.ones(3, device=device).sum().item())
+
+# %% [markdown]
+# ## 8 · torch.compile, and what makes it start over
+#
+# A compiler sees many small operators and makes one kernel of them: the numbers travel to the chip once. Four operators,
+# one million numbers. The first call compiles.
+
+# %%
+import time
+
+
+def small_operators(x):
+    return silu(x) * torch.sigmoid(x) + 0.5 * torch.tanh(x)
+
+
+# %%
+numbers = torch.randn(2**20, device=device)
+fused_operators = torch.compile(small_operators)
+start = time.perf_counter()
+try:
+    fused_operators(numbers)
+    first_s = time.perf_counter() - start
+    both = {"eager": lambda: small_operators(numbers), "compiled": lambda: fused_operators(numbers)}
+    timed = measure_interleaved(both, repeats=7, device=device)
+    gain = paired_ratio(timed["eager"].samples_s, timed["compiled"].samples_s)
+    saved = timed["eager"].median_s - timed["compiled"].median_s
+    print(timed["eager"], timed["compiled"], f"compiled is {gain} as fast", sep="\n")
+    print(
+        f"first call: {first_s:.1f} s, paid back after {first_s / saved:.0f} calls" if saved > 0 else "never paid back"
+    )
+except Exception as error:  # no C++ compiler, say
+    print(f"left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+
+# %% [markdown]
+# What was compiled holds for what was seen: shapes, dtypes, and **Python numbers**. Anything new compiles again. A
+# backend that only counts shows it without waiting for a compiler.
+#
+# **Predict** the number of compilations for six steps of each: a position as a Python number; the position in a tensor;
+# a text that grows; a buffer of fixed length.
+
+# %%
+compiled_graphs = []
+
+
+def counting(graph, _inputs):
+    compiled_graphs.append(graph)
+    return graph.forward
+
+
+def count_compilations(function, calls):
+    torch._dynamo.reset()
+    compiled_graphs.clear()
+    compiled = torch.compile(function, backend=counting, dynamic=False)
+    for arguments in calls:
+        compiled(*arguments)
+    return len(compiled_graphs)
+
+
+def shift(x, position):
+    return x + position
+
+
+print("position as a number:  ", count_compilations(shift, [(torch.ones(8), i) for i in range(6)]))
+print("position in a tensor:  ", count_compilations(shift, [(torch.ones(8), torch.tensor(i)) for i in range(6)]))
+print("a text that grows:     ", count_compilations(torch.sum, [(torch.ones(n),) for n in range(3, 9)]))
+print("a buffer of fixed size:", count_compilations(torch.sum, [(torch.ones(8),) for _ in range(6)]))
+torch._dynamo.reset()
+
+# %% [markdown]
+# This is why a compiled decoder has a **static KV cache**: buffers of full length, the position in a tensor, a mask over
+# what is still empty (`CompiledKVCache`, chapter 01). Eight compilations of one function, and PyTorch gives up
+# on it and runs it eagerly.
+
+# %% [markdown]
+# ## 9 · CUDA graphs: launch once, replay for ever
+#
+# A CUDA graph records the *kernels and addresses* of a step, and one launch replays them all: no Python, no gaps. The rules
+# follow from the addresses: inputs are copied **into** the recorded memory, outputs appear in the recorded memory, and
+# Python's decisions are frozen. `Tape` has the same rules on a CPU; it is made for this lesson.
+#
+# **Predict** the three lines.
+
+# %%
+from labutils.acceleration.graphs import CaptureError, Tape
+
+x = torch.tensor([1.0, 2.0])
+tape, doubled = Tape.record(lambda: x * 2)
+x = torch.tensor([10.0, 20.0])
+tape.replay()
+print("x bound to a new tensor: ", doubled.tolist())
+y = torch.tensor([1.0, 2.0])
+tape, doubled = Tape.record(lambda: y * 2)
+y.copy_(torch.tensor([10.0, 20.0]))
+tape.replay()
+print("y overwritten in place:  ", doubled.tolist())
+try:
+    Tape.record(lambda: y * 2 if y.sum().item() > 0 else y)
+except CaptureError as error:
+    print("a decision on a number:  ", error)
+
+# %% [markdown]
+# ## Exercise 6.6: replayed_step
+#
+# Write `replayed_step(step, example, record)`: `record(function)` runs a function without arguments once and returns
+# (tape, output). Return a function of one tensor `x` that gives `step(x)` by replaying. Record once, on a copy of
+# `example`. The results are kept by the caller, so hand out copies. 8 lines, 12 minutes, difficulty 3 of 3.
+#
+# <details><summary>Hint 1</summary>Which memory does the tape read? How does a new x get there?</details>
+# <details><summary>Hint 2</summary>Outside: <code>buffer = example.clone()</code>, record on it. Inside: <code>buffer.copy_(x)</code>, replay, <code>output.clone()</code>.</details>
+
+
+# %%
+# EXERCISE replayed_step
+def replayed_step(step, example, record):
+    """A function that replays a recorded step on new inputs."""
+    ### BEGIN SOLUTION
+    buffer = example.clone()
+    tape, output = record(lambda: step(buffer))
+
+    def call(x):
+        buffer.copy_(x)
+        tape.replay()
+        return output.clone()
+
+    return call
+    ### END SOLUTION
+
+
+# %%
+# CHECK replayed_step
+ch06.replayed_step(replayed_step)
+
+# %% [markdown]
+# `labutils`' `GraphedStep` does it with a real CUDA graph on a GPU. There one more thing matters: a few trial runs on another
+# stream first, for what happens at a first call only (workspaces, autotuning) must not be recorded.
+
+# %% [markdown]
+# ## 10 · The ladder
+#
+# One function takes a model to a rung by its name; rungs below it are included, and what a device lacks is left out, with
+# its reason. Every rung is then held against its **twin**: float32, the same (rounded) weights, no cache. So a rung may
+# not hide a bug behind "it is only rounding". Which rungs would a few devices leave out?
+
+# %%
+from labutils.acceleration.ladder import NAMES, Device, climb
+
+for gpu in (
+    Device("cuda", "T4", (7, 5)),
+    Device("cuda", "A100", (8, 0)),
+    Device("cuda", "H200", (9, 0)),
+    Device.of("cpu"),
+):
+    plan, skipped = climb(NAMES[-1], gpu)
+    print(f"{gpu.name}: leaves out {', '.join(skipped) or 'nothing'}")
+print("for example:", climb("bf16", Device("cuda", "T4", (7, 5)))[1]["bf16"])
+
+# %% [markdown]
+# Now LabLM. Compiling it takes about a minute on a CPU and is left to `python -m labutils bench gpu`; on a GPU it is
+# part of the ladder. One warning names everything that is left out.
+
+# %%
+from labutils.models.ladder import accelerate
+
+abilities = Device.of(device)
+if device == "cpu":
+    abilities = replace(abilities, compiler="it takes a minute on a CPU: python -m labutils bench gpu")
+_, skipped = climb(NAMES[-1], abilities)
+host_model = model.to("cpu")
+rungs = {
+    n: accelerate(host_model, n, device=device, abilities=abilities, warn=False) for n in NAMES if n not in skipped
+}
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    accelerate(host_model, "fp8", device=device, abilities=abilities)
+print(*(warning.message for warning in caught if "left out" in str(warning.message)))
+
+# %% [markdown]
+# The ladder leaves 16-bit formats to GPUs. Here they stand beside it by themselves, on an otherwise plain model: whether
+# they help on this CPU is a measurement. Then every one is held against its twin.
+
+# %%
+from labutils.acceleration.ladder import Plan
+from labutils.models.ladder import build, check_equal
+
+if device == "cpu":
+    for dtype in (torch.float16, torch.bfloat16):
+        rungs[f"{str(dtype)[6:]} by itself"] = build(host_model, Plan(dtype=dtype))
+text_ids = tokenizer(prompt * 2, return_tensors="pt")["input_ids"]
+equal = {name: check_equal(rung, text_ids, prompt=text_ids.shape[1] // 2) for name, rung in rungs.items()}
+for name, result in equal.items():
+    print(f"{name:<18} {result}")
+
+# %% [markdown]
+# The same `generate` runs on every rung. Timed is one decoding step, all rungs interleaved. **Predict:** which of these
+# rungs help on *this* device? (A rung that saves launches helps where launches cost, one that saves bytes where bytes cost.)
+
+# %%
+from labutils.bench.gpu import bytes_read, decode_step
+
+new_tokens = {name: rung.generate(prompt_ids, 12)[0, -12:].tolist() for name, rung in rungs.items()}
+others = [name for name, ids in new_tokens.items() if ids != new_tokens["fp32"]]
+print("12 new tokens, others than fp32's on:", ", ".join(others) or "no rung")
+decoding = {name: decode_step(rung, prompt_ids) for name, rung in rungs.items()}
+timings = measure_interleaved(decoding, repeats=9, warmup=2, device=device, calls_per_sample=3)
+for name, timing in timings.items():
+    rate = bytes_read(rungs[name].model) / timing.median_s / 1e9
+    print(f"{timing}, {bytes_read(rungs[name].model) / 1e6:.1f} MB read at {rate:.1f} GB/s")
+
+# %%
+from labutils.plots.acceleration import draw_ladder
+
+figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
+draw_ladder(timings, skipped, base="fp32", ax=axes)
+plt.show()
+for name, reason in skipped.items():
+    print(f"{name}: {reason}")
+
+# %% [markdown]
+# *The figure shows the speed of one decoding step on each rung against the first one, with 95% intervals; rungs that this
+# device lacks are named, not drawn.*
+#
+# **Explain.** Compare the bytes that two rungs read with their times: they are far from proportional. LabLM is small. The
+# profile of section 1 says which share of a step no kernel runs, and no format makes that shorter; and a small kernel takes
+# its time to start, whatever it reads. On a GPU the gains are others; published for a
+# 7B Llama on an A100 (gpt-fast): eager 25.5 tokens/s, compiled with a static cache 107, int8 157, int4 202.
+# `python -m labutils bench gpu` runs all rungs on a 0.2B model, too large for most caches, beside transformers' own
+# `generate` and torchao. What it wrote on this project's machines stands in `data/results`.
+
+# %%
+from labutils.bench.gpu import BASE, read_ladders
+from labutils.paths import DATA
+
+for name, where in (("cpu_ladder", "on a shared Xeon of two cores"), ("h200", "on an H200")):
+    path = DATA / "results" / f"{name}.jsonl"
+    if not path.exists():
+        print(f"data/results/{path.name} does not exist: nothing was ever run {where}")
+        continue
+    ladders = read_ladders(path)
+    figure, panels = plt.subplots(1, len(ladders), figsize=(12, 4.4), layout="constrained", squeeze=False)
+    for axes, (its_model, found) in zip(panels[0], ladders.items(), strict=True):
+        draw_ladder(found, {}, base=BASE, ax=axes, where=where)
+        axes.set_title(f"{its_model[:40]}\n{axes.get_title()}", fontsize="medium")
+    plt.show()
+
+# %% [markdown]
+# *The figures show the stored runs of `bench gpu`, one panel a model: speed of each rung and of other people's paths
+# against the first rung, with 95% intervals. A GPU's stands there only if its file does.*
+
+# %%
+from labutils.measurement import ledger
+from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
+
+documents = held_out_documents(limit_bytes=1000)
+baseline = bits_by_document(host_model, tokenizer, documents)
+for name in ("fp32", "int8", "int4"):
+    changed = baseline if name == "fp32" else bits_by_document(rungs[name].twin, tokenizer, documents)
+    quality = paired_quality(changed, baseline)
+    record = ledger.Record(
+        technique=f"ladder: {name}", model="lablm", device=device, dtype=str(rungs[name].plan.dtype)[6:],
+        threads=torch.get_num_threads(), prompt_tokens=prompt_ids.shape[1], output_tokens=1,
+        samples=[1 / s for s in timings[name].samples_s], bits_per_byte=quality.bits_per_byte,
+        baseline_bits_per_byte=quality.baseline_bits_per_byte, chapter="06",
+        quality_tokens=sum(len(tokenizer(d.text)["input_ids"]) for d in documents),
+    )  # fmt: skip
+    ledger.append(record)
+    print(f"{name}: {record.tokens_per_s:.0f} tokens/s, {quality}")
+
+# %% [markdown]
+# ## 11 · The CPU is an accelerator too
+#
+# It has the same three limits, and levers of its own: compile, formats that its units know, kernels that unpack inside (all
+# on the ladder above), and **threads**. One core alone cannot use the whole memory: it waits for a few cache lines of 64
+# bytes at a time. Memory hangs on **channels**, 8 bytes wide. By Little's law (Little 1961),
+#
+# $$\text{threads} = \left\lceil \frac{\text{channels} \cdot \text{transfers/s} \cdot 8}{\text{lines} \cdot 64 / \text{latency}} \right\rceil$$
+#
+# **Tiny numbers:** 12 lines on their way for 80 ns each: 9.6 GB/s a core. Two channels of DDR4-3200: 51.2 GB/s. So six threads.
+
+# %% [markdown]
+# ## Exercise 6.7: threads_to_saturate
+#
+# Write `threads_to_saturate(channels, transfers_per_s, lines, latency_s)`: how many threads fill the channels, a whole
+# number. 3 lines, 6 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>What do all channels carry in a second? What does one thread have on its way in a second?</details>
+# <details><summary>Hint 2</summary><code>math.ceil(channels * transfers_per_s * 8 / (lines * 64 / latency_s))</code></details>
+
+
+# %%
+# EXERCISE threads_to_saturate
+def threads_to_saturate(channels, transfers_per_s, lines, latency_s):
+    """How many threads fill the memory channels."""
+    ### BEGIN SOLUTION
+    memory = channels * transfers_per_s * 8
+    core = lines * 64 / latency_s
+    return math.ceil(memory / core)
+    ### END SOLUTION
+
+
+# %%
+# CHECK threads_to_saturate
+from labutils.checks import ch06_machine
+
+ch06_machine.threads_to_saturate(threads_to_saturate)
+
+# %% [markdown]
+# Now this machine: a long sum, which only reads, and a decoding step of LabLM in float32, each with every number of
+# threads, interleaved. **Predict:** which of the two gains by a second thread?
+
+# %%
+from labutils.acceleration.memory import channels_bytes_per_s
+from labutils.measurement.roofline import probe_working_set_bytes
+from labutils.measurement.threads import available_cores, best_thread_count, thread_candidates
+
+numbers = torch.ones(probe_working_set_bytes() // 4)
+jobs = {"reading memory": numbers.sum}
+if device == "cpu":
+    jobs["a decoding step"] = decoding["fp32"]
+counts = thread_candidates(available_cores())
+choices = {name: best_thread_count(job, candidates=counts, repeats=5) for name, job in jobs.items()}
+for name, choice in choices.items():
+    print(f"{name}: best with {choice} (5 rounds, medians)")
+
+# %%
+rates = {n: numbers.nbytes / t.median_s for n, t in choices["reading memory"].timings.items()}
+print("memory is read:", ", ".join(f"{n} threads {rate / 1e9:.1f} GB/s" for n, rate in rates.items()))
+for memory, transfers in (("DDR4-3200", 3.2e9), ("DDR5-4800", 4.8e9)):
+    one = channels_bytes_per_s(1, transfers)
+    print(
+        f"one channel of {memory}: {one / 1e9:.1f} GB/s; reached here: {max(rates.values()) / one:.2f} channels' worth"
+    )
+del numbers, jobs
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+for index, (name, choice) in enumerate(choices.items()):
+    one = choice.timings[1].samples_s
+    gains = [paired_ratio(one, choice.timings[n].samples_s) for n in counts]
+    bars = [[max(r.value - r.low, 0) for r in gains], [max(r.high - r.value, 0) for r in gains]]
+    axes.errorbar(counts, [r.value for r in gains], yerr=bars, capsize=3, label=name, **series_style(index))
+best = ", ".join(f"{name}: {choice.threads}" for name, choice in choices.items())
+axes.set(xlabel="threads", ylabel="speed against one thread (times)", title=f"Best number of threads: {best}")
+axes.set_xticks(counts)
+axes.axhline(1.0, color="0.6", linestyle=":")
+axes.grid(alpha=0.25)
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# *The figure shows the speed with several threads against one, with 95% intervals over 5 rounds.*
+#
+# **Explain.** Reading gains until the channels are full. A step of a small model is hundreds of small operators, each of
+# which starts and joins its threads: it gains little or loses. And threads that outnumber the *free* cores wait for one
+# another, which can cost more than they bring. How many channels there are, a program may not ask; the board's manual
+# says so, and a virtual machine shares them with its neighbours.
+
+# %% [markdown]
+# ## 12 · A kernel of your own
+#
+# Where no library has the kernel you need, you write it. In **Triton** you write what *one program* does with *a block* of
+# numbers; a grid says how many programs there are. Three things make a kernel: where the block lies (`offsets`), what
+# lies behind the end (`mask`), and what is computed between `tl.load` and `tl.store`.
+#
+# On a GPU the kernel is compiled. Here Triton's **interpreter** runs one program after the other, and `interpret` lists all
+# memory accesses. **Tiny numbers:** ten numbers, blocks of four.
+
+# %%
+from labutils.acceleration import kernels
+
+if has_triton:
+    first, second, total = torch.arange(10.0), torch.ones(10), torch.zeros(10)
+    accesses = interpret(kernels.add_kernel, (3,), first, second, total, 10, BLOCK=4)
+    print(total.tolist())
+    print([(a.program, a.kind, len(a.addresses)) for a in accesses])
+
+# %%
+from labutils.plots.acceleration import draw_accesses
+
+
+def where(**tensors):
+    return {name: (t.data_ptr(), t.numel(), t.element_size()) for name, t in tensors.items()}
+
+
+if has_triton:
+    figure, panels = plt.subplots(1, 3, figsize=(11, 2.8), layout="constrained", sharey=True)
+    title = "Each program touches one block; the mask cuts the last one"
+    draw_accesses(accesses, where(x=first, y=second, out=total), title=title, axes=panels)
+    plt.show()
+
+# %% [markdown]
+# *The figure shows which element of x, y and out each program touches, and in which order.* Neighbours are
+# touched together: a GPU fetches them in one piece (*coalesced*). A kernel that jumps needs a fetch for each number.
+
+# %% [markdown]
+# ## Exercise 6.8: saxpy_kernel
+#
+# Write the kernel of out = a·x + y for n numbers. `x`, `y`, `out` are pointers: `tl.load(x + offsets, mask=…)`. The
+# arguments' order is given. 5 lines, 10 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>Program i takes the numbers from i·BLOCK on: <code>tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)</code>.</details>
+# <details><summary>Hint 2</summary><code>mask = offsets &lt; n</code>, given to both loads and to <code>tl.store(out + offsets, …, mask=mask)</code>.</details>
+
+
+# %%
+# EXERCISE saxpy_kernel
+def saxpy_kernel(x, y, out, a, n, BLOCK: "tl.constexpr"):
+    """Stores a * x + y."""
+    ### BEGIN SOLUTION
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    result = a * tl.load(x + offsets, mask=mask) + tl.load(y + offsets, mask=mask)
+    tl.store(out + offsets, result, mask=mask)
+    ### END SOLUTION
+
+
+# %%
+# CHECK saxpy_kernel
+from labutils.checks import ch06_kernels
+
+ch06_kernels.saxpy_kernel(saxpy_kernel)
+
+# %% [markdown]
+# Now a row a program. PyTorch computes RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4) in several passes over
+# memory; a fused kernel reads the row once and writes it once:
+#
+# $$y_j = \frac{x_j}{\sqrt{\tfrac{1}{n}\sum_k x_k^2 + \varepsilon}}\; g_j$$
+#
+# **Tiny numbers:** x = (3, 4), g = (1, 2), ε = 0: the mean square is 12.5, so y = (0.849, 2.263).
+
+# %% [markdown]
+# ## Exercise 6.9: rms_norm_kernel
+#
+# Write the kernel: program i takes row i of `x` (rows of n numbers, one after the other), `gain` has n numbers, BLOCK is a
+# power of two of at least n. 6 lines, 12 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>Row i begins at <code>x + tl.program_id(0) * n</code>. Masked places should be 0 in a sum: <code>other=0.0</code>.</details>
+# <details><summary>Hint 2</summary><code>1 / tl.sqrt(tl.sum(row * row, axis=0) / n + eps)</code></details>
+
+
+# %%
+# EXERCISE rms_norm_kernel
+def rms_norm_kernel(x, gain, out, n, eps, BLOCK: "tl.constexpr"):
+    """Stores the normalised row."""
+    ### BEGIN SOLUTION
+    start, columns = tl.program_id(0) * n, tl.arange(0, BLOCK)
+    mask = columns < n
+    row = tl.load(x + start + columns, mask=mask, other=0.0)
+    inverse = 1 / tl.sqrt(tl.sum(row * row, axis=0) / n + eps)
+    tl.store(out + start + columns, row * inverse * tl.load(gain + columns, mask=mask, other=0.0), mask=mask)
+    ### END SOLUTION
+
+
+# %%
+# CHECK rms_norm_kernel
+ch06_kernels.rms_norm_kernel(rms_norm_kernel)
+
+# %% [markdown]
+# The kernel that decoding is made of: a matrix of int8 codes times one vector. The scale of a row leaves the sum,
+#
+# $$y_r = \sum_k s_r\, q_{rk}\, x_k = s_r \sum_k q_{rk}\, x_k ,$$
+#
+# so the weights travel as bytes and become floats *inside*. Dequantizing first would write and read the whole
+# matrix as floats: that is why eager int8 is slower than fp16, and this kernel is not.
+
+# %% [markdown]
+# ## Exercise 6.10: int8_gemv_kernel
+#
+# Write it: program r takes row r of `codes` (n int8 numbers), walks along it in blocks, and stores one number.
+# 8 lines, 15 minutes, difficulty 3 of 3.
+#
+# <details><summary>Hint 1</summary><code>for start in range(0, n, BLOCK)</code> works inside a kernel. Keep a sum for each place of the block, add them up at the end.</details>
+# <details><summary>Hint 2</summary><code>sums = tl.zeros((BLOCK,), dtype=tl.float32)</code>; <code>k = start + tl.arange(0, BLOCK)</code>; <code>mask=k &lt; n</code> for codes and x; store <code>tl.sum(sums, axis=0) * tl.load(scales + r)</code> at <code>out + r</code>.</details>
+
+
+# %%
+# EXERCISE int8_gemv_kernel
+def int8_gemv_kernel(codes, scales, x, out, n, BLOCK: "tl.constexpr"):
+    """Stores scale times the sum of code times input, for one row."""
+    ### BEGIN SOLUTION
+    r = tl.program_id(0)
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, n, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        q = tl.load(codes + r * n + k, mask=k < n, other=0)
+        sums += q * tl.load(x + k, mask=k < n, other=0.0)
+    tl.store(out + r, tl.sum(sums, axis=0) * tl.load(scales + r))
+    ### END SOLUTION
+
+
+# %%
+# CHECK int8_gemv_kernel
+ch06_kernels.int8_gemv_kernel(int8_gemv_kernel)
+
+# %% [markdown]
+# `labutils`' kernels take several rows a program; the int4 one unpacks two codes from a byte. Their memory, for 4 rows of
+# 64 weights, in four groups:
+
+# %%
+if has_triton:
+    packed = torch.randint(0, 256, (4, 32), dtype=torch.uint8)
+    scales, inputs, result = torch.rand(4, 4), torch.randn(64), torch.zeros(4)
+    accesses = interpret(kernels.int4_gemv_kernel, (2,), packed, scales, inputs, result, 4, 64, GROUP=16, ROWS=2)
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3), layout="constrained", sharey=True)
+    title = f"128 weights of a program travel as {packed.numel() // 2} bytes; every program reads all of x"
+    draw_accesses(accesses, where(codes=packed, scales=scales, x=inputs), title=title, axes=panels)
+    plt.show()
+
+# %% [markdown]
+# *The figure shows the int4 kernel at work, group after group from bottom to top: codes are read once, x by every
+# program (on a GPU, from its cache).*
+#
+# ## Flash attention
+#
+# The softmax of a row needs its maximum and its sum, and so, it seems, the whole row. It does not (Milakov and Gimelshein
+# 2018, arXiv:1805.02867). Keep the maximum m so far, the sum ℓ of $e^{s-m}$, and the mixed values o; a new block of
+# scores s with values V changes them so:
+#
+# $$m' = \max(m, \max_j s_j), \qquad \ell' = \ell\, e^{m-m'} + \sum_j e^{s_j-m'}, \qquad o' = o\, e^{m-m'} + \sum_j e^{s_j-m'}\, V_j$$
+#
+# At the end the output is o / ℓ. **Tiny numbers:** m = 0, ℓ = 1, then one score ln 2: m' = ln 2, ℓ' = 1/2 + 1.
+
+# %% [markdown]
+# ## Exercise 6.11: online_update
+#
+# Write `online_update(m, total, mixed, scores, values)` in PyTorch: `m` and `total` are tensors of shape (), `mixed`
+# (head_dim,), `scores` (block,), `values` (block, head_dim). Return the new (m, total, mixed), not yet divided.
+# 5 lines, 12 minutes, difficulty 3 of 3.
+#
+# <details><summary>Hint 1</summary>Everything old was computed with the old maximum. By what factor is it too large now?</details>
+# <details><summary>Hint 2</summary><code>larger = torch.maximum(m, scores.max())</code>, <code>shrink = torch.exp(m - larger)</code>, <code>powers = torch.exp(scores - larger)</code>.</details>
+
+
+# %%
+# EXERCISE online_update
+def online_update(m, total, mixed, scores, values):
+    """The running softmax after one more block."""
+    ### BEGIN SOLUTION
+    larger = torch.maximum(m, scores.max())
+    shrink, powers = torch.exp(m - larger), torch.exp(scores - larger)
+    return larger, total * shrink + powers.sum(), mixed * shrink + powers @ values
+    ### END SOLUTION
+
+
+# %%
+# CHECK online_update
+ch06_kernels.online_update(online_update)
+
+# %% [markdown]
+# With it, attention never holds more than a block of scores. All six kernels of `labutils` against PyTorch in float64, by
+# relative error $\lVert \hat y - y \rVert / \lVert y \rVert$; float32 rounds by up to 6e-8, and a few roundings add up.
+
+# %%
+from labutils.acceleration import triton_ops as ops
+
+
+def against_float64(place):
+    """Name to (kernel's result, PyTorch's in float64)."""
+    a, b, gain = torch.randn(5, 96, device=place), torch.randn(5, 96, device=place), torch.randn(96, device=place)
+    codes = torch.randint(-127, 128, (5, 96), dtype=torch.int8, device=place)
+    nibbles, vector = torch.randint(0, 16, (5, 96), device=place), torch.randn(96, device=place)
+    row_scales, group_scales = torch.rand(5, device=place), torch.rand(5, 3, device=place)
+    int4_weight = (nibbles - 8).double() * group_scales.double().repeat_interleave(32, dim=1)
+    q, k, v = torch.randn(3, 2, 70, 16, device=place)
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    return {
+        "vector add": (ops.add(a[0], b[0]), a[0].double() + b[0].double()),
+        "softmax": (ops.softmax(a), a.double().softmax(dim=1)),
+        "RMSNorm": (ops.rms_norm(a, gain), torch.nn.functional.rms_norm(a.double(), (96,), gain.double(), 1e-6)),
+        "int8 GEMV": (ops.int8_gemv(codes, row_scales, vector), row_scales.double() * (codes.double() @ vector.double())),
+        "int4 GEMV": (ops.int4_gemv((nibbles[:, ::2] | nibbles[:, 1::2] << 4).byte(), group_scales, vector), int4_weight @ vector.double()),
+        "flash attention": (ops.flash_attention(q, k, v), exact),
+    }  # fmt: skip
+
+
+# %%
+for place in ("cpu", "cuda") if device == "cuda" else ("cpu",):
+    for name, (ours, exact) in against_float64(place).items() if has_triton else ():
+        print(
+            f"{'compiled' if place == 'cuda' else 'interpreted'}: {name:<16} error {ops.relative_error(ours, exact):.1e}"
+        )
+if device == "cuda" and has_triton:
+    w = torch.randn(4096, 4096, device=device)
+    x, codes, scales = w[0].clone(), (w * 30).clamp(-127, 127).to(torch.int8), torch.ones(4096, device=device)
+    race = {"fp32 by PyTorch": lambda: w @ x, "int8 by our kernel": lambda: ops.int8_gemv(codes, scales, x)}
+    print(*measure_interleaved(race, device=device).values(), sep="\n")
+else:
+    print("compiled and timed: not run on a GPU")
+
+# %% [markdown]
+# Right on paper; does it run on a GPU? That needs one. But Triton's *compiler* needs none: it makes the machine code of
+# any NVIDIA GPU on any Linux computer. Does the attention kernel use the matrix units of each?
+
+# %%
+if has_triton:
+    import re
+
+    pointers = dict.fromkeys(("q", "k", "v", "out"), "*fp16") | {"positions": "i32", "scale": "fp32"}
+    sizes = {"CAUSAL": True, "DIM": 64, "QUERIES": 32, "KEYS": 32}
+    for gpu, capability in (("T4", 75), ("A100", 80), ("H100 and H200", 90)):
+        assembly = ops.machine_code(kernels.flash_attention_kernel, pointers, sizes, capability=capability)
+        found = sorted(set(re.findall(r"\bw?gmma\.\S+|\bmma\.sync\S+", assembly)))
+        print(f"{gpu}: {len(assembly.splitlines())} lines of PTX; matrix instructions: {', '.join(found) or 'none'}")
+
+# %% [markdown]
+# Not run on a GPU, but compiled for three. Compiled is not fast: block sizes, numbers of warps and the order of memory
+# accesses are chosen by measuring (`triton.autotune`), on the device itself.
+
+# %% [markdown]
+# ## 13 · What does it cost?
+#
+# Speed becomes money: a million tokens at v tokens/s take $10^6/v/3600$ hours; each costs the rent, and the energy if it
+# is not included. **Tiny numbers:** 100 tokens/s, 3.60 an hour: 2.78 hours, 10.00.
+#
+# ## Exercise 6.12: price_per_million
+#
+# Write `price_per_million(tokens_per_s, price_per_hour, watts, price_per_kwh)`: rent and energy of a million tokens, on a
+# machine that is always busy. 3 lines, 5 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary>How many hours? What does one hour cost, energy included?</details>
+# <details><summary>Hint 2</summary>An hour at W watts takes W / 1000 kWh.</details>
+
+
+# %%
+# EXERCISE price_per_million
+def price_per_million(tokens_per_s, price_per_hour, watts, price_per_kwh):
+    """Rent and energy of a million tokens."""
+    ### BEGIN SOLUTION
+    hours = 1e6 / tokens_per_s / 3600
+    return hours * (price_per_hour + watts / 1000 * price_per_kwh)
+    ### END SOLUTION
+
+
+# %%
+# CHECK price_per_million
+ch06_machine.price_per_million(price_per_million)
+
+# %% [markdown]
+# Energy is read from a counter (NVML on NVIDIA GPUs, RAPL on some CPUs) or not stated at all: a TDP times seconds is an
+# estimate, not a measurement.
+
+# %%
+from labutils.acceleration.cost import cost_per_million, joules_per_token
+from labutils.measurement.resources import energy
+
+with energy() as spent:
+    for _ in range(200):
+        decoding["fp32"]()
+per_token = joules_per_token(spent, 200)
+print("energy of 200 tokens:", spent)
+for name in ("fp32", "int8"):
+    cost = cost_per_million(1 / timings[name].median_s, price_per_hour=1.0, joules_per_token=per_token)
+    print(f"{name}, at a made-up price of 1.00 an hour: {cost}")
+
+# %% [markdown]
+# **Question for the calculator:** your machine is in use a third of the time. What does a million tokens really cost, and
+# which is cheaper: twice the speed, or twice the use? The plain function is `cost_per_million(...)` above.
+
+# %%
+from labutils.widgets.acceleration import cost_widget
+
+cost_widget(1 / timings["fp32"].median_s, joules_per_token=per_token)
+
+# %% [markdown]
+# ## What you have
+#
+# - three limits told apart: launches, memory, arithmetic;
+# - a timing that waits, a batch that balances, copies that hide, an error that says what would fit;
+# - thirteen rungs by name, each held against its twin, each with its reason where a device lacks it;
+# - kernels of your own, right to a few roundings and compiled for GPUs that were not there;
+# - threads, channels and formats of a CPU, measured where you are;
+# - the price of a million tokens.
+#
+# This machine's ladder stands in section 10. **On a GPU: not run**, for none could be had: `data/results/h200.jsonl` does
+# not exist. The tests for GPUs wait for one (`python -m labutils test -m gpu`).
+
+# %% [markdown]
+# **Open question:** your model decodes at 30% of a GPU's memory bandwidth. Name three different causes, for each the one
+# measurement that would confirm it, and the rung that answers it.
+#
+# Next: **07 · TPU and XLA**.
+
+# %%
+from labutils.course.progress import progress
+
+progress()

@@ -1,0 +1,127 @@
+"""`bench gpu`: a row for every rung and peer, measured or with its reason, and records that the ledger takes."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import random_ids, tiny_model
+
+from labutils.acceleration.ladder import NAMES, Device, climb
+from labutils.acceleration.triton_ops import relative_error
+from labutils.bench import bandwidth, gpu_peers
+from labutils.bench.gpu import BASE, FITS_IN_CACHE, Settings, as_record, bench_gpu, bytes_read, read_ladders
+from labutils.bench.subject import Subject
+from labutils.bench.table import as_table, write_json
+from labutils.layers.linears import linear_layers, weight_of
+from labutils.measurement import ledger, roofline
+from labutils.measurement.resources import kv_bytes_per_position, weight_bytes_read
+from labutils.measurement.threads import ThreadChoice
+from labutils.models.ladder import accelerate, check_equal
+
+QUICK = Settings(rounds=5, compile=False, threads=1)
+CPU_RUNGS = ("fp32", "sdpa", "static cache", "fused", "int8", "int4")
+
+
+@pytest.fixture(autouse=True)
+def quick_roof(monkeypatch):
+    """The machine is measured elsewhere; here a peak that nothing passes."""
+    roof = roofline.Roofline(1e12, 1e13, 1, "cpu", "float32", 1000, {})
+    monkeypatch.setattr("labutils.bench.gpu.measure_roofline", lambda *_, **__: roof)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return Subject("tiny, random weights", tiny_model("llama-gqa-tied"), None, random_ids(12), bits_per_byte=3.0)
+
+
+def test_bench_gpu_has_a_row_for_every_rung_and_peer(subject, tmp_path):
+    said = []
+    rows = bench_gpu(subject, QUICK, say=said.append)
+    assert [row.technique for row in rows] == [*NAMES, *gpu_peers.NAMES]
+    by_name = {row.technique: row for row in rows}
+    assert not by_name["fp8"].samples and "NVIDIA" in by_name["fp8"].note and "--no-compile" in by_name["compile"].note
+    assert "--no-compile" in by_name["transformers, compiled"].note
+    for name in (*CPU_RUNGS, "fp16 by itself", "bf16 by itself"):
+        row = by_name[name]
+        assert len(row.samples) == 5 and row.note.startswith("equal") and row.note.endswith(FITS_IN_CACHE)
+    assert by_name["int4"].bytes_per_token < by_name["int8"].bytes_per_token < by_name["fp32"].bytes_per_token
+    assert 0.4 < by_name["bf16 by itself"].bytes_per_token / by_name["fp32"].bytes_per_token < 0.6
+    assert len(by_name["transformers, eager"].samples) == 5
+    assert "needs an NVIDIA GPU" in as_table(rows, reference=BASE)
+    assert "GFLOP/s that square products reached" in said[-1]
+    write_json(rows, tmp_path / "h200.jsonl")
+    (model,) = (ladders := read_ladders(tmp_path / "h200.jsonl"))
+    assert model == subject.name and set(ladders[model]) == {row.technique for row in rows if row.samples}
+    assert 1 / ladders[model]["int8"].median_s == pytest.approx(by_name["int8"].tokens_per_s)
+
+
+def test_bench_gpu_states_the_share_of_what_probes_of_that_size_read(subject, monkeypatch):
+    monkeypatch.setattr("labutils.bench.gpu.probe_bytes", lambda weights: 2**20)
+    monkeypatch.setattr(bandwidth, "_rate", lambda *_: 1e15)
+    rows = bench_gpu(subject, replace(QUICK, peers=False), say=lambda line: None)
+    assert [row.technique for row in rows] == list(NAMES)
+    assert all(0 < row.bandwidth_share < 1e-3 for row in rows if row.samples)
+
+
+def test_threads_are_chosen_by_measuring_unless_given(subject, monkeypatch):
+    monkeypatch.setattr("labutils.bench.gpu.available_cores", lambda: 2)
+    said, asked = [], []
+    monkeypatch.setattr(
+        "labutils.bench.gpu.best_thread_count", lambda step, candidates: asked.append(candidates) or ThreadChoice(2, {})
+    )
+    rows = bench_gpu(subject, replace(QUICK, threads=None, peers=False), say=said.append)
+    assert asked == [(1, 2)] and {row.threads for row in rows} == {2} and said[1].startswith("measured")
+
+
+def test_torchao_is_held_against_its_own_weights(subject):
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+    plan, _ = climb("static cache", Device("cpu"))
+    rung = gpu_peers.torchao_decoder(subject.model, 8, plan, "cpu")
+    equality = check_equal(rung, subject.token_ids, prompt=6)
+    assert equality.holds and equality.error < 1e-4
+    rounded = relative_error(rung.twin.lm_head.weight, subject.model.lm_head.weight)
+    assert 1e-4 < rounded < 0.02
+    codes = sum(weight_of(layer).numel() for _, layer in linear_layers(rung.model, with_head=True))
+    assert codes < bytes_read(rung.model) < 0.5 * bytes_read(subject.model)
+
+
+def test_without_torchao_its_rows_say_so(subject, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    rows = {row.technique: row for row in bench_gpu(subject, QUICK, say=lambda line: None)}
+    assert all("torchao" in rows[name].note and not rows[name].samples for name in gpu_peers.TORCHAO)
+
+
+def test_generators_make_so_many_tokens_more(subject):
+    calls = gpu_peers.generators("transformers, eager", subject, Device("cpu"), "cpu")
+    longer, first = (call().shape[1] for call in calls.values())
+    assert (first, longer) == (13, 13 + gpu_peers.MORE)
+
+
+def test_seconds_per_token_are_never_negative():
+    assert min(gpu_peers.seconds_per_token((1.0, 9.0), (2.0, 2.0, 2.0))) > 0
+
+
+def test_bytes_read_counts_codes_and_scales(subject):
+    fp32 = accelerate(subject.model, "fp32").model
+    rotary = sum(b.nbytes for b in fp32.buffers())
+    assert bytes_read(fp32) == weight_bytes_read(fp32) + rotary
+    int8 = accelerate(subject.model, "int8", warn=False).model
+    assert bytes_read(int8) < 0.75 * bytes_read(fp32)  # a quarter, but a width of 32 is padded to 64
+
+
+def test_as_record_fits_the_ledger(subject, tmp_path):
+    settings = replace(QUICK, peers=False)
+    row = next(r for r in bench_gpu(subject, settings, say=lambda line: None) if r.technique == "int8")
+    record = as_record(row, subject, settings, quality=3.1)
+    ledger.append(record, tmp_path / "ledger.jsonl")
+    assert ledger.read(tmp_path / "ledger.jsonl") == [record]
+    assert record.bytes_moved_per_token > 12 * kv_bytes_per_position(subject.model.config)
+
+
+@pytest.mark.gpu
+def test_bench_gpu_on_a_gpu(subject):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    rows = bench_gpu(subject, Settings(device="cuda", rounds=5), say=lambda line: None)
+    assert all(row.samples or row.note for row in rows) and rows[0].samples

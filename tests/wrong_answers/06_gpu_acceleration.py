@@ -1,0 +1,409 @@
+# %% WRONG honest_seconds | timed the launches
+# EXERCISE honest_seconds
+def honest_seconds(launch, wait, clock, calls):
+    wait()
+    start = clock()
+    for _ in range(calls):
+        launch()
+    return (clock() - start) / calls
+
+
+# %% WRONG honest_seconds | earlier work was still in the queue
+# EXERCISE honest_seconds
+def honest_seconds(launch, wait, clock, calls):
+    start = clock()
+    for _ in range(calls):
+        launch()
+    wait()
+    return (clock() - start) / calls
+
+
+# %% WRONG honest_seconds | after every call
+# EXERCISE honest_seconds
+def honest_seconds(launch, wait, clock, calls):
+    wait()
+    start = clock()
+    for _ in range(calls):
+        launch()
+        wait()
+    return (clock() - start) / calls
+
+
+# %% WRONG honest_seconds | divide by their number
+# EXERCISE honest_seconds
+def honest_seconds(launch, wait, clock, calls):
+    wait()
+    start = clock()
+    for _ in range(calls):
+        launch()
+    wait()
+    return clock() - start
+
+
+# %% WRONG busy_share | count once
+# EXERCISE busy_share
+def busy_share(events):
+    end = max(s + d for s, d in events)
+    return sum(d for _, d in events) / (end - min(s for s, _ in events))
+
+
+# %% WRONG busy_share | begins with the first event
+# EXERCISE busy_share
+def busy_share(events):
+    busy = counted = 0.0
+    for start, seconds in sorted(events):
+        busy += max(0.0, start + seconds - max(start, counted))
+        counted = max(counted, start + seconds)
+    return busy / counted
+
+
+# %% WRONG busy_share | share of waiting
+# EXERCISE busy_share
+def busy_share(events):
+    first, busy = min(start for start, _ in events), 0.0
+    counted = first
+    for start, seconds in sorted(events):
+        busy += max(0.0, start + seconds - max(start, counted))
+        counted = max(counted, start + seconds)
+    return 1 - busy / (counted - first)
+
+
+# %% WRONG balancing_batch | multiplied and added
+# EXERCISE balancing_batch
+def balancing_batch(flops_per_s, bytes_per_s, bytes_per_weight):
+    return flops_per_s * bytes_per_weight / bytes_per_s
+
+
+# %% WRONG balancing_batch | upside down
+# EXERCISE balancing_batch
+def balancing_batch(flops_per_s, bytes_per_s, bytes_per_weight):
+    return 2 * bytes_per_s / (flops_per_s * bytes_per_weight)
+
+
+# %% WRONG balancing_batch | now count texts
+# EXERCISE balancing_batch
+def balancing_batch(flops_per_s, bytes_per_s, bytes_per_weight):
+    return flops_per_s / bytes_per_s
+
+
+# %% WRONG balancing_batch | longer to read
+# EXERCISE balancing_batch
+def balancing_batch(flops_per_s, bytes_per_s, bytes_per_weight):
+    return flops_per_s / (2 * bytes_per_s * bytes_per_weight)
+
+
+# %% WRONG attention_bytes | written and read too
+# EXERCISE attention_bytes
+def attention_bytes(positions, head_dim, element_bytes):
+    fused = 4 * positions * head_dim * element_bytes
+    return fused + 2 * positions**2 * element_bytes, fused
+
+
+# %% WRONG attention_bytes | the output is written
+# EXERCISE attention_bytes
+def attention_bytes(positions, head_dim, element_bytes):
+    fused = 3 * positions * head_dim * element_bytes
+    return fused + 4 * positions**2 * element_bytes, fused
+
+
+# %% WRONG attention_bytes | the order is (plain, fused)
+# EXERCISE attention_bytes
+def attention_bytes(positions, head_dim, element_bytes):
+    fused = 4 * positions * head_dim * element_bytes
+    return fused, fused + 4 * positions**2 * element_bytes
+
+
+# %% WRONG attention_bytes | multiply by element_bytes
+# EXERCISE attention_bytes
+def attention_bytes(positions, head_dim, element_bytes):
+    fused = 4 * positions * head_dim
+    return fused + 4 * positions**2, fused
+
+
+# %% WRONG largest_batch | not for you
+# EXERCISE largest_batch
+def largest_batch(memory_bytes, parameters, weight_bits, position_bytes, positions):
+    free = memory_bytes - parameters * weight_bits / 8
+    return max(int(free // (positions * position_bytes)), 0)
+
+
+# %% WRONG largest_batch | take them off first
+# EXERCISE largest_batch
+def largest_batch(memory_bytes, parameters, weight_bits, position_bytes, positions):
+    return int(memory_bytes * 0.92 // (positions * position_bytes))
+
+
+# %% WRONG largest_batch | negative number of texts
+# EXERCISE largest_batch
+def largest_batch(memory_bytes, parameters, weight_bits, position_bytes, positions):
+    free = memory_bytes * 0.92 - parameters * weight_bits / 8
+    return int(free // (positions * position_bytes))
+
+
+# %% WRONG largest_batch | whole number
+# EXERCISE largest_batch
+def largest_batch(memory_bytes, parameters, weight_bits, position_bytes, positions):
+    free = memory_bytes * 0.92 - parameters * weight_bits / 8
+    return max(free / (positions * position_bytes), 0)
+
+
+# %% WRONG replayed_step | never reached the recorded memory
+# EXERCISE replayed_step
+def replayed_step(step, example, record):
+    buffer = example.clone()
+    tape, output = record(lambda: step(buffer))
+
+    def call(x):
+        buffer = x  # noqa: F841
+        tape.replay()
+        return output.clone()
+
+    return call
+
+
+# %% WRONG replayed_step | nothing ran again
+# EXERCISE replayed_step
+def replayed_step(step, example, record):
+    buffer = example.clone()
+    tape, output = record(lambda: step(buffer))
+
+    def call(x):
+        buffer.copy_(x)
+        return output.clone()
+
+    return call
+
+
+# %% WRONG replayed_step | became the last one
+# EXERCISE replayed_step
+def replayed_step(step, example, record):
+    buffer = example.clone()
+    tape, output = record(lambda: step(buffer))
+    results = []
+
+    def call(x):
+        buffer.copy_(x)
+        tape.replay()
+        results.append(output)
+        return output
+
+    return call
+
+
+# %% WRONG replayed_step | record on a copy
+# EXERCISE replayed_step
+def replayed_step(step, example, record):
+    tape, output = record(lambda: step(example))
+
+    def call(x):
+        example.copy_(x)
+        tape.replay()
+        return output.clone()
+
+    return call
+
+
+# %% WRONG replayed_step | do it once
+# EXERCISE replayed_step
+def replayed_step(step, example, record):
+    def call(x):
+        tape, output = record(lambda: step(x))
+        return output.clone()
+
+    return call
+
+
+# %% WRONG threads_to_saturate | round up
+# EXERCISE threads_to_saturate
+def threads_to_saturate(channels, transfers_per_s, lines, latency_s):
+    return int(channels * transfers_per_s * 8 / (lines * 64 / latency_s))
+
+
+# %% WRONG threads_to_saturate | 64 bits a transfer are 8 bytes
+# EXERCISE threads_to_saturate
+def threads_to_saturate(channels, transfers_per_s, lines, latency_s):
+    return math.ceil(channels * transfers_per_s * 64 / (lines * 64 / latency_s))
+
+
+# %% WRONG threads_to_saturate | lines are not bytes
+# EXERCISE threads_to_saturate
+def threads_to_saturate(channels, transfers_per_s, lines, latency_s):
+    return math.ceil(channels * transfers_per_s * 8 / (lines / latency_s))
+
+
+# %% WRONG threads_to_saturate | upside down
+# EXERCISE threads_to_saturate
+def threads_to_saturate(channels, transfers_per_s, lines, latency_s):
+    return math.ceil((lines * 64 / latency_s) / (channels * transfers_per_s * 8))
+
+
+# %% WRONG saxpy_kernel | every program worked on the first block
+# EXERCISE saxpy_kernel
+def saxpy_kernel(x, y, out, a, n, BLOCK: "tl.constexpr"):
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < n
+    tl.store(out + offsets, a * tl.load(x + offsets, mask=mask) + tl.load(y + offsets, mask=mask), mask=mask)
+
+
+# %% WRONG saxpy_kernel | programs overlap
+# EXERCISE saxpy_kernel
+def saxpy_kernel(x, y, out, a, n, BLOCK: "tl.constexpr"):
+    offsets = tl.program_id(0) + tl.arange(0, BLOCK)
+    mask = offsets < n
+    tl.store(out + offsets, a * tl.load(x + offsets, mask=mask) + tl.load(y + offsets, mask=mask), mask=mask)
+
+
+# %% WRONG saxpy_kernel | behind the end
+# EXERCISE saxpy_kernel
+def saxpy_kernel(x, y, out, a, n, BLOCK: "tl.constexpr"):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + offsets, a * tl.load(x + offsets) + tl.load(y + offsets))
+
+
+# %% WRONG saxpy_kernel | only x is multiplied
+# EXERCISE saxpy_kernel
+def saxpy_kernel(x, y, out, a, n, BLOCK: "tl.constexpr"):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    tl.store(out + offsets, a * (tl.load(x + offsets, mask=mask) + tl.load(y + offsets, mask=mask)), mask=mask)
+
+
+# %% WRONG rms_norm_kernel | divided by BLOCK
+# EXERCISE rms_norm_kernel
+def rms_norm_kernel(x, gain, out, n, eps, BLOCK: "tl.constexpr"):
+    start, columns = tl.program_id(0) * n, tl.arange(0, BLOCK)
+    mask = columns < n
+    row = tl.load(x + start + columns, mask=mask, other=0.0)
+    inverse = 1 / tl.sqrt(tl.sum(row * row, axis=0) / BLOCK + eps)
+    tl.store(out + start + columns, row * inverse * tl.load(gain + columns, mask=mask, other=0.0), mask=mask)
+
+
+# %% WRONG rms_norm_kernel | eps is missing
+# EXERCISE rms_norm_kernel
+def rms_norm_kernel(x, gain, out, n, eps, BLOCK: "tl.constexpr"):
+    start, columns = tl.program_id(0) * n, tl.arange(0, BLOCK)
+    mask = columns < n
+    row = tl.load(x + start + columns, mask=mask, other=0.0)
+    inverse = 1 / tl.sqrt(tl.sum(row * row, axis=0) / n)
+    tl.store(out + start + columns, row * inverse * tl.load(gain + columns, mask=mask, other=0.0), mask=mask)
+
+
+# %% WRONG rms_norm_kernel | gains are missing
+# EXERCISE rms_norm_kernel
+def rms_norm_kernel(x, gain, out, n, eps, BLOCK: "tl.constexpr"):
+    start, columns = tl.program_id(0) * n, tl.arange(0, BLOCK)
+    mask = columns < n
+    row = tl.load(x + start + columns, mask=mask, other=0.0)
+    inverse = 1 / tl.sqrt(tl.sum(row * row, axis=0) / n + eps)
+    tl.store(out + start + columns, row * inverse, mask=mask)
+
+
+# %% WRONG rms_norm_kernel | a row has n numbers
+# EXERCISE rms_norm_kernel
+def rms_norm_kernel(x, gain, out, n, eps, BLOCK: "tl.constexpr"):
+    start, columns = tl.program_id(0) * n, tl.arange(0, BLOCK)
+    row = tl.load(x + start + columns)
+    inverse = 1 / tl.sqrt(tl.sum(row * row, axis=0) / n + eps)
+    tl.store(out + start + columns, row * inverse * tl.load(gain + columns))
+
+
+# %% WRONG int8_gemv_kernel | the scale is missing
+# EXERCISE int8_gemv_kernel
+def int8_gemv_kernel(codes, scales, x, out, n, BLOCK: "tl.constexpr"):
+    r = tl.program_id(0)
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, n, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        sums += tl.load(codes + r * n + k, mask=k < n, other=0) * tl.load(x + k, mask=k < n, other=0.0)
+    tl.store(out + r, tl.sum(sums, axis=0))
+
+
+# %% WRONG int8_gemv_kernel | only the first block
+# EXERCISE int8_gemv_kernel
+def int8_gemv_kernel(codes, scales, x, out, n, BLOCK: "tl.constexpr"):
+    r, k = tl.program_id(0), tl.arange(0, BLOCK)
+    sums = tl.load(codes + r * n + k, mask=k < n, other=0) * tl.load(x + k, mask=k < n, other=0.0)
+    tl.store(out + r, tl.sum(sums, axis=0) * tl.load(scales + r))
+
+
+# %% WRONG int8_gemv_kernel | each block replaced the sum
+# EXERCISE int8_gemv_kernel
+def int8_gemv_kernel(codes, scales, x, out, n, BLOCK: "tl.constexpr"):
+    r = tl.program_id(0)
+    for start in range(0, n, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        sums = tl.load(codes + r * n + k, mask=k < n, other=0) * tl.load(x + k, mask=k < n, other=0.0)
+    tl.store(out + r, tl.sum(sums, axis=0) * tl.load(scales + r))
+
+
+# %% WRONG int8_gemv_kernel | not at r
+# EXERCISE int8_gemv_kernel
+def int8_gemv_kernel(codes, scales, x, out, n, BLOCK: "tl.constexpr"):
+    r = tl.program_id(0)
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, n, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        sums += tl.load(codes + r + k, mask=k < n, other=0) * tl.load(x + k, mask=k < n, other=0.0)
+    tl.store(out + r, tl.sum(sums, axis=0) * tl.load(scales + r))
+
+
+# %% WRONG int8_gemv_kernel | into the next row
+# EXERCISE int8_gemv_kernel
+def int8_gemv_kernel(codes, scales, x, out, n, BLOCK: "tl.constexpr"):
+    r = tl.program_id(0)
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, n, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        sums += tl.load(codes + r * n + k) * tl.load(x + k)
+    tl.store(out + r, tl.sum(sums, axis=0) * tl.load(scales + r))
+
+
+# %% WRONG online_update | the old total
+# EXERCISE online_update
+def online_update(m, total, mixed, scores, values):
+    larger = torch.maximum(m, scores.max())
+    powers = torch.exp(scores - larger)
+    return larger, total + powers.sum(), mixed * torch.exp(m - larger) + powers @ values
+
+
+# %% WRONG online_update | nothing old was rescaled
+# EXERCISE online_update
+def online_update(m, total, mixed, scores, values):
+    larger = torch.maximum(m, scores.max())
+    powers = torch.exp(scores - larger)
+    return larger, total + powers.sum(), mixed + powers @ values
+
+
+# %% WRONG online_update | the old maximum was forgotten
+# EXERCISE online_update
+def online_update(m, total, mixed, scores, values):
+    larger = scores.max()
+    shrink, powers = torch.exp(m - larger), torch.exp(scores - larger)
+    return larger, total * shrink + powers.sum(), mixed * shrink + powers @ values
+
+
+# %% WRONG online_update | once, at the end
+# EXERCISE online_update
+def online_update(m, total, mixed, scores, values):
+    larger = torch.maximum(m, scores.max())
+    shrink, powers = torch.exp(m - larger), torch.exp(scores - larger)
+    total = total * shrink + powers.sum()
+    return larger, total, (mixed * shrink + powers @ values) / total
+
+
+# %% WRONG price_per_million | the energy is missing
+# EXERCISE price_per_million
+def price_per_million(tokens_per_s, price_per_hour, watts, price_per_kwh):
+    return 1e6 / tokens_per_s / 3600 * price_per_hour
+
+
+# %% WRONG price_per_million | not kilowatts
+# EXERCISE price_per_million
+def price_per_million(tokens_per_s, price_per_hour, watts, price_per_kwh):
+    return 1e6 / tokens_per_s / 3600 * (price_per_hour + watts * price_per_kwh)
+
+
+# %% WRONG price_per_million | those are seconds
+# EXERCISE price_per_million
+def price_per_million(tokens_per_s, price_per_hour, watts, price_per_kwh):
+    return 1e6 / tokens_per_s * (price_per_hour + watts / 1000 * price_per_kwh)
