@@ -9,6 +9,7 @@ from test_training import TEXTS
 
 from labutils.models import students, training
 from labutils.models.checkpoint import sha256
+from labutils.models.lablm import SHAPES
 from labutils.models.load import load_model
 
 
@@ -52,6 +53,20 @@ def test_run_point_trains_writes_one_line_and_resumes(loss, tmp_path, monkeypatc
     assert (tmp_path / point.name / "checkpoint" / "model.safetensors").is_file()
 
 
+def test_sibling_run_makes_the_shipped_shape_and_learns_from_the_teacher_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "sources", lambda *, packages: TEXTS)
+    run, loss_of = students.sibling_run(4, mixed_precision=False, state_dir=tmp_path)
+    shape, config = SHAPES["lablm-small"], run.model.config
+    assert (config.num_hidden_layers, config.intermediate_size) == (shape.layers, shape.intermediate_size)
+    assert {run.plan.shape_of_code(step) for step in range(4)} == {(4, 1024)}
+    ids = run.tokenizer("import os\n", return_tensors="pt").input_ids
+    teacher = load_model("lablm").model
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=ids).logits[0, :-1] for model in (run.model, teacher))
+        expected = torch.nn.functional.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="batchmean")
+        torch.testing.assert_close(loss_of(ids, ids), expected)
+
+
 def rows_with(gaps):
     return [
         {"size": "tiny", "loss": loss, "seed": seed, "steps": 1, "documents": [[2.0 + (gap if loss == "KD" else 0), 1]]}
@@ -71,6 +86,12 @@ def test_effect_by_hand():
 def test_effects_need_two_seeds():
     with pytest.raises(ValueError, match="at least 2 seeds with both losses; got 1 for tiny"):
         students.effects(rows_with([-0.1]))
+
+
+def test_effects_refuse_runs_of_different_length():
+    rows = rows_with([-0.1, -0.2])
+    with pytest.raises(ValueError, match=r"runs of one length may be compared; got \[1, 9\] steps"):
+        students.effects(rows + [row | {"steps": 9} for row in rows])
 
 
 def test_mean_interval_needs_a_known_number_of_seeds():
@@ -108,6 +129,16 @@ def test_committed_references_are_the_shipped_models_on_the_students_items():
         assert scores["weights"] == sha256(students.DATA / name / "model.safetensors"), f"delete {students.REFERENCES}"
         assert set(scores["right"]) == set(students.service.TASKS) and scores["items"] == 100
         assert all(0 <= right <= 100 for right in scores["right"].values()) and len(scores["documents"]) == 17
+
+
+def test_shipped_sibling_has_its_shape_and_its_record():
+    shape = SHAPES["lablm-small"]
+    config = load_model("lablm-small").model.config
+    assert (config.num_hidden_layers, config.intermediate_size) == (shape.layers, shape.intermediate_size)
+    assert (shape.layers, shape.intermediate_size) == (len(students.SIBLING.layers), students.SIBLING.neurons)
+    lines = (students.DATA / "results" / "lablm_small_choices.jsonl").read_text(encoding="utf-8").splitlines()
+    ends = {(*c["layers"], c["neurons"]): c["curve"][-1]["validation_bits_per_byte"] for c in map(json.loads, lines)}
+    assert min(ends, key=ends.get) == (*students.SIBLING.layers, students.SIBLING.neurons)
 
 
 def test_points_finish_a_seed_before_the_next():

@@ -1,4 +1,4 @@
-"""`python -m labutils train`: train LabLM or LabLM-small, resuming where a killed run stopped."""
+"""`python -m labutils train`: train LabLM, or distil LabLM-small from it, resuming where a killed run stopped."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-HELP = "train LabLM or LabLM-small from the corpus, resuming where a killed run stopped"
+HELP = "train LabLM, or distil LabLM-small from it, resuming where a killed run stopped"
 NEEDS_ENVIRONMENT = True
 
 
@@ -16,9 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps")
     parser.add_argument("--state", type=Path, help="folder of the resumable state (default: training-state/MODEL)")
     parser.add_argument("--out", type=Path, help="folder of the finished checkpoint (default: STATE/checkpoint)")
-    parser.add_argument("--tokenizer-from", type=Path, help="take this model's tokenizer instead of training one")
+    parser.add_argument("--tokenizer-from", type=Path, help="LabLM: take this model's tokenizer, train none")
+    parser.add_argument("--init-from", type=Path, help="LabLM: start from this checkpoint's weights")
     parser.add_argument(
-        "--init-from", type=Path, help="start from this checkpoint's weights, or from some of its layers"
+        "--mixed-precision", action="store_true", help="products in bfloat16: fast with AMX or a GPU, else slow"
     )
     parser.add_argument("--micro-batch", type=int, default=1024, help="tokens in one forward pass")
     parser.add_argument("--save-every", type=int, default=50, help="steps between saves and validations")
@@ -30,26 +31,29 @@ def run(args: argparse.Namespace) -> int:
     """Trains and writes the checkpoint. Under torchrun, its processes share every step's batch."""
     import torch.distributed as dist
 
-    from labutils.models import training
+    from labutils.models import students, training
     from labutils.models.checkpoint import save_checkpoint
+    from labutils.models.load import load_model
 
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    state = args.state or Path("training-state") / args.model
-    plan = training.TrainingPlan(model=args.model, steps=args.steps)
-    current = training.Run(
-        plan,
-        state_dir=state,
-        packages=not args.no_packages,
-        tokenizer_from=args.tokenizer_from,
-        init_from=args.init_from,
-    )
+    state, loss_of = args.state or Path("training-state") / args.model, None
+    options = {"state_dir": state, "packages": not args.no_packages}
+    if args.model == "lablm-small":
+        if args.tokenizer_from or args.init_from:
+            raise ValueError("lablm-small begins as a pruned lablm: leave out --tokenizer-from and --init-from")
+        current, loss_of = students.sibling_run(args.steps, mixed_precision=args.mixed_precision, **options)
+    else:
+        plan = training.TrainingPlan(model=args.model, steps=args.steps, mixed_precision=args.mixed_precision)
+        start = load_model(args.init_from).model if args.init_from else None
+        current = training.Run(plan, tokenizer_from=args.tokenizer_from, start=start, **options)
     training.train(
         current,
         micro_batch=args.micro_batch,
         compile_model=not args.no_compile,
         save_every=args.save_every,
         log=lambda line: print(line, file=sys.stderr, flush=True),
+        loss_of=loss_of,
     )
     if training.rank() == 0:
         out = args.out or state / "checkpoint"

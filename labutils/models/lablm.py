@@ -21,7 +21,7 @@ class Shape:
 
 SHAPES = {
     "lablm": Shape(layers=6),
-    "lablm-small": Shape(layers=2),
+    "lablm-small": Shape(layers=3, intermediate_size=256),
 }
 
 

@@ -24,6 +24,7 @@ from labutils.models.load import LanguageModel, load_model
 from labutils.models.training import Run, TrainingPlan, train
 from labutils.paths import DATA, ROOT
 from labutils.pruning.structured import keep_layers, keep_neurons, neuron_scores, strongest
+from labutils.training.losses import LossOf, teacher_loss
 
 RESULTS = DATA / "results" / "distillation_runs.jsonl"
 REFERENCES = DATA / "results" / "distillation_references.json"
@@ -45,6 +46,7 @@ SIZES = {
     "small": Size(layers=(0, 2, 5), neurons=256),
     "half": Size(layers=(0, 2, 5), neurons=768),
 }
+SIBLING = Size(layers=(0, 3, 5), neurons=256)
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,28 @@ def run_point(
     return row
 
 
+def sibling_run(steps: int, *, mixed_precision: bool, **where) -> tuple[Run, LossOf]:
+    """LabLM-small's run and its loss. What differs from the experiment was chosen by short runs (see the model card).
+
+    Args:
+        steps: of the whole run.
+        mixed_precision: see `TrainingPlan`.
+        where: the folder of its state, and what else `Run` takes.
+    """
+    plan = TrainingPlan(
+        model="lablm-small",
+        steps=steps,
+        code_tokens=4096,
+        dialogues=24,
+        long_fraction=1.0,  # in short sequences a pruned teacher forgets how to copy from afar
+        decay_fraction=0.5,
+        mixed_precision=mixed_precision,
+    )
+    teacher = load_model("lablm")
+    run = Run(plan, tokenizer_from=DATA / "lablm", start=first_student(teacher, SIBLING), **where)
+    return run, teacher_loss(run.model, teacher.model.to(run.device))
+
+
 def scores(loaded: LanguageModel, *, items: int) -> dict:
     """Bits and bytes of each held-out module, and right answers of each service task, on what training never showed."""
     documents = held_out_documents(limit_bytes=8_000)
@@ -177,8 +201,10 @@ def effects(rows: list[dict]) -> list[Effect]:
     """One line a size: means over seeds, and Student's 95% interval of the paired differences.
 
     Raises:
-        ValueError: when a size has fewer than two seeds with both losses.
+        ValueError: when a size has fewer than two seeds with both losses, or the runs differ in length.
     """
+    if len(lengths := {row["steps"] for row in rows}) > 1:
+        raise ValueError(f"only runs of one length may be compared; got {sorted(lengths)} steps")
     found = []
     for size in dict.fromkeys(row["size"] for row in rows):
         by = {(r["loss"], r["seed"]): bits_per_byte_of(r) for r in rows if r["size"] == size}

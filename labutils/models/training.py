@@ -13,7 +13,6 @@ import torch.distributed as dist
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from labutils.data import corpus
-from labutils.distillation.student import take_layers_
 from labutils.models.evaluate_text import bits_per_byte
 from labutils.models.lablm import SHAPES, llama_config
 from labutils.models.mixture import (
@@ -118,7 +117,6 @@ class Run(TrainingState):
         state_dir: Path,
         packages: bool = True,
         tokenizer_from: Path | None = None,
-        init_from: Path | None = None,
         start: LlamaForCausalLM | None = None,
         data_dir: Path | None = None,
     ):
@@ -133,8 +131,6 @@ class Run(TrainingState):
         self.streams = read_streams(data_dir)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         model = (start or new_model(plan, self.tokenizer)).to(self.device)
-        if init_from is not None:
-            take_layers_(model, LlamaForCausalLM.from_pretrained(init_from, dtype=torch.float32))
         super().__init__(model, optimizers(model, plan))
         if self.state_path.is_file():
             self._load()
