@@ -83,6 +83,20 @@ def test_effect_by_hand():
     assert students.effects(rows_with([-0.19, -0.2, -0.21]))[0].is_shown
 
 
+def test_effects_of_another_score():
+    rows = rows_with([-0.1, -0.2])
+    for row, right in zip(rows, [50, 60, 50, 70], strict=True):  # CE and KD of two seeds
+        row |= {"right": {"intent": right, "answer": 100}, "items": 100}
+    (effect,) = students.effects(rows, students.wrong_share)
+    assert (effect.ce, effect.kd) == (pytest.approx(0.25), pytest.approx(0.175))
+
+
+def test_committed_runs_are_the_whole_experiment():
+    runs = students.longest_runs()
+    assert students.remaining(students.points(seeds=3, steps=runs[0]["steps"])) == []
+    assert [e.seeds for e in students.effects(runs)] == [3, 3, 3]
+
+
 def test_effects_need_two_seeds():
     with pytest.raises(ValueError, match="at least 2 seeds with both losses; got 1 for tiny"):
         students.effects(rows_with([-0.1]))
@@ -99,12 +113,15 @@ def test_mean_interval_needs_a_known_number_of_seeds():
         students.mean_interval([1.0])
 
 
-def test_longest_runs_leave_out_what_was_shorter(tmp_path):
+def test_longest_runs_leave_out_what_was_shorter_or_is_not_finished(tmp_path):
     path = tmp_path / "runs.jsonl"
+    path.touch()
     assert students.longest_runs(path) == []
-    rows = [row | {"steps": steps} for steps in (2, 9) for row in rows_with([-0.1])]
+    rows = [vars(p) for steps in (2, 9) for p in students.points(seeds=2, steps=steps)] + [
+        vars(p) for p in students.points(seeds=1, steps=30)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    assert students.longest_runs(path) == rows[2:]
+    assert students.longest_runs(path) == rows[12:24]
 
 
 def test_validation_curves_take_the_validated_steps_of_each_loss():

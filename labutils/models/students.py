@@ -180,9 +180,14 @@ def bits_per_byte_of(row: dict) -> float:
     return sum(bits for bits, _ in row["documents"]) / sum(size for _, size in row["documents"])
 
 
+def wrong_share(row: dict) -> float:
+    """Share of a run's service items, over all tasks, that were answered wrong."""
+    return 1 - sum(row["right"].values()) / (row["items"] * len(row["right"]))
+
+
 @dataclass(frozen=True)
 class Effect:
-    """What the teacher changed at one size: KD minus CE in bits per byte, paired by seed."""
+    """What the teacher changed at one size: KD minus CE, paired by seed, in a score of which less is better."""
 
     size: str
     ce: float
@@ -197,7 +202,7 @@ class Effect:
         return self.interval[1] < 0
 
 
-def effects(rows: list[dict]) -> list[Effect]:
+def effects(rows: list[dict], score: Callable[[dict], float] = bits_per_byte_of) -> list[Effect]:
     """One line a size: means over seeds, and Student's 95% interval of the paired differences.
 
     Raises:
@@ -207,7 +212,7 @@ def effects(rows: list[dict]) -> list[Effect]:
         raise ValueError(f"only runs of one length may be compared; got {sorted(lengths)} steps")
     found = []
     for size in dict.fromkeys(row["size"] for row in rows):
-        by = {(r["loss"], r["seed"]): bits_per_byte_of(r) for r in rows if r["size"] == size}
+        by = {(r["loss"], r["seed"]): score(r) for r in rows if r["size"] == size}
         seeds = sorted(seed for loss, seed in by if loss == "CE" and ("KD", seed) in by)
         if len(seeds) < 2:
             raise ValueError(f"an interval needs at least 2 seeds with both losses; got {len(seeds)} for {size}")
@@ -231,9 +236,10 @@ def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
 
 
 def longest_runs(path: Path = RESULTS) -> list[dict]:
-    """The recorded runs with the most steps: runs of different length are never compared."""
+    """The recorded runs with the most steps at which every size has two seeds or more: lengths are never mixed."""
     rows = list(read_runs(path))
-    return [row for row in rows if row["steps"] == max(r["steps"] for r in rows)]
+    whole = [steps for steps in {row["steps"] for row in rows} if not remaining(points(seeds=2, steps=steps), path)]
+    return [row for row in rows if row["steps"] == max(whole)]
 
 
 def validation_curves(rows: list[dict]) -> tuple[dict[str, list[list[float]]], list[int]]:
