@@ -115,7 +115,7 @@ def test_mean_interval_needs_a_known_number_of_seeds():
 
 def test_longest_runs_leave_out_what_was_shorter_or_is_not_finished(tmp_path):
     path = tmp_path / "runs.jsonl"
-    path.touch()
+    path.write_text(json.dumps(vars(students.Point("tiny", "CE", 0, 2))) + "\n", encoding="utf-8")
     assert students.longest_runs(path) == []
     rows = [vars(p) for steps in (2, 9) for p in students.points(seeds=2, steps=steps)] + [
         vars(p) for p in students.points(seeds=1, steps=30)

@@ -239,7 +239,7 @@ def longest_runs(path: Path = RESULTS) -> list[dict]:
     """The recorded runs with the most steps at which every size has two seeds or more: lengths are never mixed."""
     rows = list(read_runs(path))
     whole = [steps for steps in {row["steps"] for row in rows} if not remaining(points(seeds=2, steps=steps), path)]
-    return [row for row in rows if row["steps"] == max(whole)]
+    return [row for row in rows if row["steps"] == max(whole, default=None)]
 
 
 def validation_curves(rows: list[dict]) -> tuple[dict[str, list[list[float]]], list[int]]:
