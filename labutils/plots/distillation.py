@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from labutils.models.students import mean_interval
@@ -73,6 +74,7 @@ def draw_effects(ax: Axes, effects: Sequence) -> None:
     ax.set_yticks(range(len(effects)), [f"{e.size} ({e.seeds} seeds)" for e in effects])
     ax.set_ylim(-0.6, len(effects) - 0.4)
     ax.invert_yaxis()
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.set_xlabel("KD minus CE, bits per byte (left: better)")
     shown = sum(e.is_shown for e in effects)
     ax.set_title(f"KD beats CE at {shown} of {len(effects)} sizes")
