@@ -47,8 +47,8 @@ def test_training_draws_the_mean_and_student_s_interval_and_no_band_for_one_seed
 
 
 def test_effects_count_only_what_lies_wholly_below_zero(axes):
-    shown = Effect("tiny", 2.0, 1.8, -0.2, (-0.3, -0.1), 3)
-    unsure = Effect("half", 2.0, 1.9, -0.1, (-0.3, 0.1), 3)
+    shown = Effect("tiny", 2.0, 1.8, (-0.3, -0.1), 3)
+    unsure = Effect("half", 2.0, 1.9, (-0.3, 0.1), 3)
     plots.draw_effects(axes, [shown, unsure])
     assert axes.get_title() == "KD beats CE at 1 of 2 sizes"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["tiny (3 seeds)", "half (3 seeds)"]

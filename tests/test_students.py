@@ -83,6 +83,14 @@ def test_effect_by_hand():
     assert students.effects(rows_with([-0.19, -0.2, -0.21]))[0].is_shown
 
 
+@pytest.mark.parametrize(
+    "interval, verdict", [((-0.2, -0.1), "KD beats CE"), ((0.1, 0.2), "CE beats KD"), ((-0.1, 0.1), "not told apart")]
+)
+def test_effect_claims_what_its_interval_shows(interval, verdict):
+    line = str(students.Effect("tiny", 2.0, 1.9, interval, 3))
+    assert line.startswith("tiny   CE 2.0000  KD 1.9000  -0.1000 [") and line.endswith(f"3 seeds: {verdict}")
+
+
 def test_effects_of_another_score():
     rows = rows_with([-0.1, -0.2])
     for row, right in zip(rows, [50, 60, 50, 70], strict=True):  # CE and KD of two seeds

@@ -29,12 +29,7 @@ def run(args: Namespace) -> int:
             students.run_point(point, log=lambda line: print(line, file=sys.stderr, flush=True))
     rows = [row for row in students.read_runs() if row["steps"] == args.steps]
     try:
-        for effect in students.effects(rows):
-            low, high = effect.interval
-            print(
-                f"{effect.size:<6} CE {effect.ce:.4f}  KD {effect.kd:.4f}  difference {effect.difference:+.4f} "
-                f"[{low:+.4f}, {high:+.4f}] bits per byte, {effect.seeds} seeds"
-            )
+        print("bits per byte, held out:", *students.effects(rows), sep="\n")
     except ValueError as error:
         print(f"no table yet: {error}")
     return 0

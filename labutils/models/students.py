@@ -192,14 +192,26 @@ class Effect:
     size: str
     ce: float
     kd: float
-    difference: float
     interval: tuple[float, float]
     seeds: int
+
+    @property
+    def difference(self) -> float:
+        """What the teacher changed (negative: it helped)."""
+        return self.kd - self.ce
 
     @property
     def is_shown(self) -> bool:
         """Whether the 95% interval lies below zero: only then may one say that KD beats CE."""
         return self.interval[1] < 0
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        verdict = "KD beats CE" if self.is_shown else "CE beats KD" if low > 0 else "not told apart"
+        return (
+            f"{self.size:<6} CE {self.ce:.4f}  KD {self.kd:.4f}  {self.difference:+.4f} [{low:+.4f}, {high:+.4f}]  "
+            f"{self.seeds} seeds: {verdict}"
+        )
 
 
 def effects(rows: list[dict], score: Callable[[dict], float] = bits_per_byte_of) -> list[Effect]:
@@ -218,7 +230,7 @@ def effects(rows: list[dict], score: Callable[[dict], float] = bits_per_byte_of)
             raise ValueError(f"an interval needs at least 2 seeds with both losses; got {len(seeds)} for {size}")
         gaps = [by["KD", seed] - by["CE", seed] for seed in seeds]
         means = [fmean(by[loss, seed] for seed in seeds) for loss in LOSSES]
-        found.append(Effect(size, *means, *mean_interval(gaps), len(seeds)))
+        found.append(Effect(size, *means, mean_interval(gaps)[1], len(seeds)))
     return found
 
 

@@ -710,20 +710,16 @@ from labutils.models.students import effects, longest_runs, validation_curves, w
 runs = longest_runs()
 table = effects(runs)
 
-
-def shown_effects(found):
-    for e in found:
-        low, high = e.interval
-        claim = "KD beats CE" if e.is_shown else "CE beats KD" if low > 0 else "not told apart"
-        print(
-            f"{e.size:<6} CE {e.ce:.4f}  KD {e.kd:.4f}  {e.difference:+.4f} [{low:+.4f}, {high:+.4f}]  {e.seeds} seeds: {claim}"
-        )
-
-
-print(f"{len(runs)} recorded runs of {runs[0]['steps']} steps, about 5,000 tokens each; bits per byte, held out:")
-shown_effects(table)
-print(f"share of wrong answers over four service tasks, {runs[0]['items']} items each:")
-shown_effects(effects(runs, wrong_share))
+print(
+    f"{len(runs)} recorded runs of {runs[0]['steps']} steps, about 5,000 tokens each; bits per byte, held out:",
+    *table,
+    sep="\n",
+)
+print(
+    f"share of wrong answers over four service tasks, {runs[0]['items']} items each:",
+    *effects(runs, wrong_share),
+    sep="\n",
+)
 
 # %%
 figure, panels = plt.subplots(1, 1 + len(table), figsize=(4.4 * (1 + len(table)), 3.8), layout="constrained")
