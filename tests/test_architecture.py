@@ -8,15 +8,27 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "labutils"
 FLOORS = [
     {"paths", "measurement", "layers", "training"},
-    {"generation", "quantization", "pruning", "distillation", "acceleration", "xla", "fpga", "distributed"},  # topics
+    {
+        "generation",
+        "quantization",
+        "pruning",
+        "distillation",
+        "acceleration",
+        "xla",
+        "fpga",
+        "distributed",
+        "decoding",
+    },  # topics
     {"models", "data"},
     {"checks", "plots", "widgets", "course"},
     {"cli", "bench"},
 ]
-# Rooms of one floor that may use each other. Topics never do.
+# Rooms of one floor that may use each other. Topics do not, but for decoding.
 NEIGHBOURS = {
     ("measurement", "paths"),
     ("layers", "paths"),
+    ("measurement", "layers"),  # what a model is, is read in one place: layers/architecture.py
+    ("decoding", "generation"),  # chapter 10 speeds up the verbs of chapter 01
     ("models", "data"),
     ("course", "checks"),
     ("widgets", "plots"),
@@ -26,8 +38,18 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 320, 45
 TABLES = {"data/service_grammar.py"}  # data, not code
 # The design's aims were 500 lines a topic and 5,000 in all; the checks' hints and references alone take 1,400 for four
 # chapters. These bounds keep growth in sight: raise one only beside a chapter that needs it.
-MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_300, 17_250
-TOPICS = ("generation", "quantization", "pruning", "distillation", "acceleration", "xla", "fpga", "distributed")
+MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_300, 19_900
+TOPICS = (
+    "generation",
+    "quantization",
+    "pruning",
+    "distillation",
+    "acceleration",
+    "xla",
+    "fpga",
+    "distributed",
+    "decoding",
+)
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
