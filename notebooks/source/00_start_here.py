@@ -68,7 +68,7 @@ ask("请帮我取消订单B73025。")
 #
 # **Predict first:** how many tokens does this machine write per second? Note your guess.
 #
-# A single run answers nothing. The first run warms caches up, other programs disturb, clocks change. So we run several
+# One run tells you nothing: the first call warms up the caches, other programs interfere, and clock speeds drift. So we run several
 # times, drop the warm-up, and report the **median** with its spread.
 
 # %% [markdown]
@@ -199,9 +199,10 @@ plt.show()
 # %% [markdown]
 # ## 5 · What this machine can do at best
 #
-# To write one token, a model must read all its weights from memory once. So memory bandwidth sets a ceiling for one
-# stream of text, however fast the arithmetic is. First measure the bandwidth: several probes, the best taken, on data
-# that does not fit the cache.
+# To write one token, a dense model must read all its weights from memory once. (A mixture of experts reads only the experts that
+# the token is sent to, and an embedding table that is not also the head is read by one row.) So memory bandwidth sets a ceiling for
+# one stream of text, however fast the arithmetic is. First measure the bandwidth: several probes, the best taken, on data
+# that does not fit the cache. On a busy machine even the best is too low: measure again when nothing else runs.
 
 # %%
 from labutils.measurement.roofline import measure_roofline
@@ -296,8 +297,8 @@ widgets.VBox([size_slider, ceiling_box])
 # %% [markdown]
 # ## 6 · Fix the article: its program
 #
-# This course began with an article on fast inference whose program is its proof. The loop below does what that program
-# does, in our own words and on your machine. Twenty inputs go in. **Predict:** how many answers come out?
+# This course began with a Chinese article on fast LLM inference that offers a program as its only evidence. The loop below does what
+# that program does, in our own words and on your machine. Twenty inputs go in. **Predict:** how many answers come out?
 
 # %%
 from torch import nn
@@ -394,8 +395,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# *The figure shows a hill around 0.5: values near one half are what knowing nothing looks like.* A result needs labels,
-# a comparison and a clock.
+# *A hill around 0.5: an accuracy near one half is what a network that knows nothing gets.* Why is the bar at exactly one half so tall?
+# (Look at what a network answers that gives every row the same class.) A result needs labels, a comparison and a clock.
 
 # %% [markdown]
 # ## 8 · Fix the article: its orders of magnitude

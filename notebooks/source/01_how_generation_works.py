@@ -232,11 +232,11 @@ figure.suptitle("The mask empties the future; softmax shares out what is left")
 plt.show()
 
 # %% [markdown]
-# *The figure shows the same three matrices: scores of each query with each key (no unit), the future masked, and the
-# shares, whose rows sum to 1. The first token can only look at itself.*
+# *The same three matrices: scores of each query with each key (no unit), the future masked, and the attention weights, whose rows
+# sum to 1. The token at position 0 can only look at itself.*
 #
-# Now look at the second row. It uses keys 1 and 2 and the query of token 2: **no later token can ever change it, and no
-# earlier query is needed**. Sections 3 and 4 live on this.
+# Now look at the row of position 1. It uses the keys at positions 0 and 1 and its own query: **no later token can ever change it, and
+# no earlier query is needed**. Sections 3 and 4 rely on this.
 
 # %% [markdown]
 # ## Exercise 1.2: causal_attention
@@ -725,10 +725,10 @@ print(f"tokens in one pass to reach the ridge: about {machine.ridge_flop_per_byt
 # *The figure shows both measured roofs, and where the two phases stand below them; the legend gives the share of the roof
 # that each reached.*
 #
-# **Explain.** Decode stands far left: two operations for every weight it fetches. Faster arithmetic would not help it;
-# fewer bytes (chapters 02 to 04) or more tokens in each pass (batching and speculation, chapter 10) would. What is
-# missing to the roof is time in which neither memory nor arithmetic worked at its best, such as starting many small
-# kernels from Python; chapter 06 profiles it.
+# **Explain.** Decode is far to the left: two operations for every weight it fetches. First read its share of the roof in the legend. Near
+# the roof, memory is the limit, and fewer bytes (chapters 02 to 04) or more tokens in each pass (batching and speculation) help. At
+# less than half of it, the limit is neither memory nor arithmetic: it is **overhead**, such as launching many small kernels from Python.
+# Then fewer bytes alone buy little. LabLM is a small model in eager PyTorch; chapter 06 profiles where its time goes.
 
 # %% [markdown]
 # A caution: LabLM is small enough to stay in many processors' cache. If the legend says *probe error*, the weights came
@@ -737,8 +737,8 @@ print(f"tokens in one pass to reach the ridge: about {machine.ridge_flop_per_byt
 # %% [markdown]
 # ## 7 · Timing without fooling yourself
 #
-# Somebody sends you this benchmark. The contestants are LabLM's decode step with a KV cache and ... the very same
-# function. `WithSetup` stands for everything that happens on a first call only: compilation, allocation, cold caches.
+# Somebody sends you this benchmark. It compares LabLM's cached decode step with ... itself. `WithSetup` stands for everything that
+# happens on a first call only: compilation, allocation, cold caches.
 #
 # **Predict:** what should a benchmark say about a function against itself?
 
@@ -959,7 +959,7 @@ speed_quality_widget(records)
 # - reading can be parallel, writing cannot: prefill and decode, two phases with two times;
 # - attention and a KV cache written by hand, proved equal to the naive loop;
 # - the bytes of a cache for any model, and why grouped-query attention exists;
-# - decode waits for memory, prefill for arithmetic, *where the measured roofline says so*;
+# - decode waits for memory and prefill for arithmetic only *where they come near the measured roof*; elsewhere they wait for overhead;
 # - a way of timing that a function cannot win against itself.
 #
 # **Open question:** decode uses a small part of this machine's arithmetic. If you had to decode for 20 users at once,

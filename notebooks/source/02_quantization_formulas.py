@@ -653,9 +653,10 @@ plt.show()
 # %% [markdown]
 # ## 10 · Four bits, better spent: NF4 and MXFP4
 #
-# **NF4** (Dettmers et al. 2023, arXiv:2305.14314) puts its 16 levels at quantiles of the normal distribution, so that each
-# is used about equally often: evenly spaced *probabilities*, turned into numbers, divided by the largest. Each block of 64
-# weights is divided by its max|w| and stored as the numbers of the nearest levels.
+# **NF4** (Dettmers et al. 2023, arXiv:2305.14314) puts its 16 levels at quantiles of the normal distribution, meant to be
+# used about equally often: evenly spaced *probabilities*, turned into numbers, divided by the largest. Each block of 64
+# weights is divided by its max|w| and stored as the numbers of the nearest levels. The figure below shows how equal it gets: numbers
+# divided by their block's maximum are no longer normal (Yoshida 2023, arXiv:2306.06965).
 #
 # **Double quantization** stores those maxima in 8 bits: 4 + 8/64 + 32/(64 · 256) bits per weight instead of 4 + 32/64.
 
@@ -714,10 +715,11 @@ def nf4_codes(block, levels):
 ch02_formats.nf4_codes(nf4_codes)
 
 # %% [markdown]
-# **MXFP4** (OCP Microscaling Formats 1.0) is what new hardware multiplies directly: blocks of 32, elements in E2M1, and a
-# scale that is a power of two stored as its exponent in 8 bits (E8M0): 4 + 8/32 = 4.25 bits.
+# **MXFP4** (OCP Microscaling Formats 1.0) is what newer GPUs such as NVIDIA's Blackwell multiply directly: blocks of 32, elements in
+# E2M1, and a scale that is a power of two stored as its exponent in 8 bits (E8M0): 4 + 8/32 = 4.25 bits.
 # **Tiny numbers:** the largest of a block is 12 = 1.5 · 2³. E2M1 reaches 1.5 · 2², so the shared exponent is 3 − 2 = 1:
-# 12 → 6 · 2, and 1.0 → 0.5 · 2.
+# 12 → 6 · 2, and 1.0 → 0.5 · 2. The rule rounds the exponent *down*: had the largest been 14, it would be cut to 12. Ties go to the even
+# code.
 
 # %%
 from labutils.quantization.floats import mxfp4_dequantize, mxfp4_quantize

@@ -34,9 +34,9 @@ print(f"{len(documents)} held-out modules, {torch.get_num_threads()} threads, fl
 #
 # Three ways, from near to far:
 #
-# - **one layer's output**: $\lVert (W-\hat W)X \rVert^2 / \lVert WX \rVert^2$;
+# - **one layer's output**: $\lVert X(W-\hat W)^\top \rVert^2 / \lVert XW^\top \rVert^2$;
 # - **bits per byte** on held-out code, *paired*: the difference on the same texts, with its own 95% interval;
-# - **tasks**: customers' intents named, and Chinese requests put into English, on phrasings that training never showed.
+# - **tasks**: customers' intents named, and Chinese requests put into English, in phrasings that recombine what training showed.
 #
 # `look` keeps the last two for the table at the end. A score over 40 items is coarse: one item is 2.5 points, and the
 # standard error of a share near one half is 8 points.
@@ -88,7 +88,7 @@ print(
 #
 # ## Exercise 3.1: output_error
 #
-# Write `output_error(weight, rounded, gram)`: $\lVert (W-\hat W)X \rVert^2 / \lVert W X \rVert^2$ as one number; weights
+# Write `output_error(weight, rounded, gram)`: $\lVert X(W-\hat W)^\top \rVert^2 / \lVert XW^\top \rVert^2$ as one number; weights
 # are (out, in), the Gram matrix (in, in). 3 lines, 6 minutes, difficulty 1 of 3.
 #
 # <details><summary>Hint 1</summary>d G dᵀ for every row d of the difference, then the sum over rows. And the same for W itself.</details>
@@ -302,7 +302,7 @@ plt.show()
 # meet large inputs larger *before* rounding, and divides the inputs by the same s in whatever comes before (a norm's
 # gain, or a linear layer): $(x/s)(W s)^\top = xW^\top$.
 #
-# $$s_j = \frac{\operatorname{mean}|x_j|^{\alpha}}{\sqrt{\max s \cdot \min s}}, \qquad \alpha \in \{0, 0.05, \dots, 0.95\}$$
+# $$\tilde s_j = \operatorname{mean}|x_j|^{\alpha}, \qquad s_j = \frac{\tilde s_j}{\sqrt{\max \tilde s \cdot \min \tilde s}}, \qquad \alpha \in \{0, 0.05, \dots, 0.95\}$$
 #
 # Each α is tried, and the one with the least output error stays; α = 0 is plain rounding. **Tiny numbers:** 2 bits,
 # one row, and an input that is ten times as large as the others.
@@ -380,7 +380,8 @@ look("AWQ 3", change_weights_(scaled, awq_round), size_of(scheme))
 
 # %% [markdown]
 # Look whether the scale alone helped here. AWQ's idea needs inputs that stick out. In models of billions of parameters a
-# few do, by a factor of up to 20 (Dettmers et al. 2022, arXiv:2208.07339); in a model as small as LabLM they do not.
+# few do behind the norms, by a factor of up to 20 (Dettmers et al. 2022, arXiv:2208.07339). In a model as small as LabLM they do not,
+# behind the norms; behind the SwiGLU, in the inputs of `down_proj`, it has large values of its own (section 5 meets them).
 #
 # So we **inject outliers**: three channels behind each norm become 30 times as large (norm gain × 30, the next weights'
 # columns ÷ 30). The model computes what it computed. This is a simulation of what large models have by nature.
@@ -416,7 +417,9 @@ plt.show()
 # *The figure shows the largest value of each input channel of one layer, sorted, before and after the injection.*
 #
 # Now AWQ's ablation ladder (its table 1): keep 1% of the columns in floating point and round the rest to 4 bits. Which
-# 1%? The control that makes it an experiment is a **random** 1%.
+# 1%? The control that makes it an experiment is a **random** 1%. Know what the injection fixes beforehand: it made three channels
+# large, 1% of the columns is three, and it divided just those columns' weights by 30. So the ladder can only show that the
+# criterion finds what was planted.
 
 # %%
 four_bits = scheme_of(4)
@@ -478,8 +481,9 @@ plt.show()
 # *The figure shows the loss of LabLM with injected outliers at 4 bits, groups of 64, with different columns kept in
 # floating point; the last row keeps none, but scales.*
 #
-# The norm of the weight says nothing about which columns matter; the activations do. And scaling gets about as far as
-# keeping columns, without a second number format.
+# The activations find the planted columns. The norm of the weight cannot find them here, because the injection made those weights
+# small; that row says nothing about weight norms in general. And scaling gets about as far as keeping columns, without a second
+# number format.
 
 # %% [markdown]
 # ## 5 · Activations in integers too
@@ -703,8 +707,10 @@ plt.show()
 # %% [markdown]
 # *The figure shows the loss against a full float32 cache on the same 17 texts of 256 tokens, for five ways to round it.*
 #
-# The keys' axis matters as in the paper. The values' axis does not show on LabLM, where the paper's larger model fell
-# apart: report what you measure. The cache gets smaller, not faster: this version unpacks everything in every step.
+# Each interval is against the full cache, so two that overlap do not tell keys by channel and keys by token apart; a paired difference of
+# the two would. The paper's larger model fell apart when its values were rounded along the other axis; look whether LabLM does.
+# The sizes are against a *float32* cache. Most engines keep fp16, against which every factor is half as large. The cache
+# gets smaller, not faster: this version unpacks everything in every step.
 
 # %% [markdown]
 # ## 7 · Training with the rounding in sight
@@ -752,8 +758,8 @@ look("QAT 2", trained.eval(), size_of(two_bits))
 
 # %% [markdown]
 # Compare with RTN at 2 bits above, and with GPTQ. Training needs gradients, memory for them, and text; a real run takes
-# thousands of steps where this one takes seconds. Both still fail at the tasks: bits per byte came most of the way back,
-# exact translations did not.
+# thousands of steps, ours takes the few printed above, too few to judge the method. Bits per byte came more than half of the way
+# back; look at the tasks before you call it repaired.
 
 # %% [markdown]
 # ## 8 · More bits where they count
@@ -848,16 +854,16 @@ except (ImportError, NotImplementedError, RuntimeError) as error:
 
 # %% [markdown]
 # There is no such function in `nn`. The second call finds no `nn.Linear` any more and does nothing. The packed weights
-# are no parameters, so `.to` moves nothing, and the integer kernels exist for CPUs only. The repair is one call, on the
-# CPU, or modules of your own as in the next section.
+# are no parameters, so `.to` moves nothing. (The last line shows only that the layer has no kernel for the device `meta`.) The
+# repair is one call, on the CPU, or modules of your own as in the next section.
 
 # %% [markdown]
 # ## 11 · Real speed: integers as they lie
 #
 # `fake_quantize` saves nothing: the weights are floats again before they are multiplied. To be faster, the machine has to
-# *read* fewer bytes. One token reads every weight once, so with B bytes and a bandwidth of W bytes a second
+# *read* fewer bytes. One token reads every weight once, so
 #
-# $$t_{\text{token}} \ge \frac{B}{W}$$
+# $$t_{\text{token}} \ge \frac{\text{bytes of weights}}{\text{bandwidth}}$$
 #
 # (the roofline of chapter 01, at the memory's end of it). Here is that floor for a model of 0.2 billion weights: random
 # ones, since values do not change speed.
@@ -882,7 +888,7 @@ for name, bits in (("float32", 32), ("int8, a scale per 64", 8.5), ("int4, a sca
 # %% [markdown]
 # ### How codes lie in memory
 #
-# A processor multiplies 32 bytes at a time. So the course's kernels (`labutils/quantization/kernels.c`: open it beside this
+# With AVX2 a processor multiplies 32 bytes at a time (64 with AVX-512, 16 on ARM's NEON). So the course's kernels (`labutils/quantization/kernels.c`: open it beside this
 # page) let eight rows travel together: a 32-byte vector holds 4 codes of each of 8 rows.
 #
 # ```
@@ -1148,8 +1154,8 @@ if kernels:
 # Before speed, the same numbers: each step's result must equal the first one's *to the last bit*. Whole-number sums allow
 # that, whatever the order; the float sums over blocks run in one order everywhere.
 #
-# The comparison is not for show. Written as `(codes[r * n + k] - 128) * x[k]`, the loop is right in C, and GCC 12.2 makes
-# wrong code of it on processors with VNNI (`-O3 -march=native`): this cell found that.
+# The comparison is not for show. Written as `(codes[r * n + k] - 128) * x[k]`, the loop is correct C, yet GCC 12.2 miscompiles it
+# on CPUs with VNNI (`-O3 -march=native`). This very cell caught it.
 
 # %%
 results = {}
@@ -1181,8 +1187,9 @@ for name, timing in timings.items():
 print(f"medians of 7 interleaved rounds, 1 warm-up, cpu; one thread up to step 6, uint8 codes, {ROWS} x {N}")
 
 # %% [markdown]
-# **Explain.** The first steps wait for arithmetic: more numbers per instruction help. The later ones wait for memory, where
-# only asking earlier and looking up less helps. A bar beyond the dashed line is no miracle: the probe read small pages, or
+# **Explain.** Find the largest step: it is the compiler's, once four rows share one pass over the input. The first steps wait for
+# arithmetic. The later ones come near to what memory gives, and there not every idea pays: a step whose interval overlaps the one
+# before it gained nothing here, and one may even lose. A bar beyond the dashed line is no miracle: the probe read small pages, or
 # part of the matrix sat in the cache (its size is printed at the head of this section; a virtual machine may state its host's).
 #
 # **Your turn, not graded:** change `NAIVE` (eight rows at a time? another block?), compile it with `compile_c`, and let
@@ -1198,8 +1205,9 @@ if kernels:
 #
 # A token is more than its matrices: normalising, attention and gates, a dozen small steps a layer. In NumPy or PyTorch
 # each costs some microseconds *whatever the weights*, and the faster the matrices, the more that counts. `steps.c`
-# does them in C; `fast_packed_llama` puts both together. Below, 0.13 billion random weights, decoded in float32,
-# int8 and int4, in one interleaved run.
+# does them in C; `fast_packed_llama` puts both together. Below, a model of random weights, decoded in float32, int8 and int4, in
+# one interleaved run. Two things differ between float32 and the others: the bytes, and the steps between the matrices, which
+# float32 takes in NumPy. So the ratio is not the gain of the bytes alone.
 
 # %%
 import copy
@@ -1310,9 +1318,9 @@ print(f"medians of 7 rounds, 3 calls each, 2 warm-up, cpu, {torch.get_num_thread
 # *The figure shows the speed of one layer relative to float32 of the same pass (above 1 is faster), for one, 16 and 256
 # tokens.*
 #
-# **Explain.** One token waits for memory, so fewer bytes pay. Many tokens share a weight and wait for arithmetic: there
-# packed layers have no bytes left to save, and only faster arithmetic helps. bfloat16 has that where the processor
-# multiplies it in hardware (AMX, AVX-512 BF16); on others it can be a hundred times slower than float32. Eager W8A8 pays
+# **Explain.** One token reads each weight for a single product, so fewer bytes pay (this one matrix may sit in a cache; the argument
+# holds there too). Many tokens share a weight and wait for arithmetic: there packed layers have no bytes left to save, and only faster
+# arithmetic helps. bfloat16 has that where the processor multiplies it in hardware (AMX, AVX-512 BF16). Eager W8A8 pays
 # for rounding, masking and scaling in separate calls; for one token they cost more than the product.
 
 # %% [markdown]
@@ -1375,9 +1383,9 @@ variants = {
 }
 
 # %% [markdown]
-# Two ways to generate. "PyTorch" runs the Hugging Face model with a static cache. The others use `FastLlama` (chapter 01's
-# decoder without PyTorch between the steps), on packed layers with every step in C. Where no C compiler is found, the
-# packed variants run in PyTorch too, and the legend's numbers tell.
+# Two ways to generate. "PyTorch" runs the Hugging Face model with a static cache. The others use `FastLlama` of
+# `labutils.generation`, a decoder for one stream without PyTorch between the steps: on packed layers with every step in C, in float32
+# with NumPy steps. Where no C compiler is found, the packed variants run in PyTorch too, and you will see it in the numbers.
 
 # %%
 from labutils.measurement import ledger

@@ -73,8 +73,8 @@ twins = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
 print("of rows [1 0], [1 0], [0 1] it prunes row", article_prunes(twins, threshold=0.5), "and keeps the copy")
 
 # %% [markdown]
-# No probability passes 1, and nothing is pruned. Worse, a *small* p means that row j has nothing in common with row i: the
-# rule throws the unique row away and keeps the double.
+# A probability cannot exceed 1, and nothing is pruned. Worse, among rows of equal length a *small* p means that row j has
+# little in common with row i: the rule throws the unique row away and keeps the double. (A short row also gets a small p.)
 #
 # What p really is: the multiple of row i that comes closest to row j. What is left over then is
 #
@@ -288,12 +288,13 @@ plt.show()
 # ## 3 · The surgeon's update
 #
 # Magnitude and Wanda only choose. **Optimal Brain Surgeon** (Hassibi and Stork 1993) also repairs: when weight q of a row w
-# becomes zero, the change of the others that hurts $\lVert (w-\hat w) X\rVert^2$ least, and what is then still lost, are
+# becomes zero, the change of the others that hurts $\lVert X(w-\hat w)^\top\rVert^2$ least, and what is then still lost, are
 #
 # $$\delta w = -\frac{w_q}{[H^{-1}]_{qq}}\, H^{-1}_{:,q}, \qquad \varepsilon_q = \frac{w_q^2}{[H^{-1}]_{qq}}, \qquad H = X^\top X$$
 #
-# (X holds one input a row.) **Tiny numbers:** two inputs that always agree, w = [1, 10]. Drop the 1: the other becomes 11, and
-# nothing is lost. Magnitude alone would have lost 1.
+# (X holds one input a row.) **Tiny numbers:** two inputs that almost always agree, w = [1, 10]. Drop the 1: the other becomes
+# almost 11, and almost nothing is lost. Magnitude alone would have lost 1. If they always agree, H is singular, so the code
+# adds a small number to its diagonal first (*damping*).
 
 # %% [markdown]
 # ## Exercise 4.5: remove_one
@@ -419,9 +420,11 @@ plt.show()
 # in three patterns, here. Right: the same three patterns for Llama-2-7B, perplexity above the dense 5.12, as published in
 # Wanda's repository (not measured here; another unit).*
 #
-# **Explain.** Two orderings carry over: SparseGPT beats both others, and the freer the pattern the less is lost (50%, then
-# 4:8, then 2:4). One need not: at 7B, magnitude is far behind Wanda, because a few input channels are huge. Those outliers
-# appear at a few billion parameters; LabLM has none, so here the two lie close together. Read your own numbers above before you
+# **Explain.** Compare the two panels criterion by criterion. One ordering carries over: the freer the pattern, the less is
+# lost (50%, then 4:8, then 2:4). Others do not. SparseGPT comes first in all three of our columns, but at 7B Wanda is
+# slightly ahead of it at 50% and at 4:8, and SparseGPT leads only at 2:4. And at 7B magnitude falls far behind, because a few
+# input channels are huge. Such outliers appear at about 6.7 billion parameters (Dettmers et al. 2022, arXiv:2208.07339). Taylor,
+# printed above for 4:8 and 2:4, adds a first-order score in groups and does worst of all. Read your own numbers before you
 # quote a paper's.
 
 # %% [markdown]
@@ -483,8 +486,9 @@ for name, variant in specialists.items():
 
 # %% [markdown]
 # **Explain.** Movement needs a long fine-tuning before its sums say more than noise (its paper takes tens of thousands of
-# steps); after twelve it is a bad guide. That is a property of the budget, not of the method. Whether gradual beats at-once
-# in so few steps, your numbers say.
+# steps); with the few steps it gets here it is a bad guide, and a longer run may change that. Each interval above compares one
+# specialist with the dense model, so it does not settle whether gradual pruning beats pruning at once. For that, pair the two
+# with each other: `paired_quality(bits of gradual, bits of at once)`.
 #
 # **Lottery tickets** (Frankle and Carbin 2019, arXiv:1803.03635): train, prune the smallest, set the survivors *back to their
 # first values*, and train again. If the same mask with other first values does worse, the ticket was the initialisation. A
@@ -685,7 +689,13 @@ plt.show()
 # %% [markdown]
 # *Each point is one smaller model: what it stores against what it lost, with paired 95% intervals; dotted: the dense model.*
 #
-# **Explain.** A small model has no free layer: each one it loses shows. Slicing along principal axes beats dropping channels,
+# **Explain.** Only the layer that block influence names was removed here. BI is a guess that costs one forward pass: another layer may
+# cost less. `keep_layers` and `quality_of` settle it in six evaluations; try them before you believe any "first layer to go". The
+# low-rank rows state what two thin factors would store; the model measured holds their product, a dense matrix. *Low rank*
+# replaces W by two thin matrices, from the SVD of W alone (plain) or of W weighted by its inputs (activation-aware).
+#
+# *SliceGPT* rests on this: between the norms a transformer only adds to its residual stream, so one rotation of the stream, undone by
+# the next matrix, changes nothing; along principal axes the last channels carry the least and can be cut. Slicing beats dropping channels,
 # but LabLM's embedding and head are one tensor: the rotation needs two, so a slice can *store more* than the model it came
 # from. In a large model the vocabulary is a small share and this cost vanishes. SliceGPT proper gives every block its own
 # rotation and pays with an extra matrix on each residual connection; one rotation for all keeps the checkpoint ordinary.
@@ -745,7 +755,8 @@ plt.show()
 
 # %% [markdown]
 # *Nats per token that the loss on 512 tokens rises by when this matrix alone loses 70% of its weights by magnitude.
-# Small negative numbers are the noise of so short a probe.*
+# A negative number does not mean that pruning helps: with so few tokens the probe fits its own text. The solver below works
+# from these numbers all the same, which is one reason to judge it on other text.*
 #
 # **Predict:** does a budget solved from this picture beat the same 70% everywhere?
 
@@ -778,7 +789,7 @@ plt.show()
 # %% [markdown]
 # ## 8 · Recovery, and pruning with quantization
 #
-# A few steps of training repair much. Three ways, each 12 steps on 1,024 tokens, zeros kept at zero: on the text itself; on
+# A few steps of training repair much. Three ways, each 12 steps of 1,024 tokens, zeros kept at zero: on the text itself; on
 # the dense model's predictions (it is a teacher, chapter 05); and **LoRA**, which trains only thin matrices. Plain LoRA would
 # fill the zeros when it is merged, so its change is masked too: $W + M \odot (BA)$.
 
@@ -840,8 +851,10 @@ for name, change in orders.items():
 
 # %% [markdown]
 # **Explain.** After rounding, many weights have the same size and a criterion by size cannot tell them apart; and a later
-# pruning that *updates* weights would leave the grid. So prune first, or do both at once. In bits: a kept 4-bit weight with its
-# 2-bit place costs 6 bits, so half of them cost 3 bits for every weight of the dense matrix.
+# pruning that *updates* weights would leave the grid. Those are reasons to prune first, or to do both at once. The table does
+# not prove them: "pruned, then 4 bits" uses SparseGPT and "4 bits, then pruned by size" uses magnitude, so two things change
+# together. To compare the orders alone, run both with magnitude. In bits: a bitmap marks each place with one bit, so half of
+# the weights in 4 bits cost 0.5 · 4 + 1 = 3 bits for every weight of the dense matrix.
 
 # %% [markdown]
 # ## 9 · Which zeros buy time
@@ -942,8 +955,9 @@ print("break-even:", {name: c and round(c, 3) for name, c in crossings.items() i
 # advance: a fixed stride, 17 bytes for every 32. That is why hardware asks for structure.
 
 # %% [markdown]
-# The same on a GPU is one call, and needs fp16 or int8 and sparse tensor cores (Ampere or newer). **We could not test this cell on
-# such a card**; without one it only says so.
+# The same on a GPU is one call, and needs sparse tensor cores (Ampere or newer) and a format they take, such as fp16, bf16 or
+# int8. **We could not test this cell on such a card**; without one it only says so. Its product is small: launching it may take
+# longer than computing it, and then 2:4 gains nothing.
 
 # %%
 if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
@@ -1059,8 +1073,9 @@ plt.show()
 # standard error). Right: the ten intents that lose most when calibrated on both; about five queries each, so read it as "uneven",
 # not as a ranking.*
 #
-# **Explain.** One average, bits per byte on code, hardly tells the variants apart, while the customers' service lives or dies with
-# what the calibration text contained. Hooker et al. 2020 (arXiv:2010.03058) found the same unequal harm in images. Whoever is rare
+# **Explain.** Look for two variants that lose about the same bits per byte on code. Their customers may fare very differently,
+# because the service lives or dies with what the calibration text contained. "Broke" in the right panel is a net change: queries
+# lost minus queries gained. Hooker et al. 2020 (arXiv:2010.03058) found the same unequal harm in images. Whoever is rare
 # in your calibration set is pruned first, so measure by group, always.
 
 # %% [markdown]

@@ -318,8 +318,10 @@ def balancing_batch(flops_per_s, bytes_per_s, bytes_per_weight):
 ch06.balancing_batch(balancing_batch)
 
 # %% [markdown]
-# Three limits, and a rule for telling them apart. First look at the profile: a device that waits half of its time is
-# limited by *launches*, whatever its roofline says. Only then compare the intensity with the ridge. A datasheet's
+# Three limits, and a first rule for telling them apart. Look at the profile: a device that waits half of its time is
+# limited by *launches*, whatever its roofline says. Only then compare the intensity with the ridge. The rule is coarse: half is a
+# convention, and the time *inside* many short kernels is partly launching too. Section 9's ladder tests its verdict: if decoding
+# waited for memory alone, a format with a quarter of the bytes would be four times as fast. A datasheet's
 # numbers for an A100 (312 TFLOP/s, 2,039 GB/s) stand beside this machine's, which are measured.
 
 # %%
@@ -342,8 +344,10 @@ for name, flops, bandwidth, size in (
 # ## 5 · "Low precision is faster"
 #
 # The article says so, without a condition. Two products decide about a model's speed: one row times a matrix (decoding
-# one text) and many rows times a matrix (prefill). The same numbers in four formats, on *this* processor; and once more
-# in a process in which oneDNN, which computes PyTorch's products on a CPU, may use AVX2 only: so an older one behaves.
+# one text) and many rows times a matrix (prefill). The same shapes in four formats, on *this* processor; and once more
+# in a process in which oneDNN, which computes PyTorch's low-precision products on a CPU, may use AVX2 only. (float32 goes to
+# another library, MKL, which keeps its full speed; an older processor would be slower there as well, so read the second
+# process's ratios as an upper bound.)
 #
 # **Predict** the order of the four formats, for each of the two.
 
@@ -390,7 +394,8 @@ plt.show()
 
 # %% [markdown]
 # *The figure shows the time of one product with a 1024 × 1024 matrix, against float32 on the same processor: left of the
-# dotted line is faster. int8 is PyTorch's plain `@`, on a CPU only.*
+# dotted line is faster. int8 is PyTorch's plain `@`, on a CPU only; its sums wrap around at 8 bits, so it shows a speed and no usable
+# result.*
 #
 # **Explain.** A format is fast where the processor has a unit for it *and* the library calls that unit. Without one,
 # every number is converted, multiplied as a float, and rounded back; for plain int8 `@` no library is called at all. One
@@ -584,8 +589,9 @@ except Exception as error:  # no C++ compiler, say
     print(f"left out: {type(error).__name__}: {str(error).splitlines()[0]}")
 
 # %% [markdown]
-# What was compiled holds for what was seen: shapes, dtypes, and **Python numbers**. Anything new compiles again. A
-# backend that only counts shows it without waiting for a compiler.
+# What was compiled holds for what was seen: shapes, dtypes, and **Python numbers**. With `dynamic=False`, as below, anything new
+# compiles again. PyTorch's default compiles a second time with the changed number as a symbol, and then stops; symbols rule out
+# CUDA graphs and some optimisations, so a fixed shape still wins. A backend that only counts shows it without waiting for a compiler.
 #
 # **Predict** the number of compilations for six steps of each: a position as a Python number; the position in a tensor;
 # a text that grows; a buffer of fixed length.
@@ -1012,7 +1018,8 @@ ch06_kernels.rms_norm_kernel(rms_norm_kernel)
 # $$y_r = \sum_k s_r\, q_{rk}\, x_k = s_r \sum_k q_{rk}\, x_k ,$$
 #
 # so the weights travel as bytes and become floats *inside*. Dequantizing first would write and read the whole
-# matrix as floats: that is why eager int8 is slower than fp16, and this kernel is not.
+# matrix as floats, which is why eager int8 is slower than fp16. This kernel avoids that traffic; whether it is fast on a GPU was never
+# measured here.
 
 # %% [markdown]
 # ## Exercise 6.10: int8_gemv_kernel

@@ -86,7 +86,9 @@ print("jnp.where:   ", jax.jit(lambda x: jnp.where(x > 10, x / 2, x))(jnp.float3
 # %% [markdown]
 # ## Exercise 7.1: programs
 #
-# `jit` keeps a program for each *key*: the arguments' shapes and dtypes, and the values of arguments declared static.
+# `jit` keeps a program for each *key*: above all the arguments' shapes and dtypes, and the values of arguments declared static.
+# (Also in the key, and left out of this exercise: whether a number came from Python, a *weak type*, the nesting of tuples and
+# lists, and how arrays are spread over devices. `f(1.0)` and `f(np.float32(1.0))` compile twice.)
 # Write `programs(calls)`: how many programs are compiled for a list of calls, each a tuple
 # (shape, dtype, static value). 1 line, 4 minutes, difficulty 1 of 3.
 #
@@ -478,7 +480,7 @@ plt.show()
 
 # %% [markdown]
 # *Computed from the medians above: the time to generate so many tokens, compilation included. Where a line crosses that
-# of eager torch, compilation has paid for itself.*
+# of eager torch, compilation has paid for itself. Each compilation was timed once, so take the crossing as an order of magnitude.*
 #
 # **Explain.** LabLM is tiny: much of an eager step is Python starting small operations, and that is what compilation
 # removes. The larger the matrices, the less there is to remove; what remains then is fusion, and memory not copied. The
@@ -848,7 +850,7 @@ for kernel in report["kernels"]:
     print(f"    {kernel['refused'][:150]}" if kernel["refused"] else "    fits")
 
 # %% [markdown]
-# Both interpreters run 64 × 64 blocks, the compiler does not: an interpreter checks your arithmetic, not the hardware's
+# The compiler refuses blocks that an interpreter accepts: an interpreter checks your arithmetic, not the hardware's
 # rules. And VMEM overflows by exactly the bytes that exercise 7.10 predicts; halving the blocks cures it.
 #
 # Now its layouts, and its own estimate of cycles for a product (rows × 1024) · (1024 × 1024).
@@ -865,7 +867,10 @@ for product in (p for p in report["products"] if p["rows"] in (1, 8, 1024)):
 # %% [markdown]
 # `T(8,128)` is the tile; a second pair such as `(4,1)` says that four int8 rows share a 4-byte word. For one row the
 # compiler takes a thinner tile than the full one: our table in section 7 was the upper limit. The cycles are the
-# compiler's estimate, not a time; they say what section 7 said, that a row is cheapest in company.
+# compiler's estimate, not a time. They agree with section 7 that a row is cheapest in company, and they show something that
+# section 7's formula does not: eight rows may cost *less in all* than one. A likely reason, which this output does not prove: a
+# single row does not go through the matrix unit. For a thousand rows the formula is too high, because it counts one matrix unit
+# and a v5e core has four (cloud.google.com/tpu/docs/v5e). The practical rule: pad a batch to eight.
 
 # %% [markdown]
 # ## 10 · One artefact, two platforms

@@ -115,7 +115,8 @@ ch08.processing_element(processing_element)
 #
 # $$y\_{mj} = \sum_k x\_{mk} W\_{kj}$$
 #
-# No wire is longer than one element, whatever N is: that is what lets such a thing be clocked fast.
+# No *data* wire is longer than one element, whatever N is: that is what lets such a thing be clocked fast. (The one control wire,
+# `load`, does reach every element here.)
 
 # %% [markdown]
 # ## Exercise 8.2: systolic_array
@@ -202,8 +203,11 @@ plt.show()
 # *Four cycles of a 3 × 3 array. w: the kept weight; x0 to x3: which row of x stands at the element's left, one colour each; Σ: the sum
 # below it. A row of x is a diagonal that moves to the lower right.*
 #
-# Move the slider through all cycles (or read them as text with `print_march(frames)`). When do all nine elements work at
-# once, and for how long?
+# Move the slider through all cycles (or read them as text with `print_march(frames)`). Do all nine elements ever work at once?
+# How many rows would it take?
+#
+# <details><summary>Answer</summary>Never with these four rows: at most eight do. An N × N array needs 2N − 1 rows, here five, before the
+# first row has reached the last element while the last row still occupies the first.</details>
 
 # %%
 from labutils.widgets.fpga import march_widget, print_march
@@ -462,7 +466,7 @@ print(f"against the unquantized layer: SQNR {sqnr_db(x @ weight.T, y):.1f} dB (c
 # Write `lut4(table, a, b, c, d)`: `table` an int, the inputs boolean arrays of one shape; return a boolean array. 1 line, 4 minutes,
 # difficulty 1 of 3.
 #
-# <details><summary>Hint 1</summary>numpy adds booleans as truth values: multiply by 1 first.</details>
+# <details><summary>Hint 1</summary>Four booleans are the four bits of a place in the table: which number is it?</details>
 # <details><summary>Hint 2</summary><code>(table &gt;&gt; place &amp; 1) == 1</code></details>
 
 
@@ -625,8 +629,9 @@ print(f"{len(placed.cells)} cells placed; the file for the chip: {placed.bitstre
 # *Where nextpnr put the 4 × 4 int4 array: left on the whole ECP5-25k, right enlarged. One label "k,j" for each element, near the middle of
 # its cells, neighbours in different colours where six allow it; grey: the shell. Each element gathers in patches, in no tidy grid.*
 #
-# **Explain.** One register lifts the clock by the ratio printed above, for registers that lie idle beside every table anyway. Fmax
-# is nextpnr's estimate from the chip's timing model; it moves by several percent from seed to seed, so a comparison needs several.
+# **Explain.** In this pair of runs, one seed each, a register lifts the clock by the ratio printed above, for registers that lie idle
+# beside every table anyway. Fmax is nextpnr's estimate from the chip's timing model; it moves by several percent from seed to seed, so
+# the ratio's first digit is safe and its second is not.
 
 # %% [markdown]
 # ## 7 · The honest comparison
@@ -685,8 +690,10 @@ for row in saved["rows"]:
 
 # %% [markdown]
 # **Explain.** An 8 × 8 int8 array on a small FPGA is far slower than one core of a computer; signs come nearest, and signs ruin the model
-# (section 8). That is the honest result: a CPU core multiplies dozens of int8 pairs a cycle, at many times the clock. FPGAs
-# win where a latency must be fixed, where a width fits no CPU, or where the chip is a hundred times as large.
+# (section 8). The comparison even flatters the array: its numbers are bounds for an array that is never loaded or drained, the CPU's
+# are measured with its inputs quantized on the way, and the CPU's best comes from many rows where decoding has one. A CPU core
+# multiplies dozens of int8 pairs a cycle, at many times the clock. FPGAs of another size do compete: LUT-LLM (arXiv:2511.06174) reports
+# a 1.7B language model on an AMD V80, with tables in place of multipliers.
 #
 # And we have not fed it yet. The OrangeCrab board carries this chip and a 16-bit DDR3L memory; Lattice's memory guide (FPGA-TN-02035,
 # table 6.1) allows 400 MHz, two transfers a cycle: 1.6 GB/s *at best, by the datasheets, not measured*.

@@ -9,7 +9,7 @@
 # | Prerequisites | chapter 01; 00 for the set-up |
 # | Time | 3 hours for you; all cells run in three to four minutes on two cores (measured: 192 and 236 s, the cores shared with other work) |
 # | Memory, download | 2 GB at the peak, all processes together; nothing is downloaded |
-# | Hardware | any computer: devices are processes here. With several GPUs the same code uses NCCL |
+# | Hardware | any computer: devices are processes here, and they talk through gloo. NCCL was not run |
 # | Exercises | 11, each checked in the cell below it |
 
 # %%
@@ -110,7 +110,8 @@ ch09.all_answers(all_answers)
 # Nodes are processes. PyTorch calls each member of a group a **rank**; `torchrun` starts them and tells each its number. `launch`
 # does that from a notebook and brings the results back. Its ranks run functions from an importable module, never forked from this kernel
 # (a fork of a process that has used torch's threads hangs). They meet through a file and talk over the loopback: no port is open to
-# others. And each watches its standard input, which closes however this kernel ends, so nothing is left running.
+# others. (With NCCL on GPUs set `NCCL_SOCKET_IFNAME=lo` for that; NCCL was not run here.) And each watches its standard input, which
+# closes however this kernel ends, so nothing is left running.
 #
 # The first **synchronisation**: every rank draws its own weights, then all take rank 0's. A checksum proves it.
 
@@ -119,7 +120,8 @@ for result in launch("labutils.bench.ranks:hello", 2, device="cpu"):
     print(f"rank {result['rank']}: 1 + 2 = {result['sum']}, weights {result['before']:08x} -> {result['after']:08x}")
 
 # %% [markdown]
-# The sum needed both ranks: `all_reduce` is also a **barrier**, nobody passes before all have come. Between the first and the last
+# The sum needed both ranks: `all_reduce` is also a **barrier**, nobody passes before all have come (with NCCL the GPU's stream waits, and
+# Python goes on). Between the first and the last
 # broadcast a rank holds a *mixture* of old and new weights; only after the checksums were compared may it answer.
 #
 # Barriers are also why distributed programs hang: one rank fails, the others wait for it for ever. **Predict:** what do you want to
@@ -388,8 +390,9 @@ os.kill(stopped[0], signal.SIGCONT)
 print(*[f"{name}: {words}" for name, words in faults.items()], sep="\n")
 
 # %% [markdown]
-# Memory is bounded too: requests may come from a generator, which is read only `window` requests ahead of the oldest unanswered one (the
-# test suite passes a million through). This is **backpressure**: a slow cluster slows the reader instead of filling the memory.
+# The *number* of requests in memory is bounded too, though not their bytes: they may come from a generator, which is read only `window`
+# requests ahead of the oldest unanswered one (the test suite passes a million through). This is **backpressure**: a slow cluster slows
+# the reader instead of filling the memory.
 #
 # Real answers, live: which node does most of the work on LabLM's queries, and is every answer what a single process says? The box
 # fills as answers come; the line below it says the same in text.
@@ -627,9 +630,10 @@ print(
 print({way: round(times["this machine's loopback"], 1) for way, times in per_token.items()}, "(two ranks, of 3)")
 
 # %% [markdown]
-# **Explain.** LabLM is tiny: its matrices take little time beside the messages, so tensor parallelism *loses* to one process here, and a
-# pipeline gains nothing or little. Both pay where a model does not fit or its weights take long to read: gpt-fast reports 1.61, 2.42 and
-# 3.13 times the speed on 2, 4 and 8 GPUs with NVLink.
+# **Explain.** LabLM is tiny: its matrices take little time beside the messages, so both tensor and pipeline parallelism *lose* to one process
+# here (one process was timed apart, not in turns with them). Both pay where a model does not fit or its weights take long to read:
+# gpt-fast reports 1.61, 2.42 and 3.13 times the speed of one GPU on 2, 4 and 8 (Llama-2-7B, A100 80 GB with NVLink,
+# github.com/pytorch-labs/gpt-fast).
 
 # %% [markdown]
 # ## 9 · What a slow link does
@@ -718,8 +722,9 @@ print("bytes sent to other ranks:", [rank["moved"]["all_to_all"] for rank in fou
 
 # %% [markdown]
 # **Expert parallelism:** in a mixture of experts each token needs one expert of many. Experts live on different ranks, and two **all-to-alls** carry
-# the tokens there and back (Lepikhin et al. 2020, arXiv:2006.16668). What a rank sends depends on where its tokens want to go: a popular expert makes
-# its rank the slowest.
+# the tokens there and back (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961, sends each token to one expert; most others send it to
+# several). The counted bytes also hold each token's number. Here the router is balanced on purpose, so all ranks send the same. With a real
+# one, what a rank sends depends on where its tokens want to go, and a popular expert makes its rank the slowest.
 
 # %% [markdown]
 # ## 11 · A mesh, and a planner
@@ -767,7 +772,8 @@ for name, link in list(LINKS.items())[1:]:
         print(f"{name:<16}{way:<9} predicted {predicted:6.1f} ms, measured {per_token[way][name]:6.1f} ms")
 
 # %% [markdown]
-# (Measured times include the prompt. Tensor parallelism sleeps 14 times a token, each time a little longer than asked, which shows at 0.1 ms. The
+# (Measured times include the prompt. Tensor parallelism sleeps 14 times a token, and the system wakes it later than asked: divide the
+# difference of each tensor row by 14 to see by how much. The 0.1 ms rows therefore measure the scheduler more than the link. The
 # pipeline hides part of a message behind the other group's work.) Now a model that nobody loads here: Llama-2-70B's shape in fp16, on eight devices
 # of 24 GB that read 1 TB/s, with two links. **Predict:** which mesh on which?
 
@@ -801,9 +807,10 @@ if shutil.which("openssl"):
 
 # %% [markdown]
 # Most teams run a **serving engine** instead: vLLM, or `transformers serve`. They speak OpenAI's protocol, batch requests continuously, and hold
-# tensor parallelism behind a flag. Our client is 40 lines of standard library, and a function for `dispatch`: name servers in `SERVERS`, one
-# per node or several, to try it. With vLLM on a machine with two GPUs: `vllm serve MODEL --tensor-parallel-size 2 --host 127.0.0.1`; **we could not
-# run vLLM here** (it needs a GPU). The test suite runs `transformers serve --continuous-batching` on LabLM and holds the client against it.
+# tensor parallelism behind a flag. Our client needs only the standard library, and is a function for `dispatch`: name servers in `SERVERS`, one
+# per node or several, to try it. With vLLM on a machine with two GPUs: `vllm serve MODEL --tensor-parallel-size 2 --host 127.0.0.1`. **We did not
+# run vLLM here**; it also has a CPU backend. Where its packages can be installed, the test suite runs `transformers serve
+# --continuous-batching` on LabLM and holds the client against it.
 
 # %%
 from labutils.distributed.client import ChatClient, ServerError
