@@ -29,7 +29,9 @@ def built(tmp_path_factory):
     """The demonstration course, built and executed once."""
     root = tmp_path_factory.mktemp("build") / "course"
     shutil.copytree(DEMO, root, ignore=shutil.ignore_patterns("__pycache__"))
-    result = build(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "why_busy", lambda: "")
+        result = build(root)
     assert (result.errors, result.warnings, result.executed) == ([], [], [STEM])
     return root
 
@@ -99,13 +101,32 @@ def test_changed_code_executes_again_or_is_an_error(built, monkeypatch, tmp_path
     assert "not that of its source" in build(root, execution="never").errors[0]
     ran = []
     monkeypatch.setattr(module, "execute", lambda notebook, root: ran.append(1) or notebook)
+    monkeypatch.setattr(module, "why_busy", lambda: "")
     assert build(root, write=False).executed == [STEM] and ran == []
     assert build(root).executed == [STEM] and ran == [1]
+
+
+def test_a_busy_machine_marks_the_solution_and_the_mark_stays(built, monkeypatch, tmp_path):
+    root = tmp_path / "course"
+    shutil.copytree(built, root)
+    path = root / "notebooks" / "solutions" / f"{STEM}.ipynb"
+    assert "busy machine" not in path.read_text(encoding="utf-8")
+    monkeypatch.setattr(
+        module, "execute", lambda notebook, root: module.with_kept_outputs(notebook, read_notebook(path)) and notebook
+    )
+    monkeypatch.setattr(module, "why_busy", lambda: "a function against itself: 1.20x [1.10, 1.30]")
+    assert any("busy machine" in warning for warning in build(root, execution="always").warnings)
+    notebook = read_notebook(path)
+    assert "1.20x [1.10, 1.30]" in notebook.cells[0].source and "noisy" in notebook.cells[0].source
+    assert build(root).changed == []  # what was kept keeps its mark
+    learner = (root / "notebooks" / f"{STEM}.ipynb").read_text(encoding="utf-8")
+    assert "busy machine" not in learner
 
 
 def test_a_solution_that_never_ran_is_executed(monkeypatch, tmp_path):
     root = demo_course(tmp_path)  # its solution has the right code and no outputs
     monkeypatch.setattr(module, "execute", lambda notebook, root: notebook)
+    monkeypatch.setattr(module, "why_busy", lambda: "")
     assert build(root).executed == [STEM]
 
 

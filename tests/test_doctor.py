@@ -133,11 +133,19 @@ def test_run_reports_versions_measurements_and_costs(monkeypatch, capsys):
     from labutils.measurement import roofline
 
     asked = []
-    measured = SimpleNamespace(bandwidth_bytes_per_s=12.3e9, flops_per_s=45.6e9, threads=2, device="cpu")
+    rates = {"bytes:sum": (12.3e9, 8.1e9, 8.1e9)}
+    measured = roofline.Roofline(12.3e9, 45.6e9, 2, "cpu", "float32", 2**28, rates)
     monkeypatch.setattr(roofline, "measure_roofline", lambda seconds: asked.append(seconds) or measured)
     monkeypatch.setattr(doctor, "lacks", lambda: [doctor.Lack("no tea", "you stay thirsty")])
     assert doctor.run(SimpleNamespace(seconds=0.5)) == 0
     shown = capsys.readouterr().out
-    for words in ("12.3 GB/s (cpu, 2 threads)", "46 GFLOP/s", "no tea: you stay thirsty", "jupyterlab", "threads"):
+    for words in (
+        "12.3 GB/s at best, median 8.1 (cpu, 2 threads)",
+        "differ by more than a fifth",
+        "46 GFLOP/s",
+        "no tea: you stay thirsty",
+        "jupyterlab",
+        "threads",
+    ):
         assert words in shown
     assert asked == [0.5]

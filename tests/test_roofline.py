@@ -1,5 +1,7 @@
 """Roofline: the formula by hand, probes that count what they move, and shares that cannot exceed 100%."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -88,6 +90,30 @@ def test_measure_roofline_takes_the_best_of_all_probes(monkeypatch):
     assert all(len(rates) >= 5 for rates in roof.samples.values())
     assert (roof.threads, roof.device, roof.dtype) == (torch.get_num_threads(), "cpu", "float32")
     assert "GB/s" in str(roof)
+
+
+def test_bandwidth_doubts_itself_when_best_median_or_memory_disagree(tmp_path, monkeypatch):
+    monkeypatch.setenv("LABUTILS_HOME", str(tmp_path))
+    steady = replace(hand_made(), samples={"bytes:sum": (10e9, 9.9e9, 9.8e9), "bytes:copy": (1e9, 1e9, 1e9)})
+    assert steady.median_bandwidth_bytes_per_s == 9.9e9 and steady.doubt == ""
+    shaken = replace(steady, samples={"bytes:sum": (10e9, 5e9, 5e9)})
+    assert "differ by more than a fifth" in shaken.doubt and shaken.doubt in str(shaken)
+    assert roofline.known_bandwidth(30e9, device="cpu") == 0.0
+    assert roofline.known_bandwidth(10e9, device="cpu") == 30e9
+    assert roofline.known_bandwidth(10e9, device="cuda") == 0.0
+    (tmp_path / roofline.KNOWN_NAME).write_text("torn", encoding="utf-8")
+    assert roofline.known_bandwidth(10e9, device="cpu") == 0.0
+    assert "measured 30.0 GB/s here before" in replace(steady, known_bandwidth_bytes_per_s=30e9).doubt
+
+
+def test_only_the_default_working_set_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("LABUTILS_HOME", str(tmp_path))
+    monkeypatch.setattr(roofline, "last_level_cache_bytes", lambda: 2**20)
+    measure_roofline(0.01, working_set_bytes=2**21, matmul_sizes=(32,))
+    assert not (tmp_path / roofline.KNOWN_NAME).exists()
+    monkeypatch.setattr(roofline, "probe_working_set_bytes", lambda device: 2**22)
+    first = measure_roofline(0.01, matmul_sizes=(32,))
+    assert measure_roofline(0.01, matmul_sizes=(32,)).known_bandwidth_bytes_per_s == first.bandwidth_bytes_per_s
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from labutils.generation.stream import StreamedToken
 from labutils.measurement.ledger import Record, append
 from labutils.measurement.roofline import Roofline
-from labutils.plots.roofline import RooflinePoint, draw_roofline, roofline_finding
+from labutils.plots.roofline import RooflinePoint, draw_roofline, limit_of, roofline_finding
 from labutils.plots.speed_quality import (
+    beaten_by,
     draw_speed_quality,
     drawable_records,
     finding,
@@ -34,7 +35,7 @@ def record(technique: str, speed: float, bits: float | None, **changes) -> Recor
 
 
 def three() -> list[Record]:
-    return [record("fp32", 10, 1.5), record("int8", 18, 1.52), record("int4, badly", 15, 1.9)]
+    return [record("fp32", 10, 1.5), record("int8", 18, 1.52), record("int4, badly", 12, 1.9)]
 
 
 def test_pareto_front_by_hand():
@@ -62,7 +63,7 @@ def test_plot_has_points_intervals_front_labels_and_a_finding():
     assert "tokens/s" in ax.get_xlabel() and "bits per byte" in ax.get_ylabel()
     assert ax.yaxis_inverted()
     assert ax.get_title() == "int8 is 1.8x as fast as fp32 and costs 0.02 bits per byte"
-    (front,) = [line for line in ax.lines if line.get_label() == "Pareto front"]
+    (front,) = [line for line in ax.lines if line.get_label() == "Pareto front of the medians"]
     assert front.get_xydata().tolist() == [[18.0, 1.52], [10.0, 1.5]]
     labels = [t.get_text() for t in ax.get_legend().get_texts()]
     assert "fp32: tiny (cpu, 2 threads, float32)" in labels
@@ -126,6 +127,31 @@ def test_table_marks_the_front_and_sorts_by_speed():
     assert [line.startswith("*") for line in lines[1:]] == [True, False, True]
 
 
+def bits(*per_document: float) -> tuple[tuple[float, int], ...]:
+    return tuple((value, 10) for value in per_document)
+
+
+def test_a_point_is_beaten_only_where_both_differences_are_sure():
+    slow, fast = record("slow", 10, 1.6), record("fast", 20, 1.5)
+    assert beaten_by(slow, [slow, fast]) == [fast] and beaten_by(fast, [slow, fast]) == []
+    shaky = record("fast", 20, 1.5, samples=(9.0, 12.0, 20.0, 22.0, 25.0))  # its interval overlaps that of `slow`
+    assert beaten_by(slow, [slow, shaky]) == []
+    noise = {"document_bits": bits(16, 15, 17, 14, 18)}  # 8 bits for 5 documents of 10 bytes: 1.6 bits per byte
+    luck = record("fast", 20, 1.58, document_bits=bits(17, 14, 18, 13, 17))  # better on two documents, worse on three
+    slow_pairs = record("slow", 10, 1.6, **noise)
+    assert beaten_by(slow_pairs, [slow_pairs, luck]) == []
+    better = record("fast", 20, 1.5, document_bits=bits(15, 14, 16, 13, 17))  # better on every one
+    assert beaten_by(slow_pairs, [slow_pairs, better]) == [better]
+
+
+def test_table_names_ties():
+    tied = [record("a", 20, 1.5), record("b", 19.5, 1.6), record("c", 5, 1.7)]
+    a, b, c = speed_quality_table(tied).splitlines()[1:]
+    assert a.startswith("*") and "told apart" not in a
+    assert b.startswith("*") and b.endswith("not told apart from the front")
+    assert not c.startswith("*")
+
+
 def test_legend_names_the_gpu_and_the_batch():
     on_gpu = record("a", 1, 1.0, device="cuda:0", batch=4, host={"gpu": "NVIDIA T4"})
     assert legend_label(on_gpu) == "a: tiny (NVIDIA T4, float32, batch 4)"
@@ -179,6 +205,8 @@ def test_roofline_plot_reports_a_probe_error_and_draws_without_points():
     assert wrong.share(roof()) == "probe error (120%)"
     assert "Below 10.0 FLOP per byte" in draw_roofline(roof()).axes[0].get_title()
     assert "waits for memory" in roofline_finding(roof(), [wrong])
+    slow = RooflinePoint("eager", flop=1e9, moved_bytes=2e9, seconds=1.0)  # a fifth of the 5 GFLOP/s that memory allows
+    assert limit_of(roof(), slow) == "neither (overhead)"
     with pytest.raises(ValueError, match="must be positive; got 0"):
         RooflinePoint("x", 0, 1, 1)
 

@@ -153,8 +153,11 @@ def speed(seconds: float) -> Iterator[tuple[str, str]]:
     from labutils.measurement.roofline import measure_roofline
 
     roofline = measure_roofline(seconds)
-    where = f"{roofline.device}, {roofline.threads} threads"
-    yield "bandwidth", f"{roofline.bandwidth_bytes_per_s / 1e9:.1f} GB/s ({where})"
+    where = f"{roofline.device}, {roofline.threads} thread{'s' if roofline.threads > 1 else ''}"
+    median = f"median {roofline.median_bandwidth_bytes_per_s / 1e9:.1f}"
+    yield "bandwidth", f"{roofline.bandwidth_bytes_per_s / 1e9:.1f} GB/s at best, {median} ({where})"
+    if roofline.doubt:
+        yield "warning", roofline.doubt
     yield "arithmetic", f"{roofline.flops_per_s / 1e9:.0f} GFLOP/s ({where})"
 
 

@@ -11,6 +11,7 @@ from labutils.course.execute import ExecutionError, execute
 from labutils.course.exercises import ExerciseError, blank, marker
 from labutils.course.setup_cell import is_setup, setup_source
 from labutils.course.source import Chapter, examine, read_chapter, sources
+from labutils.measurement.quiet import why_busy
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -95,7 +96,15 @@ def with_kept_outputs(fresh, stored) -> bool:
         return False
     for cell, old in zip(ours, theirs, strict=True):
         cell.outputs, cell.execution_count = old.outputs, old.execution_count
+    mark_busy(fresh, stored.metadata.get("labutils", {}).get("busy", ""))
     return True
+
+
+def mark_busy(notebook, reason: str) -> None:
+    """Say below a solution's title and in its metadata that a busy machine made its timings; nothing without reason."""
+    if reason:
+        notebook.metadata["labutils"]["busy"] = reason
+        notebook.cells[0].source += f"\n\n*Executed on a busy machine ({reason}): the timings below are noisy.*"
 
 
 def _code(cell) -> str:
@@ -153,7 +162,10 @@ def _build_chapter(root, path, execution, write, built: Built, slug: str, say) -
             return
         if write:
             say(f"executing {chapter.stem}")
+            before = why_busy()
             solution = execute(solution, root)
+            mark_busy(solution, reason := before or why_busy())
+            built.warnings.extend([f"{chapter.stem}: executed on a busy machine: {reason}"] if reason else [])
         built.executed.append(chapter.stem)
     _put(target, solution, write, built, unsure=not kept and not write)
 

@@ -41,6 +41,8 @@ class Record:
         bits_per_byte: Quality on text; lower is better. `baseline_bits_per_byte` is the same tokens' before.
         task_score: A task's score in [0, 1], higher is better, with the task's name in `task`.
         quality_tokens: How many tokens the quality was measured on.
+        document_bits: (bits, bytes) of every document behind `bits_per_byte`, so that two records can be compared in
+            pairs; empty where nobody kept them.
         bytes_moved_per_token: Read from memory to make one token.
         bytes_resident: Weights and cache kept in memory.
         host: See `host_description`.
@@ -62,6 +64,7 @@ class Record:
     bits_per_byte: float | None = None
     baseline_bits_per_byte: float | None = None
     quality_tokens: int | None = None
+    document_bits: tuple[tuple[float, int], ...] = ()
     task: str | None = None
     task_score: float | None = None
     baseline_task_score: float | None = None
@@ -71,6 +74,7 @@ class Record:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples", tuple(float(s) for s in self.samples))
+        object.__setattr__(self, "document_bits", tuple((float(bits), int(size)) for bits, size in self.document_bits))
         for name in ("technique", "model", "device", "dtype"):
             if not getattr(self, name):
                 raise ValueError(f"a record needs a {name}; got {getattr(self, name)!r}")

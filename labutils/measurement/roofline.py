@@ -5,12 +5,17 @@ A kernel that does I = FLOP / bytes of work per byte can reach at most
     attainable = min(peak FLOP/s, I * bandwidth)
 
 (Williams, Waterman, Patterson 2009, "Roofline"). A datasheet's peak is somebody else's machine: here both
-roofs come from several probes, the best of which counts, on a working set several times the last-level cache.
+roofs come from several probes, the best of which counts, on a working set several times the last-level cache. A busy
+neighbour can spoil even the best for seconds, so the median is kept beside it, and the best that this machine ever
+showed is remembered in the learner's folder: `Roofline.doubt` says in a sentence when the three disagree.
 """
 
 from __future__ import annotations
 
 import glob
+import json
+import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +24,12 @@ from pathlib import Path
 import torch
 
 from labutils.measurement.timing import synchronize
+from labutils.paths import learner_dir
 
 DEFAULT_CACHE_BYTES = 32 * 2**20
 CACHE_MULTIPLE = 8
+BUSY = 1.2  # one bandwidth over another that should equal it: from here on something else used the memory
+KNOWN_NAME = "bandwidths.jsonl"
 
 
 class ProbeError(ValueError):
@@ -43,6 +51,28 @@ class Roofline:
     dtype: str
     working_set_bytes: int
     samples: dict[str, tuple[float, ...]]
+    known_bandwidth_bytes_per_s: float = 0.0  # the best of earlier measurements like this one, 0 if there are none
+
+    @property
+    def median_bandwidth_bytes_per_s(self) -> float:
+        """Median of the samples of the probe that gave the best one; the best itself without samples."""
+        probes = [rates for name, rates in self.samples.items() if name.startswith("bytes:")]
+        return statistics.median(max(probes, key=max)) if probes else self.bandwidth_bytes_per_s
+
+    @property
+    def doubt(self) -> str:
+        """Why this bandwidth may be too low, in one sentence; empty if nothing says so.
+
+        >>> roof = Roofline(10e9, 1e12, 1, "cpu", "float32", 2**28, {}, known_bandwidth_bytes_per_s=30e9)
+        >>> roof.doubt
+        'measured 30.0 GB/s here before: the machine is busy now, or something limits it'
+        """
+        if self.known_bandwidth_bytes_per_s > BUSY * self.bandwidth_bytes_per_s:
+            known = f"{self.known_bandwidth_bytes_per_s / 1e9:.1f} GB/s"
+            return f"measured {known} here before: the machine is busy now, or something limits it"
+        if self.bandwidth_bytes_per_s > BUSY * self.median_bandwidth_bytes_per_s:
+            return "best and median differ by more than a fifth: something else used the memory meanwhile"
+        return ""
 
     @property
     def ridge_flop_per_byte(self) -> float:
@@ -60,10 +90,11 @@ class Roofline:
         return min(self.flops_per_s, intensity_flop_per_byte * self.bandwidth_bytes_per_s)
 
     def __str__(self) -> str:
-        return (
-            f"{self.bandwidth_bytes_per_s / 1e9:.1f} GB/s, {self.flops_per_s / 1e9:.1f} GFLOP/s "
-            f"({self.device}, {self.dtype}, {self.threads} threads, working set {self.working_set_bytes / 1e6:.0f} MB)"
-        )
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        rates = f"{self.bandwidth_bytes_per_s / 1e9:.1f} GB/s (median {self.median_bandwidth_bytes_per_s / 1e9:.1f})"
+        where = f"({self.device}, {self.dtype}, {threads}, working set {self.working_set_bytes / 1e6:.0f} MB)"
+        doubt = f"; {self.doubt}" if self.doubt else ""
+        return f"{rates}, {self.flops_per_s / 1e9:.1f} GFLOP/s {where}{doubt}"
 
 
 def arithmetic_intensity(flop: float, moved_bytes: float) -> float:
@@ -182,7 +213,7 @@ def measure_roofline(
     """
     if seconds <= 0:
         raise ValueError(f"seconds must be positive; got {seconds}")
-    on_cpu = torch.device(device).type == "cpu"
+    on_cpu, comparable = torch.device(device).type == "cpu", working_set_bytes is None
     working_set_bytes = working_set_bytes or probe_working_set_bytes(device)
     if on_cpu and working_set_bytes < 2 * last_level_cache_bytes():
         rule = f"the working set must be at least twice the last-level cache ({last_level_cache_bytes()} bytes)"
@@ -193,15 +224,36 @@ def measure_roofline(
     )
     with torch.inference_mode():
         samples = _run_probes(probes, seconds, device)
+    best = best_rate(samples, "bytes:")
     return Roofline(
-        bandwidth_bytes_per_s=best_rate(samples, "bytes:"),
+        bandwidth_bytes_per_s=best,
         flops_per_s=best_rate(samples, "flops:"),
         threads=torch.get_num_threads(),
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         working_set_bytes=working_set_bytes,
         samples=samples,
+        known_bandwidth_bytes_per_s=known_bandwidth(best, device=str(device)) if comparable else 0.0,
     )
+
+
+def known_bandwidth(measured_bytes_per_s: float, *, device: str) -> float:
+    """Remembers a measured bandwidth and returns the best of the earlier ones of this device and thread count, or 0.
+
+    They stand in `bandwidths.jsonl` in the learner's folder, a line each; where that cannot be read or written, nothing
+    is known.
+    """
+    path = learner_dir() / KNOWN_NAME
+    key = {"device": device, "threads": torch.get_num_threads(), "host": platform.node()}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        earlier = [entry["bytes_per_s"] for entry in map(json.loads, lines) if key.items() <= entry.items()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(key | {"bytes_per_s": measured_bytes_per_s}) + "\n")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 0.0
+    return max(earlier, default=0.0)
 
 
 def best_rate(samples: dict[str, tuple[float, ...]], kind: str) -> float:

@@ -49,7 +49,8 @@ class Timing:
         low, high = self.interval_s
         return (
             f"{self.name}: {self.median_s * 1e3:.3g} ms [{low * 1e3:.3g}, {high * 1e3:.3g}] "
-            f"({len(self.samples_s)} rounds, {self.warmup} warm-up, {self.device}, {self.threads} threads)"
+            f"({len(self.samples_s)} rounds, {self.warmup} warm-up, {self.device}, "
+            f"{self.threads} thread{'s' if self.threads > 1 else ''})"
         )
 
 
@@ -206,6 +207,16 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], *, re
         range(len(numerator)), statistic=_ratio_over_rounds(numerator, denominator), resamples=resamples
     )
     return Ratio(statistics.median(numerator) / statistics.median(denominator), low, high)
+
+
+def difference_is_sure(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether the bootstrap intervals of two medians lie apart: samples of different runs cannot be paired.
+
+    >>> difference_is_sure([1.0] * 5, [2.0] * 5), difference_is_sure([1.0, 2.0, 3.0, 4.0, 5.0], [4.0] * 5)
+    (True, False)
+    """
+    (low, high), (other_low, other_high) = bootstrap_interval(first), bootstrap_interval(second)
+    return high < other_low or other_high < low
 
 
 def _ratio_over_rounds(numerator: Sequence[float], denominator: Sequence[float]) -> Callable[[Sequence[int]], float]:

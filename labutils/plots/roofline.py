@@ -83,14 +83,21 @@ def draw_roofline(roof: Roofline, points: Sequence[RooflinePoint] = (), *, ax: A
 
 
 def roofline_finding(roof: Roofline, points: Sequence[RooflinePoint]) -> str:
-    """Returns the title: which points wait for memory and which for arithmetic."""
-    bound = {
-        p.label: "memory" if p.intensity_flop_per_byte < roof.ridge_flop_per_byte else "arithmetic" for p in points
-    }
+    """Returns the title: what each point waits for, by `limit_of`."""
     where = f"{roof.device}, {roof.dtype}, {roof.threads} thread{'s' if roof.threads > 1 else ''}"
-    if not bound:
+    if not points:
         return f"Below {roof.ridge_flop_per_byte:.1f} FLOP per byte this machine waits for memory ({where})"
-    return ", ".join(f"{label} waits for {what}" for label, what in bound.items()) + f" ({where})"
+    return ", ".join(f"{p.label} waits for {limit_of(roof, p)}" for p in points) + f" ({where})"
+
+
+def limit_of(roof: Roofline, point: RooflinePoint) -> str:
+    """What limits a kernel: "memory" or "arithmetic" where it reaches half of that roof, else "neither (overhead)".
+
+    Intensity alone says which roof a kernel could reach, not whether it does.
+    """
+    if 2 * point.flops_per_s < roof.attainable_flops_per_s(point.intensity_flop_per_byte):
+        return "neither (overhead)"
+    return "memory" if point.intensity_flop_per_byte < roof.ridge_flop_per_byte else "arithmetic"
 
 
 def _on_slope(roof: Roofline, low: float) -> tuple[float, float]:

@@ -1,4 +1,8 @@
-"""The one plot of the course: speed against quality, with intervals, devices and the Pareto front."""
+"""The one plot of the course: speed against quality, with intervals, devices and the Pareto front.
+
+A point is off the front only if another is *surely* faster and *surely* better: both differences exclude zero. What an
+interval cannot tell apart is a tie, and the table says so.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from labutils.measurement.ledger import Record, check_drawable
+from labutils.measurement.timing import bootstrap_interval, difference_is_sure
 from labutils.plots.style import series_style
 
 
@@ -94,9 +99,39 @@ def finding(records: Sequence[Record], quality: Quality = BITS_PER_BYTE) -> str:
 
 
 def front_of(records: Sequence[Record], quality: Quality = BITS_PER_BYTE) -> list[int]:
-    """Returns the indices of the Pareto-optimal records, fastest first."""
+    """Returns the indices of the Pareto-optimal records by medians, fastest first: the line that is drawn."""
     sign = -1 if quality.lower_is_better else 1
     return pareto_front([(r.tokens_per_s, sign * quality.of(r)) for r in records])
+
+
+def beaten_by(record: Record, records: Sequence[Record], quality: Quality = BITS_PER_BYTE) -> list[Record]:
+    """Returns the records that are surely faster than this one and surely better."""
+    sign = -1 if quality.lower_is_better else 1
+    return [
+        r
+        for r in records
+        if r.tokens_per_s > record.tokens_per_s
+        and sign * (quality.of(r) - quality.of(record)) > 0
+        and difference_is_sure(r.samples, record.samples)
+        and quality_is_sure(r, record, quality)
+    ]
+
+
+def quality_is_sure(first: Record, second: Record, quality: Quality = BITS_PER_BYTE) -> bool:
+    """Whether two qualities differ by more than chance: the paired bootstrap over documents excludes zero.
+
+    Records without the bits of each document, or of other documents, cannot be paired: any difference counts then.
+    """
+    pairs = list(zip(first.document_bits, second.document_bits, strict=False))
+    sizes = [[size for _, size in r.document_bits] for r in (first, second)]
+    if not quality.lower_is_better or sizes[0] != sizes[1] or len(pairs) < 5:
+        return quality.of(first) != quality.of(second)
+
+    def difference(sample) -> float:
+        return sum(a - b for (a, _), (b, _) in sample)
+
+    low, high = bootstrap_interval(pairs, statistic=difference)
+    return low > 0 or high < 0
 
 
 def draw_speed_quality(
@@ -122,7 +157,7 @@ def draw_speed_quality(
         "--",
         color="0.6",
         zorder=1,
-        label="Pareto front",
+        label="Pareto front of the medians",
     )
     for index, label in enumerate(labels):
         _draw_series(ax, [r for r in records if legend_label(r) == label], quality, label, series_style(index))
@@ -154,16 +189,19 @@ def legend_label(record: Record) -> str:
 
 
 def speed_quality_table(records: Sequence[Record], *, quality: Quality = BITS_PER_BYTE) -> str:
-    """Returns the plot as text: the plain-function alternative, sorted by speed; `*` marks the front."""
+    """Returns the plot as text, sorted by speed: `*` marks what nothing surely beats in both.
+
+    The last column says of a record off the median's front that its loss is no more than noise: "not told apart".
+    """
     records = drawable_records(records, quality)
-    front = {id(records[i]) for i in front_of(records, quality)}
+    on_line = {id(records[i]) for i in front_of(records, quality)}
     rows = [f"{'':2}{'tokens/s':>9} {'95% interval':>17} {quality.task or 'bits/byte':>10}  technique"]
     for r in sorted(records, key=lambda r: -r.tokens_per_s):
         low, high = r.interval_tokens_per_s
-        mark = "*" if id(r) in front else ""
-        rows.append(
-            f"{mark:2}{r.tokens_per_s:9.1f} {f'[{low:.1f}, {high:.1f}]':>17} {quality.of(r):10.4f}  {legend_label(r)}"
-        )
+        mark = "" if beaten_by(r, records, quality) else "*"
+        tie = "; not told apart from the front" if mark and id(r) not in on_line else ""
+        speed = f"{mark:2}{r.tokens_per_s:9.1f} {f'[{low:.1f}, {high:.1f}]':>17}"
+        rows.append(f"{speed} {quality.of(r):10.4f}  {legend_label(r)}{tie}")
     return "\n".join(rows)
 
 
