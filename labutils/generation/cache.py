@@ -31,6 +31,9 @@ class Cache(Protocol):
     def truncate(self, length: int) -> None:
         """Forgets everything from position `length` on."""
 
+    def rewind(self, count: int) -> None:
+        """Forgets the last `count` positions."""
+
 
 class KVCache:
     """A cache that grows by concatenation: simple, but every step copies all that came before.
@@ -71,7 +74,7 @@ class KVCache:
         return self.get_seq_length(layer_idx) + query_length, 0
 
     def truncate(self, length: int) -> None:
-        """Forgets everything from position `length` on, as speculative decoding does with a wrong guess.
+        """Forgets everything from position `length` on.
 
         Raises:
             ValueError: If the cache is shorter than `length`, or `length` is negative.
@@ -79,6 +82,14 @@ class KVCache:
         check_truncation(length, self.get_seq_length())
         self.keys = [keys[:, :, :length] for keys in self.keys]
         self.values = [values[:, :, :length] for values in self.values]
+
+    def rewind(self, count: int) -> None:
+        """Forgets the last `count` positions, as speculative decoding does with rejected tokens.
+
+        Raises:
+            ValueError: If fewer positions are stored, or `count` is negative.
+        """
+        self.truncate(length_after_rewind(count, self.get_seq_length()))
 
     @property
     def resident_bytes(self) -> int:
@@ -143,6 +154,14 @@ class StaticKVCache:
         check_truncation(length, self.lengths[0])
         self.lengths = [length] * len(self.lengths)
 
+    def rewind(self, count: int) -> None:
+        """Forgets the last `count` positions, as speculative decoding does with rejected tokens.
+
+        Raises:
+            ValueError: If fewer positions are stored, or `count` is negative.
+        """
+        self.truncate(length_after_rewind(count, int(self.lengths[0])))
+
     @property
     def resident_bytes(self) -> int:
         """Bytes of the buffers, full or not."""
@@ -197,3 +216,17 @@ def check_truncation(length: int, filled: int) -> None:
     """
     if not 0 <= length <= filled:
         raise ValueError(f"a cache can be truncated to 0..{filled} positions; got {length}")
+
+
+def length_after_rewind(count: int, filled: int) -> int:
+    """What is left of `filled` positions when the last `count` are forgotten.
+
+    >>> length_after_rewind(2, 5)
+    3
+
+    Raises:
+        ValueError: If `count` is outside 0..filled.
+    """
+    if not 0 <= count <= filled:
+        raise ValueError(f"a cache can be rewound by 0..{filled} positions; got {count}")
+    return filled - count

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from labutils.generation.cache import check_truncation
+from labutils.generation.cache import check_truncation, length_after_rewind
 from labutils.generation.llama_steps import attend, rms_norm, swiglu
 from labutils.generation.sampling import greedy
 
@@ -143,11 +143,15 @@ class FastLlama:
 
     def prefill(self, token_ids: Int[Tensor, "1 positions"]) -> Float[Tensor, "1 vocab"]:
         """Reads tokens behind what is cached and returns the logits after the last one."""
-        return self._forward(token_ids[0].tolist())
+        return self._forward(token_ids[0].tolist(), rows=1)
 
     def decode_one_token(self, next_ids: Int[Tensor, "1"]) -> Float[Tensor, "1 vocab"]:
         """Feeds one token and returns the logits of the next, in a buffer that the next call overwrites."""
-        return self._forward(next_ids.tolist())
+        return self._forward(next_ids.tolist(), rows=1)
+
+    def extend(self, token_ids: list[int]) -> Float[Tensor, "new vocab"]:
+        """Reads tokens behind what is cached and returns the logits after each of them; see `decode_one_token`."""
+        return self._forward(token_ids, rows=len(token_ids))
 
     def truncate(self, length: int) -> None:
         """Forgets everything from position `length` on.
@@ -157,6 +161,14 @@ class FastLlama:
         """
         check_truncation(length, self.length)
         self.length = length
+
+    def rewind(self, count: int) -> None:
+        """Forgets the last `count` positions.
+
+        Raises:
+            ValueError: If fewer positions are cached, or `count` is negative.
+        """
+        self.length = length_after_rewind(count, self.length)
 
     def generate(
         self,
@@ -181,7 +193,7 @@ class FastLlama:
             new.append(next_ids)
         return torch.cat([token_ids, torch.stack(new, dim=1)], dim=1)
 
-    def _forward(self, token_ids: list[int]) -> Float[Tensor, "1 vocab"]:
+    def _forward(self, token_ids: list[int], *, rows: int) -> Float[Tensor, "rows vocab"]:
         start, end = self.length, self.length + len(token_ids)
         if not token_ids or end > self.max_length:
             raise ValueError(f"this decoder holds 1 to max_length={self.max_length} positions; got {start} to {end}")
@@ -192,7 +204,7 @@ class FastLlama:
             else:
                 self._through_layers(hidden, start, end)
             self.length = end
-            logits = self.head(rms_norm(hidden[-1:], self.final_gain, self.eps), self.matvec)
+            logits = self.head(rms_norm(hidden[-rows:], self.final_gain, self.eps), self.matvec)
         return torch.from_numpy(logits)
 
     def _through_layers(self, hidden: np.ndarray, start: int, end: int) -> None:

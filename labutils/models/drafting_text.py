@@ -1,0 +1,66 @@
+"""Prompts of four kinds for every table of chapter 10: what a proposer gains depends on the text.
+
+No prompt was trained on: modules of the test split, and phrasings of the service's test split.
+"""
+
+import itertools
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from labutils.data import corpus, service
+
+KINDS = ("code", "chat", "translation", "qa")
+CODE_TOKENS, CODE_STRIDE, FAQ_TURNS, SEED = 256, 512, 5, 10
+
+
+def text_prompts(kind: str, tokenizer, count: int) -> list[Int[Tensor, "1 positions"]]:
+    """`count` prompts of one kind, the same at every call; a longer list begins with the shorter one.
+
+    * code: 256 tokens from within a held-out module;
+    * chat: a customer's first question;
+    * translation: a sentence to put into Chinese or English, in turn;
+    * qa: five questions with their answers stand in the conversation, and the customer asks one of them again.
+
+    Raises:
+        ValueError: For another kind, or fewer than one prompt.
+    """
+    if kind not in KINDS or count < 1:
+        raise ValueError(f"prompts are of kind {', '.join(KINDS)}, and at least 1; got {kind!r} and {count}")
+    if kind == "code":
+        return _code(tokenizer, count)
+    chats = {"chat": _chats, "translation": _translations, "qa": _faqs}[kind](count)
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    return [tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids for text in texts]
+
+
+def _code(tokenizer, count: int) -> list[Tensor]:
+    """The first window of each module, then the second of each, and so on."""
+    modules = [
+        tokenizer(d.text, add_special_tokens=False, verbose=False).input_ids for d in corpus.stdlib_documents("test")
+    ]
+    starts = range(CODE_STRIDE, max(map(len, modules)), CODE_STRIDE)
+    windows = (ids[start : start + CODE_TOKENS] for start in starts for ids in modules)
+    whole = (window for window in windows if len(window) == CODE_TOKENS)
+    return [torch.tensor([[tokenizer.bos_token_id, *window]]) for window in itertools.islice(whole, count)]
+
+
+def _chats(count: int) -> list[list[dict[str, str]]]:
+    return [list(d.messages[:-1]) for d in service.evaluation_set(service.ANSWER, "test", count, SEED)]
+
+
+def _translations(count: int) -> list[list[dict[str, str]]]:
+    both = [service.evaluation_set(t, "test", count, SEED) for t in (service.TO_CHINESE, service.TO_ENGLISH)]
+    return [list(d.messages[:-1]) for pair in zip(*both, strict=True) for d in pair][:count]
+
+
+def _faqs(count: int) -> list[list[dict[str, str]]]:
+    items = service.evaluation_set(service.ANSWER, "test", count * FAQ_TURNS, SEED)
+    chats = []
+    for first in range(0, len(items), FAQ_TURNS):
+        turns = [list(item.messages[-2:]) for item in items[first : first + FAQ_TURNS]]
+        asked = turns[len(chats) % FAQ_TURNS][0]
+        system = items[first].messages[:1]
+        chats.append([*system, *itertools.chain.from_iterable(turns), asked])
+    return chats
