@@ -7,6 +7,7 @@ a `Sampler`. A row that produced a stop token is padded on, as in `transformers`
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Collection, Sequence
 
@@ -128,10 +129,18 @@ def generate_compiled(
     inductor needs a C++ compiler.
     """
     cache = static_cache(model, token_ids, max_new_tokens, kind=CompiledKVCache)
-    step = _compiled_steps.setdefault(model, {}).setdefault(
-        backend, torch.compile(decode_one_token, backend=backend, fullgraph=True)
-    )
-    return _generate(model, token_ids, max_new_tokens, cache, choose, stop, step=step)
+    steps = _compiled_steps.setdefault(model, {})
+    if backend not in steps:
+        steps[backend] = torch.compile(_own_copy(decode_one_token), backend=backend, fullgraph=True)
+    return _generate(model, token_ids, max_new_tokens, cache, choose, stop, step=steps[backend])
+
+
+def _own_copy(function: Callable) -> Callable:
+    """The function with a code object of its own: PyTorch counts recompilations, at most 8, by code object."""
+    code, names = function.__code__.replace(), function.__globals__
+    copied = types.FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def static_cache(

@@ -1,4 +1,9 @@
-"""A model's linear layers, GPT-2's `Conv1D` included, with weights as (out_features, in_features)."""
+"""A model's linear layers, GPT-2's `Conv1D` included, with weights as (out_features, in_features).
+
+Whoever compresses a model asks here for what there is to compress, and is refused where matrices stand elsewhere, such
+as the experts that `transformers` 5 keeps in one 3-D parameter: a share of the part that was found would look like a
+share of the whole.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -9,17 +14,62 @@ from transformers.pytorch_utils import Conv1D
 
 Linear = nn.Linear | Conv1D
 Weight = Float[Tensor, "out_features in_features"]
+# Modules whose matrices are known and meant to be left alone, or are yielded below.
+KNOWN = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def linear_layers(model: nn.Module, *, with_head: bool = False) -> Iterator[tuple[str, Linear]]:
     """Yields (name, layer) of the body's linear layers in the model's order; the head (logits) only when asked for.
 
     Embeddings are none of them, so tied weights are met once, through the head.
+
+    Raises:
+        ValueError: naming a matrix that stands in no linear layer (`matrices_outside_layers`). Nothing is yielded then.
     """
+    outside = matrices_outside_layers(model)
+    if outside:
+        others = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
+        raise ValueError(f"every weight matrix must be in a linear layer; got {outside[0]}{others}")
     head = output_head(model)
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and (with_head or module is not head):
             yield name, module
+
+
+def matrices_outside_layers(model: nn.Module) -> list[str]:
+    """Names and shapes of matrices in modules that are no linear layer, embedding or convolution, largest first.
+
+    Modules of the course's own, such as LoRA's thin matrices, do not count.
+
+    >>> class Experts(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.up = nn.Parameter(torch.zeros(4, 6, 2))
+    >>> matrices_outside_layers(nn.Sequential(nn.Linear(2, 2), Experts()))
+    ['1.up (4, 6, 2)']
+    """
+    found = [
+        (parameter.numel(), f"{name}.{key} {tuple(parameter.shape)}".removeprefix("."))
+        for name, module in model.named_modules()
+        if not isinstance(module, KNOWN) and not is_ours(module)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1
+    ]
+    return [text for _, text in sorted(found, key=lambda item: -item[0])]
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether the course wrote this kind of module."""
+    return type(module).__module__.startswith("labutils.")
+
+
+def compressed_weights(model: nn.Module) -> Iterator[Weight]:
+    """Yields the weights that the body's packed, integer and sparse layers stand for, each dequantized."""
+    head = output_head(model)
+    in_head = set(head.modules()) if head is not None else set()
+    for module in model.modules():
+        if is_ours(module) and hasattr(module, "dequantize") and module not in in_head:
+            yield module.dequantize()
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -123,9 +123,9 @@ class TokenBytes:
 def weight_bytes_read(model: torch.nn.Module) -> int:
     """Returns the bytes of weights that one decoding step reads.
 
-    That is every parameter except embedding tables, of which a step reads a single row, unless the output
-    layer shares the table (tied embeddings) and so reads all of it. Dense models only: a mixture of experts
-    reads fewer.
+    That is every parameter and every stored buffer (packed codes, scales) except embedding tables, of which a step
+    reads a single row, unless the output layer shares the table (tied embeddings) and so reads all of it. Dense
+    models only: a mixture of experts reads fewer.
 
     >>> embedding, head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False)
     >>> weight_bytes_read(torch.nn.Sequential(embedding, head))
@@ -137,7 +137,18 @@ def weight_bytes_read(model: torch.nn.Module) -> int:
     for parameter in model.parameters():
         row_only = id(parameter) in tables and id(parameter) not in shared
         total += (parameter.shape[-1] if row_only else parameter.numel()) * parameter.element_size()
-    return total
+    return total + sum(buffer.numel() * buffer.element_size() for buffer in stored_buffers(model))
+
+
+def stored_buffers(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The buffers that a checkpoint would hold, each once: codes and scales, but no tables made anew at each start."""
+    found = {
+        id(buffer): buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+    return list(found.values())
 
 
 def kv_bytes_per_position(config, *, element_bytes: int = 4) -> int:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from labutils.layers.linears import linear_layers, output_head, set_weight_, weight_of
+from labutils.layers.linears import compressed_weights, linear_layers, output_head, set_weight_, weight_of
 
 Pattern = float | tuple[int, int]  # a sparsity in [0, 1], or (n, m): n weights kept of every m
 Mask = Bool[Tensor, "out n"]
@@ -110,6 +110,12 @@ def apply_masks_(model: nn.Module, masks: Masks) -> None:
 
 
 def sparsity(model: nn.Module) -> float:
-    """Fraction of zeros among the weights of the body's linear layers."""
-    weights = [weight_of(layer) for _, layer in linear_layers(model)]
+    """Fraction of zeros among the weights of the body's linear layers, packed ones included.
+
+    Raises:
+        ValueError: for matrices that stand in no linear layer (`linear_layers`), or where there is no layer at all.
+    """
+    weights = [*(weight_of(layer) for _, layer in linear_layers(model)), *compressed_weights(model)]
+    if not weights:
+        raise ValueError(f"sparsity is a share of linear layers' weights; {type(model).__name__} has none")
     return sum((w == 0).sum().item() for w in weights) / sum(w.numel() for w in weights)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from labutils.layers.linears import linear_layers, replace_module_, set_weight_, weight_of
+from labutils.layers.linears import Linear, linear_layers, replace_module_, set_weight_, weight_of
 from labutils.pruning.masks import Masks, apply_masks_, mask_model
 from labutils.pruning.scores import magnitude_scores, schedule, weighted_gradient
 from labutils.training.loop import FitPlan, fit_
@@ -99,18 +99,19 @@ class LoraLinear(nn.Module):
     Plain LoRA adds B A, which fills the zeros as soon as it is merged; under the mask M the zeros stay.
     """
 
-    def __init__(self, base: nn.Linear, mask: Tensor, *, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, base: Linear, mask: Tensor, *, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
+        out_features, in_features = weight_of(base).shape
         self.register_buffer("mask", mask.to(base.weight.dtype))
-        start = torch.randn(rank, base.in_features, generator=generator) / base.in_features**0.5
+        start = torch.randn(rank, in_features, generator=generator) / in_features**0.5
         self.a = nn.Parameter(start.to(base.weight))
-        self.b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        self.b = nn.Parameter(base.weight.new_zeros(out_features, rank))
 
     @property
     def weight(self) -> Float[Tensor, "out n"]:
         """The weight with the change in it."""
-        return self.base.weight + self.mask * (self.b @ self.a)
+        return weight_of(self.base) + self.mask * (self.b @ self.a)
 
     def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... out"]:
         """As a linear layer."""
@@ -130,7 +131,7 @@ def merge_lora_(model: nn.Module) -> None:
     """Writes the changes into the weights and takes the extra layers out: an ordinary model, as sparse as before."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):
-            module.base.weight.copy_(module.weight)
+            set_weight_(module.base, module.weight)
             replace_module_(model, name, module.base)
     model.requires_grad_(True)
 

@@ -146,12 +146,24 @@ class Linear24(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.packed, self.bias = pack_2_4(layer.weight.detach()), layer.bias
+        packed, self.bias = pack_2_4(layer.weight.detach()), layer.bias
+        self.shape = packed.shape
+        self.register_buffer("places", packed.places)
+        self.register_buffer("weights", packed.weights)
+
+    @property
+    def packed(self) -> Packed24:
+        """The weight as it is stored."""
+        return Packed24(self.places, self.weights, self.shape)
+
+    def dequantize(self) -> Float[Tensor, "out n"]:
+        """The dense weight, zeros and all."""
+        return unpack_2_4(self.packed)
 
     def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... out"]:
         """As the linear layer it replaces."""
         if x.numel() > x.shape[-1]:
-            return nn.functional.linear(x, unpack_2_4(self.packed), self.bias)
+            return nn.functional.linear(x, self.dequantize(), self.bias)
         y = matvec_2_4(self.packed, x.detach().flatten().contiguous()).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
@@ -160,9 +172,11 @@ def pack_linears_(model: nn.Module) -> None:
     """Replaces every linear layer of the body by its 2:4 packed twin; the head stays dense.
 
     Raises:
-        ValueError: when a weight is not 2:4, or a layer is no `nn.Linear`.
+        ValueError: when a weight is not 2:4, or a layer is no `nn.Linear`; the model is then as it was.
     """
-    for name, layer in list(linear_layers(model)):
+    layers = dict(linear_layers(model))
+    for name, layer in layers.items():
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"packing takes nn.Linear; got {type(layer).__name__} in {name}")
-        replace_module_(model, name, Linear24(layer))
+    for name, layer in {name: Linear24(layer) for name, layer in layers.items()}.items():
+        replace_module_(model, name, layer)

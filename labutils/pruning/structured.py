@@ -6,6 +6,7 @@ all layers, so every layer loses equally many; *which* ones go may differ from l
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -194,14 +195,14 @@ def block_influence(model: nn.Module, batches: Iterable[Int[Tensor, "b positions
     Near 0: the layer hardly turns the residual stream, so it is the first candidate to go.
 
     Raises:
-        ValueError: when there is no batch.
+        ValueError: when there is no batch, or the model computes NaN, as one in float16 may.
     """
     cosines: list[list[Tensor]] = [[] for _ in model.model.layers]
 
     def watch(index: int) -> Callable:
         def hook(_module, inputs, output) -> None:
             after = output[0] if isinstance(output, tuple) else output
-            cosines[index].append(torch.cosine_similarity(inputs[0], after, dim=-1).flatten())
+            cosines[index].append(torch.cosine_similarity(inputs[0].float(), after.float(), dim=-1).flatten())
 
         return hook
 
@@ -214,4 +215,8 @@ def block_influence(model: nn.Module, batches: Iterable[Int[Tensor, "b positions
             handle.remove()
     if not all(cosines):
         raise ValueError("block influence needs at least one batch; got none")
-    return [1 - torch.cat(each).mean().item() for each in cosines]
+    influences = [1 - torch.cat(each).mean().item() for each in cosines]
+    if any(math.isnan(value) for value in influences):
+        layer = next(index for index, value in enumerate(influences) if math.isnan(value))
+        raise ValueError(f"block influence needs numbers; got nan in layer {layer} (a model in float16 may overflow)")
+    return influences

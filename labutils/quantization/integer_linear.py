@@ -76,6 +76,12 @@ class IntegerLinear(nn.Module):
         self.register_buffer("scale", qparams.scale.flatten())
         self.bias = layer.bias
 
+    def dequantize(self) -> Float[Tensor, "out n"]:
+        """The weight that the codes stand for, with the columns that stay in floats."""
+        weight = self.codes * self.scale[:, None]
+        weight[:, self.outliers] = self.outlier_weight
+        return weight
+
     @torch.no_grad()
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch out"]:
         """Quantizes the inputs, multiplies integers, scales the sums, adds outliers and bias."""
@@ -109,13 +115,16 @@ def use_integers_(
             columns found beforehand remain.
         threshold: of LLM.int8.
     """
-    for name, layer in list(linear_layers(model)):
+    made = {}
+    for name, layer in linear_layers(model):
         mask = outliers[name].absmax >= threshold if outliers is not None and name in outliers else None
         absmax = None
         if static is not None:
             kept = static[name].absmax if mask is None else static[name].absmax[~mask]
             absmax = kept.max().item()
-        replace_module_(model, name, IntegerLinear(layer, bits=bits, input_absmax=absmax, outliers=mask))
+        made[name] = IntegerLinear(layer, bits=bits, input_absmax=absmax, outliers=mask)
+    for name, layer in made.items():
+        replace_module_(model, name, layer)
     return model
 
 

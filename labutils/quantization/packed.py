@@ -206,21 +206,38 @@ def pack_model_(model: nn.Module, scheme: Scheme, *, half_scales: bool = False) 
     Raises:
         ValueError: naming the layer that the scheme does not fit.
     """
-    for name, layer in list(linear_layers(model, with_head=True)):
+    layers = dict(linear_layers(model, with_head=True))
+    for layer in layers.values():
+        check_replaceable(model, layer)
+    packed = {}
+    for name, layer in layers.items():
         try:
-            replace_packed_(model, name, PackedLinear.from_layer(layer, scheme, half_scales=half_scales))
+            packed[name] = PackedLinear.from_layer(layer, scheme, half_scales=half_scales)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+    for name, layer in packed.items():
+        replace_packed_(model, name, layer)
     return model
+
+
+def check_replaceable(model: nn.Module, layer: Linear) -> nn.Embedding | None:
+    """The embedding that shares a head's weight and must be replaced with it, None for any other layer.
+
+    Raises:
+        ValueError: where that embedding does more than look rows up.
+    """
+    embedding = model.get_input_embeddings() if layer is output_head(model) else None
+    if embedding is None or embedding.weight is not layer.weight:
+        return None
+    if type(embedding) is not nn.Embedding:
+        raise ValueError(f"a tied embedding must be a plain nn.Embedding; got {type(embedding).__name__}")
+    return embedding
 
 
 def replace_packed_(model: nn.Module, name: str, packed: PackedLinear) -> None:
     """Puts a packed layer in the place of the one called `name`, and of the embedding that shares its weight."""
-    layer = model.get_submodule(name)
-    embedding = model.get_input_embeddings() if layer is output_head(model) else None
-    if embedding is not None and embedding.weight is layer.weight:
-        if type(embedding) is not nn.Embedding:
-            raise ValueError(f"a tied embedding must be a plain nn.Embedding; got {type(embedding).__name__}")
+    embedding = check_replaceable(model, model.get_submodule(name))
+    if embedding is not None:
         where = next(n for n, module in model.named_modules() if module is embedding)
         replace_module_(model, where, PackedEmbedding(packed.packed))
     replace_module_(model, name, packed)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from labutils.layers.linears import untie_head_
+from labutils.layers.linears import Linear, set_weight_, untie_head_, weight_of
 from labutils.quantization.folding import folds
 
 
@@ -86,8 +86,8 @@ def rotate_(model: nn.Module, *, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def rotated_inputs(layer: nn.Linear, rotation: Float[Tensor, "n n"]) -> nn.Sequential:
+def rotated_inputs(layer: Linear, rotation: Float[Tensor, "n n"]) -> nn.Sequential:
     """The layer (its weight rotated in place) behind a rotation of its inputs, which QuaRot's kernels make cheap."""
     rotation = rotation.to(layer.weight)
-    layer.weight.copy_(layer.weight @ rotation)
+    set_weight_(layer, weight_of(layer) @ rotation)
     return nn.Sequential(Rotation(rotation), layer)
