@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 
+from labutils.generation.fast_llama import FastLlama
 from labutils.models.tiled import shared_out, tiled_model
 
 
@@ -42,6 +43,14 @@ def test_tiled_model_refuses_what_it_does_not_know():
         tiled_model(tiny_model("gpt2"), width=2)
     with pytest.raises(ValueError, match="width of at least 1; got llama and 0"):
         tiled_model(tiny_model("llama-gqa-tied"), width=0)
+
+
+def test_tiled_model_decodes_fast_as_well():
+    model, ids = tiny_model("llama-gqa-tied"), random_ids(9)
+    fast = FastLlama(tiled_model(model, width=2), max_length=16, matvec="numpy")
+    assert fast.keys.shape[1] == 4  # key-value heads: 2, twice
+    with torch.no_grad():
+        torch.testing.assert_close(fast.prefill(ids), model(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
