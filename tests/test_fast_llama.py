@@ -149,3 +149,17 @@ def test_fast_llama_bad_input_states_the_rule():
         fast.truncate(1)
     with pytest.raises(ValueError, match="at least 1; got 0"):
         fast.generate(random_ids(2), 0)
+
+
+def test_hidden_is_what_the_head_read_of_the_rows_that_still_stand():
+    model, ids = tiny_model("llama-gqa-tied"), random_ids(6)
+    fast = FastLlama(model, max_length=16, matvec="numpy")
+    with torch.no_grad():
+        states = model.model(torch.cat([ids, torch.tensor([[1, 2, 3]])], dim=1)).last_hidden_state[0]
+    fast.prefill(ids)
+    torch.testing.assert_close(torch.from_numpy(fast.hidden), states[5:6], rtol=1e-4, atol=1e-5)
+    fast.extend([1, 2, 3])
+    fast.rewind(2)
+    torch.testing.assert_close(torch.from_numpy(fast.hidden), states[6:7], rtol=1e-4, atol=1e-5)
+    fast.rewind(3)
+    assert len(fast.hidden) == 0

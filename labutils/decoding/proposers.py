@@ -227,6 +227,25 @@ class SuffixAutomaton:
         return len(self.edges) - 1
 
 
+def draft_one_by_one(
+    logits_after: Callable[[list[int]], Tensor], count: int, *, choose: Callable[[Tensor], Tensor]
+) -> Proposal:
+    """Drafts `count` tokens; `logits_after` maps the tokens drafted so far to the logits (1, vocab) of the next.
+
+    With a `Sampler` tokens are drawn, and the distributions they were drawn from are handed over for `verify`.
+    """
+    drafted: list[int] = []
+    probs: list[Tensor] = []
+    for _ in range(count):
+        logits = logits_after(drafted)
+        if isinstance(choose, Sampler):
+            probs.append(choose.probs(logits))
+            drafted.append(int(torch.multinomial(probs[-1], 1, generator=choose.generator)))
+        else:
+            drafted.append(int(choose(logits)))
+    return Proposal(drafted, torch.cat(probs) if probs else None)
+
+
 class ModelDraft:
     """A smaller model as a draft, with a cache of its own, which it rewinds to what it shares with the text.
 
@@ -243,16 +262,7 @@ class ModelDraft:
     def propose(self, token_ids: list[int], count: int) -> Proposal:
         """Returns `count` tokens that the model would write, fewer where its cache has no more room."""
         room = count if self.model.max_length is None else self.model.max_length - len(token_ids) + 1
-        drafted: list[int] = []
-        probs: list[Tensor] = []
-        for _ in range(min(count, room)):
-            logits = self._after(token_ids + drafted)
-            if isinstance(self.choose, Sampler):
-                probs.append(self.choose.probs(logits))
-                drafted.append(int(torch.multinomial(probs[-1], 1, generator=self.choose.generator)))
-            else:
-                drafted.append(int(self.choose(logits)))
-        return Proposal(drafted, torch.cat(probs) if probs else None)
+        return draft_one_by_one(lambda drafted: self._after(token_ids + drafted), min(count, room), choose=self.choose)
 
     def _after(self, text: list[int]) -> Float[Tensor, "1 vocab"]:
         """Logits after a text, of which only what the cache does not hold is read."""

@@ -122,6 +122,7 @@ class FastLlama:
         config = model.config
         check_supported(config, max_length=max_length, matvec=matvec)
         self.max_length, self.length = max_length, 0
+        self.hidden = np.zeros((0, config.hidden_size), np.float32)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.eps = np.float32(config.rms_norm_eps)
         self.one_token: Callable[[np.ndarray, int], None] | None = None
@@ -169,6 +170,7 @@ class FastLlama:
             ValueError: If fewer positions are cached, or `count` is negative.
         """
         self.length = length_after_rewind(count, self.length)
+        self.hidden = self.hidden[: max(len(self.hidden) - count, 0)]
 
     def generate(
         self,
@@ -204,7 +206,8 @@ class FastLlama:
             else:
                 self._through_layers(hidden, start, end)
             self.length = end
-            logits = self.head(rms_norm(hidden[-rows:], self.final_gain, self.eps), self.matvec)
+            self.hidden = rms_norm(hidden[-rows:], self.final_gain, self.eps)
+            logits = self.head(self.hidden, self.matvec)
         return torch.from_numpy(logits)
 
     def _through_layers(self, hidden: np.ndarray, start: int, end: int) -> None:
