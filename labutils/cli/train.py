@@ -1,4 +1,4 @@
-"""`python -m labutils train`: train LabLM, or distil LabLM-small from it, resuming where a killed run stopped."""
+"""`python -m labutils train`: LabLM, LabLM-small distilled from it, or a head on it, resuming where a run stopped."""
 
 import argparse
 import json
@@ -6,13 +6,14 @@ import os
 import sys
 from pathlib import Path
 
-HELP = "train LabLM, or distil LabLM-small from it, resuming where a killed run stopped"
+HELP = "train LabLM, LabLM-small distilled from it, or a head on it, resuming where a killed run stopped"
+HEADS = ("exit",)  # of labutils.models.draft_heads
 NEEDS_ENVIRONMENT = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("model", choices=("lablm", "lablm-small"))
+    parser.add_argument("model", choices=("lablm", "lablm-small", *HEADS))
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps")
     parser.add_argument("--state", type=Path, help="folder of the resumable state (default: training-state/MODEL)")
     parser.add_argument("--out", type=Path, help="folder of the finished checkpoint (default: STATE/checkpoint)")
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and writes the checkpoint. Under torchrun, its processes share every step's batch."""
+    if args.model in HEADS:
+        return train_head(args)
     import torch.distributed as dist
 
     from labutils.models import students, training
@@ -63,4 +66,22 @@ def run(args: argparse.Namespace) -> int:
         print(f"wrote {out}")
     if dist.is_initialized():
         dist.destroy_process_group()
+    return 0
+
+
+def train_head(args: argparse.Namespace) -> int:
+    """Trains a head on LabLM; the options that shape a model's run do not count for it."""
+    from labutils.models import draft_heads
+
+    state = args.state or Path("training-state") / "heads"
+    head = draft_heads.train_head(
+        args.model,
+        steps=args.steps,
+        state_dir=state,
+        packages=not args.no_packages,
+        log=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    out = args.out or state / "checkpoint"
+    draft_heads.save_head(head, args.model, out)
+    print(f"wrote {out}")
     return 0
