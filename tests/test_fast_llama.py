@@ -56,6 +56,21 @@ def test_rollback_equals_never_having_been_there(model, fast):
     assert_close(fast.prefill(ids[:, 3:]), expected[:, 11])
 
 
+def test_extend_gives_every_row_and_keeps_what_the_head_read(model, fast):
+    ids = random_ids(14)
+    expected = forward_logits(model, ids)[0]
+    fast.prefill(ids[:, :8])
+    assert_close(fast.extend(ids[0, 8:13].tolist()), expected[8:13])
+    fast.rewind(2)
+    head = model.get_output_embeddings()
+    assert_close(head(torch.from_numpy(fast.hidden)), expected[8:11])
+    assert_close(fast.extend(ids[0, 11:14].tolist()), expected[11:14])
+    fast.rewind(6)
+    assert fast.hidden.shape == (0, 32) and fast.length == 8
+    with pytest.raises(ValueError, match=r"rewound by 0\.\.8 positions; got 9"):
+        fast.rewind(9)
+
+
 def test_greedy_tokens_equal_transformers_generate(model, fast):
     for length in (1, 9):
         ids = random_ids(length, seed=length)

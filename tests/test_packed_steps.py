@@ -30,30 +30,44 @@ def array(*shape: int, seed: int = 0) -> np.ndarray:
 def steps_of(model, *, max_length=24):
     """The same packed model twice: with NumPy between its matrices, and in one call into C."""
     in_c = fast_packed_llama(model, max_length=max_length)
-    assert in_c.one_token is not None
+    assert in_c.few_tokens is not None
     plain = fast_packed_llama(model, max_length=max_length)
-    plain.one_token = None
+    plain.few_tokens = None
     return in_c, plain
 
 
 @needs_kernels
 @pytest.mark.parametrize("name", [*LLAMAS, "qwen2"])
 @settings(deadline=None, max_examples=15)
-@given(seed=seeds, start=st.integers(1, 16), spread=st.sampled_from([0.001, 0.1, 3.0]))
-def test_one_token_equals_numpy_between_the_same_matrices(name, seed, start, spread):
+@given(seed=seeds, start=st.integers(1, 16), rows=st.integers(1, 8), spread=st.sampled_from([0.001, 0.1, 3.0]))
+def test_few_tokens_equal_numpy_between_the_same_matrices(name, seed, start, rows, spread):
     in_c, plain = steps_of(pack_model_(tiny_model(name), Scheme(8)))
     ids = random_ids(start, seed=seed)
-    in_c.prefill(ids)
-    plain.prefill(ids)
-    hidden = spread * array(1, 32, seed=seed)
+    for decoder in (in_c, plain):
+        decoder._through_layers(decoder.embedding(ids[0]).numpy().copy(), 0, start)
+    hidden = spread * array(rows, 32, seed=seed)
     ours, expected = hidden.copy(), hidden.copy()
-    in_c.one_token(ours, start)
-    plain._through_layers(expected, start, start + 1)
+    in_c.few_tokens(ours, start)
+    plain._through_layers(expected, start, start + rows)
     # an input may round to the neighbouring code where a norm differs in its last bit: 1/127 of its block's largest
     assert np.abs(ours - expected).max() <= 0.01 * np.abs(expected).max()
     assert np.abs(in_c.keys - plain.keys).max() <= 0.02 * np.abs(plain.keys).max()
     assert np.abs(in_c.values - plain.values).max() <= 0.02 * np.abs(plain.values).max()
-    assert np.array_equal(in_c.keys[:, :, start + 1 :], plain.keys[:, :, start + 1 :])  # nothing beyond its position
+    assert np.array_equal(in_c.keys[:, :, start + rows :], plain.keys[:, :, start + rows :])  # nothing beyond them
+
+
+@needs_kernels
+@pytest.mark.parametrize("scheme", [Scheme(8), GROUP_32], ids=["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 9, 13, 32])
+def test_several_tokens_have_the_bits_of_one_after_the_other(scheme, rows):
+    model, ids = pack_model_(tiny_model("llama-gqa-tied"), scheme), random_ids(40)
+    alone, together = (fast_packed_llama(model, max_length=40) for _ in range(2))
+    for decoder in (alone, together):
+        decoder.prefill(ids[:, :6])
+    text = ids[0, 6 : 6 + rows].tolist()
+    expected = torch.cat([alone.extend([token]).clone() for token in text])
+    assert torch.equal(together.extend(text), expected)
+    assert np.array_equal(alone.keys, together.keys) and np.array_equal(alone.values, together.values)
 
 
 @needs_kernels
@@ -62,13 +76,13 @@ def test_layers_never_swallow_what_is_not_finite(bad):
     decoder, _ = steps_of(pack_model_(tiny_model("llama-gqa-tied"), Scheme(8)))
     hidden = array(1, 32)
     hidden[0, 5] = bad
-    decoder.one_token(hidden, 0)
+    decoder.few_tokens(hidden, 0)
     assert np.isnan(hidden).all()
     hidden = array(1, 32)
     decoder.keys.fill(0)
     decoder.values.fill(0)
     decoder.keys[0, 0, 0] = np.nan  # a token that went wrong earlier
-    decoder.one_token(hidden, 1)
+    decoder.few_tokens(hidden, 1)
     assert np.isnan(hidden).all()
 
 
@@ -78,7 +92,7 @@ def test_mixed_schemes_go_through_numpy():
     for name, module in list(linear_layers(model, with_head=True)):
         replace_packed_(model, name, PackedLinear.from_layer(module, GROUP_32 if "q_proj" in name else Scheme(8)))
     decoder = fast_packed_llama(model, max_length=20)
-    assert decoder.one_token is None
+    assert decoder.few_tokens is None
     torch.testing.assert_close(decoder.prefill(ids), forward_logits(model, ids)[:, -1], atol=0.02, rtol=0)
 
 

@@ -8,7 +8,7 @@ Decoding one token multiplies every weight matrix by one vector, so its floor is
 * The matrix-vector kernel: on some CPUs PyTorch's BLAS does not use a second core for it, NumPy's does.
   `matvec="auto"` times both on this model's own matrices and keeps the faster.
 
-The fused matrices are a parameter, and `one_token` may be set: another chapter passes quantized ones and layers in C.
+The fused matrices are a parameter, and `few_tokens` may be set: another chapter passes quantized ones and layers in C.
 
 NumPy and PyTorch share the memory of every array here; nothing is copied between them.
 """
@@ -105,7 +105,9 @@ class FastLlama:
         fuse: Makes one matrix of layers that read the same input.
 
     Attributes:
-        one_token: Sends one token's hidden state (1, width) through all layers at a position, in place; None for NumPy.
+        few_tokens: Sends up to its `max_tokens` hidden states (tokens, width) through all layers from a position on, in
+            place; None for NumPy.
+        hidden: What the last call gave the head, (rows, width), without what was rewound since.
 
     Raises:
         ValueError: If the model differs from Llama in a way this decoder does not know.
@@ -125,11 +127,12 @@ class FastLlama:
         self.hidden = np.zeros((0, config.hidden_size), np.float32)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.eps = np.float32(config.rms_norm_eps)
-        self.one_token: Callable[[np.ndarray, int], None] | None = None
+        self.few_tokens: Callable[[np.ndarray, int], None] | None = None
         self.embedding, self.tied = model.get_input_embeddings(), model.config.tie_word_embeddings
         self.layers = [Layer.of(layer, fuse) for layer in model.model.layers]
         self.final_gain = _array(model.model.norm.weight)
         self.head = fuse(model.get_output_embeddings())
+        self.hidden = np.empty((0, config.hidden_size), np.float32)
         self.cos, self.sin = _rotary_tables(model, max_length)
         shape = (len(self.layers), config.num_key_value_heads, max_length, head_dim)
         self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -201,8 +204,8 @@ class FastLlama:
             raise ValueError(f"this decoder holds 1 to max_length={self.max_length} positions; got {start} to {end}")
         with np.errstate(over="ignore"), torch.inference_mode():  # exp(-gate) may overflow to inf: the gate is 0 then
             hidden = self.embedding(torch.tensor(token_ids)).float().numpy()
-            if self.one_token and len(token_ids) == 1:
-                self.one_token(hidden, start)
+            if self.few_tokens and len(token_ids) <= self.few_tokens.max_tokens:
+                self.few_tokens(hidden, start)
             else:
                 self._through_layers(hidden, start, end)
             self.length = end

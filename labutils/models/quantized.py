@@ -22,13 +22,13 @@ from labutils.models.checkpoint import verify_checksums, write_checksums
 from labutils.models.load import LanguageModel, LoadError
 from labutils.quantization.kernels import KernelError, find_kernels
 from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWeight, replace_packed_
-from labutils.quantization.packed_steps import Arena, FusedPacked, OneToken, arena_bytes
+from labutils.quantization.packed_steps import Arena, FewTokens, FusedPacked, arena_bytes
 
 SCHEMES, WEIGHTS, VERSION = "quantization.json", "model.safetensors", 1
 
 
 def fast_packed_llama(model: nn.Module, *, max_length: int) -> FastLlama:
-    """`FastLlama` on a model whose linear layers are all packed: a token's layers in one call into C.
+    """`FastLlama` on a model whose linear layers are all packed: the layers of a few tokens in one call into C.
 
     Where schemes differ among layers that read the same input, NumPy does what lies between the matrices. The model's
     packed weights move into one piece of memory and are shared, not copied.
@@ -42,8 +42,8 @@ def fast_packed_llama(model: nn.Module, *, max_length: int) -> FastLlama:
         raise KernelError(reason)
     fuse = partial(FusedPacked, library, Arena(arena_bytes(list(packed_layers(model).values()))))
     decoder = FastLlama(model, max_length=max_length, matvec="numpy", fuse=fuse)
-    if OneToken.fits(decoder):
-        decoder.one_token = OneToken(library, decoder)
+    if FewTokens.fits(decoder):
+        decoder.few_tokens = FewTokens(library, decoder)
     return decoder
 
 

@@ -162,7 +162,7 @@ static inline __attribute__((always_inline)) void chunk(
 #define CENTRED 0
 #endif
 
-// ---- a tile: 8 rows times 1, 4 or 8 tokens -------------------------------------------------------------------------
+// ---- a tile: 8 rows times 1 to 8 tokens -------------------------------------------------------------------------
 
 static inline __attribute__((always_inline)) void tile_times_tokens(
     const Weight *w, const Activations *x, float *y, int64_t tile, int64_t token, const int tokens, const int bits) {
@@ -196,8 +196,15 @@ static inline __attribute__((always_inline)) void tile_times_all(
     const Weight *w, const Activations *x, float *y, int64_t tile, int64_t tokens, const int bits) {
     int64_t t = 0;
     for (; t + TOKENS <= tokens; t += TOKENS) tile_times_tokens(w, x, y, tile, t, TOKENS, bits);
-    for (; t + 4 <= tokens; t += 4) tile_times_tokens(w, x, y, tile, t, 4, bits);
-    for (; t < tokens; t++) tile_times_tokens(w, x, y, tile, t, 1, bits);
+    switch (tokens - t) {  // each count compiled apart, so that the rest shares one pass over the weights as well
+        case 1: tile_times_tokens(w, x, y, tile, t, 1, bits); break;
+        case 2: tile_times_tokens(w, x, y, tile, t, 2, bits); break;
+        case 3: tile_times_tokens(w, x, y, tile, t, 3, bits); break;
+        case 4: tile_times_tokens(w, x, y, tile, t, 4, bits); break;
+        case 5: tile_times_tokens(w, x, y, tile, t, 5, bits); break;
+        case 6: tile_times_tokens(w, x, y, tile, t, 6, bits); break;
+        case 7: tile_times_tokens(w, x, y, tile, t, 7, bits); break;
+    }
 }
 
 // ---- activations ---------------------------------------------------------------------------------------------------

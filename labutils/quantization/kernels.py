@@ -28,7 +28,7 @@ class Layer(ctypes.Structure):
 
 
 class Shape(ctypes.Structure):
-    """`Shape` of steps.c: a decoder's sizes and its scratch memory."""
+    """`Shape` of steps.c: a decoder's sizes and its scratch memory, each for so many rows."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("layers", "heads", "kv_heads", "dim", "max_length")),
@@ -50,7 +50,7 @@ def load_library(path: Path) -> ctypes.CDLL:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.packed_linear.argtypes = (ctypes.POINTER(Weight), pointer, pointer, count, count)
-    library.decode_layers.argtypes = (pointer, ctypes.POINTER(Shape), pointer, pointer, pointer, count, count)
+    library.decode_layers.argtypes = (pointer, ctypes.POINTER(Shape), *[pointer] * 3, *[count] * 3)
     return library
 
 

@@ -1,7 +1,8 @@
-"""One token through packed layers without Python between them: fused matrices and C steps, for `FastLlama`.
+"""A few tokens through packed layers without Python between them: fused matrices and C steps, for `FastLlama`.
 
 An operator of PyTorch costs ten microseconds before it computes; a decoding step has a dozen a layer. Here NumPy arrays
-go to the C kernels by address, and one token goes through all layers in one call.
+go to the C kernels by address, and one token, or the few that speculative decoding checks, go through all layers in one
+call.
 """
 
 import ctypes
@@ -88,13 +89,15 @@ def arena_bytes(layers: list[PackedLinear]) -> int:
     return sum(layer.packed.nbytes + 4 * layer.packed.out_features + 4 * 64 for layer in layers)
 
 
-class OneToken:
-    """All layers of a `FastLlama` on packed weights for one token: one call into C.
+class FewTokens:
+    """All layers of a `FastLlama` on packed weights for 1 to `max_tokens` tokens: one call into C.
 
     Args:
         library: the kernels.
         decoder: a `FastLlama` whose matrices are `FusedPacked`.
     """
+
+    max_tokens = 32
 
     def __init__(self, library: ctypes.CDLL, decoder: object) -> None:
         self.library, self.decoder = library, decoder
@@ -108,7 +111,7 @@ class OneToken:
             "inner": max(first.output.in_features, first.down.in_features),
             "scores": max_length,
         }
-        self.scratch = {name: np.empty(size, np.float32) for name, size in sizes.items()}
+        self.scratch = {name: np.empty(self.max_tokens * size, np.float32) for name, size in sizes.items()}
         rooms = (array.ctypes.data for array in self.scratch.values())
         self.shape = Shape(len(made), heads, kv_heads, dim, max_length, *rooms, decoder.eps)
 
@@ -118,16 +121,18 @@ class OneToken:
         fused = (m for layer in decoder.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down))
         return decoder.keys.shape[-1] % 8 == 0 and all(len(matrix.parts) == 1 for matrix in fused)
 
-    def __call__(self, hidden: Float[np.ndarray, "1 width"], position: int) -> None:
-        """Sends the token at `position` through all layers, in place; its keys and values join the cache.
+    def __call__(self, hidden: Float[np.ndarray, "tokens width"], position: int) -> None:
+        """Sends tokens at `position` and behind it through all layers, in place; keys and values join the cache.
+
+        A token's bits are the same alone and among others.
 
         Raises:
-            MemoryError: when there is no room for a token's codes.
+            MemoryError: when there is no room for the tokens' codes.
         """
         cos, sin = (table[position].ctypes.data for table in (self.decoder.cos, self.decoder.sin))
-        threads = torch.get_num_threads()
-        if self.library.decode_layers(self.layers, self.shape, hidden.ctypes.data, cos, sin, position, threads):
-            raise MemoryError("no memory for the codes of a token")
+        x, threads = hidden.ctypes.data, torch.get_num_threads()
+        if self.library.decode_layers(self.layers, self.shape, x, cos, sin, position, len(hidden), threads):
+            raise MemoryError("no memory for the tokens' codes")
 
 
 def _layer(decoder: object, index: int) -> Layer:

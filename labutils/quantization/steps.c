@@ -1,4 +1,4 @@
-// All decoder layers for one token: between the matrices of kernels.c a dozen small steps a layer. Called from Python
+// All decoder layers for a few tokens of one stream: between the matrices of kernels.c a dozen small steps a layer. Called from Python
 // one by one, they cost as much as a third of an int4 model's matrices. Compiled together with kernels.c.
 
 static inline f32x8 load8(const float *x, int64_t n, float rest) {  // n numbers, then `rest`
@@ -71,20 +71,6 @@ static void attend_head(const float *q, const float *keys, const float *values, 
     }
 }
 
-// One token's attention: rotates its queries and keys (in place), stores key and value at `position`, attends to all
-// before and to itself. qkv (heads + 2 kv_heads, dim); keys, values (kv_heads, max_length, dim); dim a multiple of 8.
-static void attend(float *qkv, const float *cosine, const float *sine, float *keys, float *values, float *out,
-                   float *scores, int64_t heads, int64_t kv_heads, int64_t dim, int64_t max_length, int64_t position) {
-    for (int64_t head = 0; head < heads + kv_heads; head++) rotate(qkv + head * dim, cosine, sine, dim);
-    for (int64_t kv = 0; kv < kv_heads; kv++) {
-        float *its_keys = keys + kv * max_length * dim, *its_values = values + kv * max_length * dim;
-        memcpy(its_keys + position * dim, qkv + (heads + kv) * dim, dim * sizeof(float));
-        memcpy(its_values + position * dim, qkv + (heads + kv_heads + kv) * dim, dim * sizeof(float));
-        for (int64_t head = kv * heads / kv_heads; head < (kv + 1) * heads / kv_heads; head++)
-            attend_head(qkv + head * dim, its_keys, its_values, out + head * dim, scores, dim, position + 1);
-    }
-}
-
 typedef struct {
     const float *attention_gain, *mlp_gain;
     float *keys, *values;  // this layer's cache, (kv_heads, max_length, dim)
@@ -93,31 +79,61 @@ typedef struct {
 
 typedef struct {
     int64_t layers, heads, kv_heads, dim, max_length;
-    float *narrow, *wide, *inner, *scores;  // room for: hidden; qkv or gate_up; heads * dim or the MLP; max_length
+    float *narrow, *wide, *inner, *scores;  // a row each: hidden; qkv or gate_up; heads * dim or the MLP; max_length
     float eps;
 } Shape;
+
+// Rotates queries and keys of one token (in place) and stores key and value at `position`.
+// qkv (heads + 2 kv_heads, dim); keys, values (kv_heads, max_length, dim); dim a multiple of 8.
+static void store_token(float *qkv, const float *cosine, const float *sine, float *keys, float *values, const Shape *s,
+                        int64_t position) {
+    int64_t dim = s->dim, rotated = s->heads + s->kv_heads;
+    for (int64_t head = 0; head < rotated; head++) rotate(qkv + head * dim, cosine, sine, dim);
+    for (int64_t kv = 0; kv < s->kv_heads; kv++) {
+        int64_t at = (kv * s->max_length + position) * dim;
+        memcpy(keys + at, qkv + (s->heads + kv) * dim, dim * sizeof(float));
+        memcpy(values + at, qkv + (rotated + kv) * dim, dim * sizeof(float));
+    }
+}
+
+// Tokens at consecutive positions, each attending to all before it and to itself. qkv (rows, heads + 2 kv_heads, dim).
+static void attend(float *qkv, const float *cosine, const float *sine, float *keys, float *values, const Shape *s,
+                   int64_t position, int64_t rows, int64_t threads) {
+    int64_t dim = s->dim, width = (s->heads + 2 * s->kv_heads) * dim;
+    for (int64_t r = 0; r < rows; r++)
+        store_token(qkv + r * width, cosine + r * dim, sine + r * dim, keys, values, s, position + r);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 1)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t head = 0; head < s->heads; head++) {
+            int64_t at = head * s->kv_heads / s->heads * s->max_length * dim;
+            attend_head(qkv + r * width + head * dim, keys + at, values + at, s->inner + (r * s->heads + head) * dim,
+                        s->scores + r * s->max_length, dim, position + r + 1);
+        }
+}
 
 static void add(float *x, const float *y, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] += y[i];
 }
 
-// hidden += attention(norm(hidden)); hidden += mlp(norm(hidden)); layer by layer. Returns 0, or 1 without memory.
+// hidden += attention(norm(hidden)); hidden += mlp(norm(hidden)); layer by layer, for `rows` tokens from `position` on.
+// hidden (rows, width); cosine, sine (rows, dim). A row's bits do not depend on the others. 0, or 1 without memory.
 int decode_layers(const Layer *layer, const Shape *s, float *hidden, const float *cosine, const float *sine,
-                  int64_t position, int64_t threads) {
+                  int64_t position, int64_t rows, int64_t threads) {
     int failed = 0;
     for (const Layer *end = layer + s->layers; layer < end; layer++) {
-        int64_t width = layer->qkv.in;
-        rms_norm(hidden, layer->attention_gain, s->narrow, width, s->eps);
-        failed |= packed_linear(&layer->qkv, s->narrow, s->wide, 1, threads);
-        attend(s->wide, cosine, sine, layer->keys, layer->values, s->inner, s->scores, s->heads, s->kv_heads, s->dim,
-               s->max_length, position);
-        failed |= packed_linear(&layer->output, s->inner, s->narrow, 1, threads);
-        add(hidden, s->narrow, width);
-        rms_norm(hidden, layer->mlp_gain, s->narrow, width, s->eps);
-        failed |= packed_linear(&layer->gate_up, s->narrow, s->wide, 1, threads);
-        swiglu(s->wide, s->inner, layer->down.in);
-        failed |= packed_linear(&layer->down, s->inner, s->narrow, 1, threads);
-        add(hidden, s->narrow, width);
+        int64_t width = layer->qkv.in, inner = layer->down.in;
+        for (int64_t r = 0; r < rows; r++)
+            rms_norm(hidden + r * width, layer->attention_gain, s->narrow + r * width, width, s->eps);
+        failed |= packed_linear(&layer->qkv, s->narrow, s->wide, rows, threads);
+        attend(s->wide, cosine, sine, layer->keys, layer->values, s, position, rows, threads);
+        failed |= packed_linear(&layer->output, s->inner, s->narrow, rows, threads);
+        add(hidden, s->narrow, rows * width);
+        for (int64_t r = 0; r < rows; r++)
+            rms_norm(hidden + r * width, layer->mlp_gain, s->narrow + r * width, width, s->eps);
+        failed |= packed_linear(&layer->gate_up, s->narrow, s->wide, rows, threads);
+        for (int64_t r = 0; r < rows; r++) swiglu(s->wide + 2 * r * inner, s->inner + r * inner, inner);
+        failed |= packed_linear(&layer->down, s->inner, s->narrow, rows, threads);
+        add(hidden, s->narrow, rows * width);
     }
     return failed;
 }
