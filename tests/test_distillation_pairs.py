@@ -85,6 +85,25 @@ def test_padding_never_counts(weights):
     ).item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("part", ["soft", "hard", "cosine", "hidden", "attention", "stored"])
+def test_padding_on_either_side_counts_and_moves_nothing(part, tmp_path):
+    teacher, pupil = tiny_model("llama-gqa-tied"), tiny_model("llama-gqa-tied", seed=1)
+    for model in (teacher, pupil):
+        model.set_attn_implementation("eager")
+    if part == "stored":
+        store = cache.TeacherCache(tmp_path, teacher, k=97, tokens=99)
+        loss = recipe.stored_loss(pupil, store, recipe.Recipe(temperature=1.0))
+    else:
+        loss = recipe.distillation_loss(pupil, teacher, recipe.Recipe(**({"soft": 0.0, "hard": 0.0} | {part: 1.0})))
+    text, pad = random_ids(6)[0], torch.full((3,), 96)
+    left, right, mask = torch.cat([pad, text])[None], torch.cat([text, pad])[None], torch.tensor([[0] * 3 + [1] * 6])
+    values = [loss(left, left, mask), loss(right, right, mask.flip(1))]
+    torch.testing.assert_close(values[0], values[1])
+    torch.testing.assert_close(values[0], loss(text[None], text[None]))
+    with pytest.raises(ValueError, match="need the tokenizer's attention mask"):
+        loss(left, left.masked_fill(mask == 0, IGNORED))
+
+
 def test_narrow_student_needs_projections():
     teacher = tiny_model("llama-gqa-tied")
     pupil = small(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
@@ -194,6 +213,13 @@ def test_written_follows_generate_and_marks_what_was_written():
         assert (marks[len(wanted) :] == IGNORED).all()
     with pytest.raises(ValueError, match="at least one prompt"):
         sequences.written(model, [], max_new_tokens=1, end_id=96)
+
+
+def test_written_leaves_the_model_as_it_was_when_writing_fails():
+    model = tiny_model("llama-gqa-tied").train()
+    with pytest.raises(IndexError):
+        sequences.written(model, [torch.tensor([999])], max_new_tokens=2, end_id=96)
+    assert model.training
 
 
 def test_written_stops_at_the_end_and_counts_it():

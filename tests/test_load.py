@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS, HEADS, LLAMA, random_ids, tiny_model
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, MixtralConfig
 
 from labutils.models import lablm
-from labutils.models.checkpoint import save_checkpoint, verify_checksums
+from labutils.models.checkpoint import CHECKSUMS, save_checkpoint, verify_checksums, written_aside
 from labutils.models.lablm import llama_config
 from labutils.models.load import LoadError, load_model
 from labutils.models.tokenizer import train_tokenizer
@@ -72,6 +74,134 @@ def test_damaged_weights_without_checksums(checkpoint):
     (checkpoint / "model.safetensors").write_bytes(b"not a tensor in sight")
     with pytest.raises(LoadError, match="they are damaged"):
         load_model(checkpoint)
+
+
+FAMILIES = ["llama-gqa-tied", "llama-untied-bias", "gpt2", "qwen3", "mixtral"]
+CONFIGS = CONFIGS | {"mixtral": lambda: MixtralConfig(**LLAMA, **HEADS, num_local_experts=4)}
+
+
+@pytest.fixture(params=FAMILIES)
+def whole(request, tmp_path, tokenizer, monkeypatch):
+    """A model, the folder it lies in, and the names of its tensors there."""
+    monkeypatch.setattr("tiny_models.CONFIGS", CONFIGS)
+    model = tiny_model(request.param)
+    model.save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
+    return model, tmp_path / "whole", load_file(tmp_path / "whole" / "model.safetensors")
+
+
+def test_a_whole_checkpoint_loads_in_one_file_or_in_shards(whole, tmp_path, tokenizer):
+    model, folder, _ = whole
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    for path in (folder, tmp_path / "shards"):
+        torch.testing.assert_close(load_model(path).model(random_ids(7)).logits, model(random_ids(7)).logits)
+    shard = next(iter(sorted((tmp_path / "shards").glob("model-*.safetensors"))))
+    tensors = load_file(shard)
+    tensors.popitem()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(LoadError, match=r"must hold every tensor of the model; \S+ is missing|parts of \S+experts"):
+        load_model(tmp_path / "shards")
+
+
+def damaged(kind, tensors):
+    """The file's tensors with one damage, and what the error must name."""
+    name = [n for n in tensors if ".1." in n and "norm" not in n and "ln_" not in n][0]
+    rest = {n: t for n, t in tensors.items() if n != name}
+    fused = "experts" if "experts" in name else name.rsplit(".", 1)[0]
+    return {
+        "missing": (rest, fused),
+        "renamed": (rest | {f"{name}_": tensors[name]}, fused),
+        "prefixed": (
+            {f"wrapped.{n}": t for n, t in tensors.items()},
+            "must hold every tensor of the model; .*(embed|wte)",
+        ),
+        "extra": (
+            tensors | {"value_head.weight": torch.ones(2)},
+            "must belong to the model; value_head.weight does not",
+        ),
+        "reshaped": (rest | {name: torch.ones(7)}, fused),
+        "lora": (
+            {"base_model.model.layers.0.q_proj.lora_A.weight": torch.ones(2, 2)},
+            "lora_A.weight, which the model",
+        ),
+        "none": ({}, "must hold every tensor of the model"),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["missing", "renamed", "prefixed", "extra", "reshaped", "lora", "none"])
+def test_nothing_random_is_loaded(whole, kind):
+    _, folder, tensors = whole
+    tensors, words = damaged(kind, tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoadError, match=words):
+        load_model(folder)
+
+
+def test_a_model_without_its_head_loads_only_where_the_head_is_the_embedding(whole, tmp_path, tokenizer):
+    model, _, _ = whole
+    model.base_model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    if model.config.tie_word_embeddings:
+        torch.testing.assert_close(
+            load_model(tmp_path / "base").model(random_ids(7)).logits, model(random_ids(7)).logits
+        )
+    else:
+        with pytest.raises(LoadError, match="lm_head.weight is missing"):
+            load_model(tmp_path / "base")
+
+
+def test_an_adapter_is_no_model(checkpoint, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    for folder in (tmp_path / "adapter", checkpoint):  # beside whole weights it would be left out without a word
+        (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+        with pytest.raises(LoadError, match="must be whole; .* holds an adapter: merge it"):
+            load_model(folder)
+
+
+def test_saving_changes_neither_the_model_nor_the_folder_until_all_is_written(checkpoint, tokenizer, monkeypatch):
+    model, before = load_model(checkpoint).model, {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    (checkpoint / "notes.json").write_text("mine", encoding="utf-8")
+
+    def now():
+        return {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.name != "notes.json"}
+
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="every number of model.norm.weight must be finite; 1 are not"):
+        save_checkpoint(model, tokenizer, checkpoint)
+    model.model.norm.weight.data[3] = 1.0
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tokenizer), "save_pretrained", lambda *_: 1 / 0)
+        for folder in (checkpoint, checkpoint.parent / "new"):
+            with pytest.raises(ZeroDivisionError):
+                save_checkpoint(model, tokenizer, folder)
+    assert now() == before and not (checkpoint.parent / "new").exists()
+    tokenizer = train_tokenizer(["def"], vocab_size=280, max_positions=64)
+    tokenizer.chat_template = None
+    save_checkpoint(model, tokenizer, checkpoint)
+    assert model.dtype == torch.float32 and now().keys() == before.keys() - {"chat_template.jinja"}
+    assert (checkpoint / "notes.json").read_text(encoding="utf-8") == "mine"
+    assert load_model(checkpoint).tokenizer.chat_template is None
+
+
+def test_a_kill_among_the_moves_leaves_a_folder_that_is_refused(checkpoint, tmp_path, monkeypatch):
+    """Whether the folder is older or new: the checksums are there first."""
+    moves = []
+
+    def killed_at_the_second(source, target):
+        moves.append(target)
+        if len(moves) % 2 == 0:
+            raise KeyboardInterrupt
+        target.write_bytes(source.read_bytes())
+
+    monkeypatch.setattr("labutils.models.checkpoint.os.replace", killed_at_the_second)
+    for folder in (checkpoint, tmp_path / "new"):
+        with pytest.raises(KeyboardInterrupt), written_aside(folder) as new:
+            (new / "model.safetensors").write_bytes(b"other")
+            (new / CHECKSUMS).write_text('{"model.safetensors": "00"}', encoding="utf-8")
+        with pytest.raises(ValueError, match=r"model.safetensors"):
+            verify_checksums(folder)
 
 
 def test_wrong_architecture(tmp_path, tokenizer):

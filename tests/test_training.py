@@ -104,6 +104,37 @@ def test_step_follows_the_mean_over_all_tokens(tiny_corpus, tmp_path, monkeypatc
     torch.testing.assert_close(seen["g"], wanted, atol=1e-6, rtol=1e-4)
 
 
+def test_ranks_add_up_to_one_process(tiny_corpus, tmp_path, monkeypatch):
+    """Five dialogues make three and two: each label weighs the same on whichever rank it counts."""
+    run = training.Run(replace(PLAN, dialogues=5), state_dir=tmp_path)
+    monkeypatch.setattr(run, "update_", lambda *_: None)
+
+    def gradient_of_a_step():
+        run.model.zero_grad()
+        run.train_step(loss_in(run), loss_in(run), micro_batch=32)
+        return torch.cat([p.grad.flatten() for p in run.model.parameters()])
+
+    whole, flats = gradient_of_a_step(), []
+    tokens = training.targets_in([part for kind in run._my_parts(32) for part in kind])
+    monkeypatch.setattr(training, "world_size", lambda: 2)
+    monkeypatch.setattr(
+        training.dist, "all_reduce", lambda t: flats.append(t.clone()) if t.is_floating_point() else t.fill_(tokens)
+    )
+    for number in range(2):
+        monkeypatch.setattr(training, "rank", lambda number=number: number)
+        gradient_of_a_step()
+    torch.testing.assert_close(flats[0] + flats[1], whole, atol=1e-6, rtol=1e-4)
+
+
+def test_a_step_whose_dialogues_count_nothing_trains_on_code(tiny_corpus, tmp_path, monkeypatch):
+    run = training.Run(PLAN, state_dir=tmp_path)
+    prompt = torch.tensor([4, 9, 9, 9])  # cut before the assistant's turn
+    monkeypatch.setattr(training, "dialogue_batch", lambda *_, **__: [prompt] * 6)
+    code, dialogues = run.train_step(loss_in(run), loss_in(run), micro_batch=32)
+    assert code > 0 and dialogues == 0 and run.step == 1
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
 def test_only_steps_may_change_and_only_on_the_plateau(tiny_corpus, tmp_path):
     run = training.Run(PLAN, state_dir=tmp_path)
     run_to(run, 3)

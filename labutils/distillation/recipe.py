@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from labutils.distillation.divergences import at_temperature
 from labutils.distillation.hidden import Projections, attention_loss, cosine_loss, hidden_loss, layer_map
 from labutils.distillation.sparse import SparseTargets, sparse_cross_entropy
-from labutils.training.losses import IGNORED, Divergence, LossOf, counted, forward_kl, mean_over
+from labutils.training.losses import IGNORED, Divergence, LossOf, checked_rows, counted, forward_kl, mean_over
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def distillation_loss(
         "use_cache": False,
     }
 
-    def loss(ids: Tensor, labels: Tensor) -> Tensor:
+    def loss(ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        ids, labels = checked_rows(student, ids, labels, mask)
         with torch.no_grad():
             theirs = teacher(input_ids=ids, **wanted)
         ours = student(input_ids=ids, **wanted)
@@ -108,7 +109,8 @@ def stored_loss(student: nn.Module, targets_of: Callable[[Tensor], SparseTargets
     if recipe != Recipe(soft=recipe.soft, hard=recipe.hard, temperature=1.0):
         raise ValueError(f"stored targets give the forward KL at temperature 1 only; got {recipe}")
 
-    def loss(ids: Tensor, labels: Tensor) -> Tensor:
+    def loss(ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        ids, labels = checked_rows(student, ids, labels, mask)
         logits = student(input_ids=ids, use_cache=False).logits[:, :-1]
         soft = sparse_cross_entropy(logits, targets_of(ids).to(ids.device))
         return recipe.soft * mean_over(soft, counted(labels)) + recipe.hard * hard_loss(logits, labels)

@@ -47,14 +47,16 @@ def written(
     was_training = model.training
     model.eval()
     rows: list[tuple[Tensor, Tensor]] = [None] * len(prompts)
-    for length in sorted({len(prompt) for prompt in prompts}):
-        places = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        texts = _continued(
-            model, torch.stack([prompts[i] for i in places]), max_new_tokens, end_id, temperature, generator
-        )
-        for i, text in zip(places, texts, strict=True):
-            rows[i] = _row(text, length, end_id)
-    model.train(was_training)
+    try:
+        for length in sorted({len(prompt) for prompt in prompts}):
+            places = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+            texts = _continued(
+                model, torch.stack([prompts[i] for i in places]), max_new_tokens, end_id, temperature, generator
+            )
+            for i, text in zip(places, texts, strict=True):
+                rows[i] = _row(text, length, end_id)
+    finally:
+        model.train(was_training)
     ids, labels = zip(*rows, strict=True)
     return pad_sequence(ids, True, end_id), pad_sequence(labels, True, IGNORED)
 
@@ -125,7 +127,7 @@ def on_policy_parts(
         generator = schedule.generator(step)
         if torch.rand((), generator=generator).item() >= schedule.share(step):
             return parts_of(step)
-        texts = written(
+        ids, labels = written(
             student,
             prompts_of(step),
             max_new_tokens=max_new_tokens,
@@ -133,6 +135,6 @@ def on_policy_parts(
             temperature=temperature,
             generator=generator,
         )
-        return [texts]
+        return [(ids, labels, torch.ones_like(ids))]  # a prompt may begin as it likes: all of it is text
 
     return parts

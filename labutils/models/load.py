@@ -1,5 +1,6 @@
 """Loading a causal language model: the course's own, a local folder, or a name on the Hugging Face hub."""
 
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,9 @@ def load_model(
         device: where the weights go.
 
     Raises:
-        LoadError: for an unreachable hub, a missing file, an architecture that is no causal LM, or corrupt weights.
+        LoadError: for an unreachable hub, a missing file, an architecture that is no causal LM, corrupt weights, an
+            adapter without its model, or tensors that are missing, unexpected or of another shape: the library would
+            fill the gaps with random numbers.
     """
     own = DATA / str(name_or_path) if str(name_or_path) in SHAPES else Path(name_or_path)
     is_local = own.is_dir() or str(name_or_path) in SHAPES or _looks_like_a_path(str(name_or_path))
@@ -49,14 +52,20 @@ def load_model(
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise LoadError(f"the model must be a causal language model; {source} is of type {config.model_type!r}")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=is_local)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, local_files_only=is_local
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            trust_remote_code=False,
+            local_files_only=is_local,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed; `_require_every_tensor` refuses them by name
         )
+        _require_every_tensor(source, list(model.state_dict()), info)
+    except LoadError:
+        raise
     except SafetensorError as error:
         raise LoadError(f"the weights in {source} must be readable safetensors; they are damaged: {error}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, LoadError):
-            raise
+    except Exception as error:  # a file from outside makes the library raise anything
         raise LoadError(_why(source, is_local, error)) from error
     return LanguageModel(model.to(device).eval(), tokenizer)
 
@@ -68,6 +77,10 @@ def _looks_like_a_path(name: str) -> bool:
 def _require_local_files(folder: Path) -> None:
     if not folder.is_dir():
         raise LoadError(f"a local model must be a folder; {folder} does not exist")
+    if (folder / "adapter_config.json").is_file():
+        raise LoadError(
+            f"a model must be whole; {folder} holds an adapter: merge it into its base model, then save that"
+        )
     if not (folder / "config.json").is_file():
         raise LoadError(f"a model folder must hold config.json; {folder} does not")
     try:
@@ -76,9 +89,33 @@ def _require_local_files(folder: Path) -> None:
         raise LoadError(str(error)) from error
 
 
+def _require_every_tensor(source: str, names: list[str], info: dict) -> None:
+    """Refuses a checkpoint whose tensors are not the model's own.
+
+    Args:
+        source: the checkpoint.
+        names: the model's tensors, in order.
+        info: what the library says of its loading; it leaves out what tied weights and old buffers excuse.
+    """
+    missing = [name for name in names if name in info["missing_keys"]] or sorted(info["missing_keys"])
+    unexpected = sorted(info["unexpected_keys"])
+    if missing:
+        instead = f" (it holds {unexpected[0]}, which the model does not have)" if unexpected else ""
+        raise LoadError(
+            f"the weights in {source} must hold every tensor of the model; {missing[0]} is missing{instead}"
+        )
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise LoadError(f"{name} must be {tuple(wanted)} by config.json; the weights in {source} have {tuple(found)}")
+    if unexpected:
+        raise LoadError(f"every tensor in {source} must belong to the model; {unexpected[0]} does not")
+
+
 def _why(source: str, is_local: bool, error: Exception) -> str:
     """One sentence for the learner out of the library's many."""
-    first_line = str(error).strip().split("\n")[0]
+    first_line = str(error).strip().split("\n")[0] or type(error).__name__
+    for frame, _ in traceback.walk_tb(error.__traceback__):  # fused experts: the library names the tensor only in a log
+        for name in getattr(frame.f_locals.get("loading_info"), "conversion_errors", ()):
+            first_line = f"the parts of {name} are not all there, or differ in shape"
     if is_local:
         return f"the model in {source} could not be loaded: {first_line}"
     offline = "connect" in str(error).lower() or "offline" in str(error).lower()

@@ -18,11 +18,12 @@ from transformers.initialization import no_init_weights
 
 from labutils.generation.fast_llama import FastLlama
 from labutils.layers.linears import linear_layers, weight_of
-from labutils.models.checkpoint import verify_checksums, write_checksums
+from labutils.models.checkpoint import verify_checksums, write_checksums, written_aside
 from labutils.models.load import LanguageModel, LoadError
 from labutils.quantization.kernels import KernelError, find_kernels
 from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWeight, replace_packed_
 from labutils.quantization.packed_steps import Arena, FewTokens, FusedPacked, arena_bytes
+from labutils.training.loop import require_finite
 
 SCHEMES, WEIGHTS, VERSION = "quantization.json", "model.safetensors", 1
 
@@ -58,27 +59,29 @@ def save_quantized(model: PreTrainedModel, tokenizer, folder: Path, *, method: s
     Args:
         model: any Hugging Face model in which linear layers were replaced by packed ones.
         tokenizer: saved beside it; None for a model that is fed token ids only.
-        folder: made where it is missing.
+        folder: made where it is missing; what it held stays until everything is written.
         method: what chose the codes ("rtn", "gptq" …), for the reader.
 
     Raises:
         ValueError: when no layer is packed.
+        FloatingPointError: for a number that is none, with its tensor's name.
     """
     layers = packed_layers(model)
     if not layers:
         raise ValueError("a quantized model must have packed layers; got none")
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
     # A packed embedding is its head's weight, and `.clone()` takes a layer out of memory that it shares with others.
     skipped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedEmbedding))
     tensors = {k: t.contiguous().clone() for k, t in model.state_dict().items() if not k.startswith(skipped or "\0")}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    require_finite(tensors)
     described = {name: scheme_of(layer) for name, layer in layers.items()}
     head = {"version": VERSION, "architecture": type(model).__name__, "method": method}
-    (folder / SCHEMES).write_text(json.dumps(head | {"layers": described}, indent=1) + "\n", encoding="utf-8")
-    write_checksums(folder)
+    with written_aside(folder) as new:
+        model.config.save_pretrained(new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        (new / SCHEMES).write_text(json.dumps(head | {"layers": described}, indent=1) + "\n", encoding="utf-8")
+        write_checksums(new)
 
 
 def scheme_of(layer: PackedLinear) -> dict[str, int | bool | None]:

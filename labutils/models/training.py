@@ -153,14 +153,14 @@ class Run(TrainingState):
     def train_step(self, code_loss: LossOf, dialogue_loss: LossOf, micro_batch: int) -> tuple[float, float]:
         """One optimizer step on this step's batch, shared among ranks; returns nats per token of code and dialogues."""
         code, dialogues = self._my_parts(micro_batch)
-        tokens = targets_in(code + dialogues)
+        tokens = self._over_ranks(targets_in(code + dialogues))
         losses = []
         for loss_of, parts in ((code_loss, code), (dialogue_loss, dialogues)):
             nats = backward(
                 parts, loss_of, tokens=tokens, device=self.device, mixed_precision=self.plan.mixed_precision
             )
-            losses.append(nats / targets_in(parts))
-        self._average_gradients()
+            losses.append(nats / max(targets_in(parts), 1))
+        self._add_gradients()
         factor = self.plan.lr_factor(self.step)
         self.update_(sum(losses), [self.plan.muon_lr * factor, self.plan.adam_lr * factor])
         return losses[0], losses[1]
@@ -185,15 +185,23 @@ class Run(TrainingState):
         dialogue_parts = [padded(part, pad_id=pad_id, roles=roles) for part in parts]
         return code_parts, dialogue_parts
 
-    def _average_gradients(self) -> None:
-        """Means of the gradients over the ranks, in one message."""
+    def _over_ranks(self, count: int) -> int:
+        """Sum of the ranks' counts."""
+        if world_size() == 1:
+            return count
+        total = torch.tensor(count)
+        dist.all_reduce(total)
+        return int(total)
+
+    def _add_gradients(self) -> None:
+        """Sums of the gradients over the ranks, in one message; a rank without a label that counts adds zeros."""
         if world_size() == 1:
             return
-        params = [p for p in self.model.parameters() if p.grad is not None]
-        flat = torch.cat([p.grad.flatten() for p in params])
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
         dist.all_reduce(flat)
         for p, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
-            p.grad.copy_(grad.view_as(p) / world_size())
+            p.grad = grad.view_as(p)
 
     def validation_bits_per_byte(self, limit_bytes: int) -> float:
         """Bits per byte on the beginnings of the validation modules."""

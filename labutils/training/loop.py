@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from labutils.training.losses import LossOf, counted
+from labutils.training.losses import LossOf, counted, text_first
 
-Part = tuple[Tensor, Tensor]  # ids and labels, each (sequences, tokens)
+# Ids, labels and, where rows are padded on the left, the tokenizer's attention mask; each (sequences, tokens).
+Part = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 Record = dict[str, float]
 
 
@@ -35,7 +36,12 @@ class TrainingState:
     curve: list[Record] = field(default_factory=list)
 
     def write(self, path: Path, *, plan: dict) -> None:
-        """Writes everything that decides how the run goes on; a kill in the middle leaves the older file."""
+        """Writes everything that decides how the run goes on; a kill in the middle leaves the older file.
+
+        Raises:
+            FloatingPointError: when a weight or an optimizer's state is no number; the older file stays.
+        """
+        self.require_finite()
         state = {
             "plan": plan,
             "model": self.model.state_dict(),
@@ -56,26 +62,78 @@ class TrainingState:
         self.step, self.curve = saved["step"], saved["curve"]
         torch.set_rng_state(saved["random"].cpu())
 
+    def require_finite(self) -> None:
+        """Raises FloatingPointError with the name of a weight, or of its optimizer's state, that is no number."""
+        require_finite(dict(self.model.named_parameters()))
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for parameter, state in (item for optimizer in self.optimizers for item in optimizer.state.items()):
+            name = names.get(parameter, "a parameter")
+            require_finite({f"{key} of {name}": t for key, t in state.items() if isinstance(t, Tensor)})
+
     def update_(self, loss: float, learning_rates: Sequence[float], *, max_grad_norm: float | None = None) -> None:
         """One step of every optimizer on the gradients that lie ready.
 
+        Args:
+            loss: of the step, in nats per token.
+            learning_rates: one for each optimizer, of its first parameter group; the others keep their ratio to it.
+            max_grad_norm: where the gradients together are longer, they are scaled down to it.
+
         Raises:
-            FloatingPointError: when the loss is no number; weights and the file on disk are then as before the step.
+            FloatingPointError: when the loss or a gradient is no number; weights and the file on disk are then as
+                before the step.
         """
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss must be a number; got {loss} at step {self.step + 1}")
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        trained = [p for group in groups for p in group["params"] if p.grad is not None]
+        # In float32: squares of float16 gradients overflow at 256.
+        norm = torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in trained]).norm()
+        if not norm.isfinite():
+            raise FloatingPointError(f"the gradient's norm must be a number; got {norm} at step {self.step + 1}")
         if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+            nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
         for optimizer, lr in zip(self.optimizers, learning_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = lr
+            set_learning_rate_(optimizer, lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
 
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuses a tensor with NaN or infinity in it.
+
+    Raises:
+        FloatingPointError: with its name.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise FloatingPointError(f"every number of {name} must be finite; {(~tensor.isfinite()).sum()} are not")
+
+
+def set_learning_rate_(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives the first parameter group this rate and each other one its share, in the ratio that they began with.
+
+    >>> a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    >>> optimizer = torch.optim.SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 1.0}])
+    >>> set_learning_rate_(optimizer, 0.05)
+    >>> [group["lr"] for group in optimizer.param_groups]
+    [0.05, 0.5]
+
+    Raises:
+        ValueError: when the first group began with 0, to which nothing has a ratio.
+    """
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])  # as torch's own schedulers keep it
+    first = optimizer.param_groups[0]["initial_lr"]
+    if first == 0 and len(optimizer.param_groups) > 1:
+        raise ValueError("the first parameter group must begin with a rate above 0, as the others follow it; got 0")
+    for group in optimizer.param_groups:
+        group["lr"] = lr * (group["initial_lr"] / first if first else 1.0)
+
+
 def targets_in(parts: Sequence[Part]) -> int:
     """How many labels count."""
-    return sum(int(counted(labels).sum()) for _, labels in parts)
+    return sum(int(counted(text_first(*part)[1]).sum()) for part in parts)
 
 
 def backward(
@@ -84,14 +142,29 @@ def backward(
     """Adds up the gradients of the parts' losses, each weighted by its labels, and returns their sum in nats.
 
     Gradient accumulation: Σ_parts (labels in the part ÷ `tokens`) · mean loss of the part is the mean over all labels,
-    however they were cut. Mixed precision runs the products in bfloat16, whose range needs no loss scaling.
+    however they were cut; a part without one is left out. Mixed precision runs the products in bfloat16, whose range
+    needs no loss scaling.
+
+    Args:
+        parts: ids, labels and perhaps an attention mask, which the loss then gets as well.
+        loss_of: the mean over the labels that count.
+        tokens: how many labels count in the whole step.
+        device: where the model is.
+        mixed_precision: see above.
+
+    Raises:
+        ValueError: when no label of the step counts.
     """
+    if tokens < 1:
+        raise ValueError("a step needs at least one label that counts; got none")
     nats = 0.0
     kind = torch.device(device).type
-    for ids, labels in parts:
-        count = int(counted(labels).sum())
+    for part in parts:
+        count = targets_in([part])
+        if count == 0:
+            continue
         with torch.autocast(kind, dtype=torch.bfloat16) if mixed_precision else nullcontext():
-            loss = loss_of(ids.to(device), labels.to(device))
+            loss = loss_of(*(tensor.to(device) for tensor in part))
         (loss * (count / tokens)).backward()
         nats += loss.item() * count
     return nats
@@ -175,7 +248,7 @@ def fit_(
     Args:
         model: a module whose parameters the loss depends on.
         parts_of: a step's number to its parts; their gradients add up (see `backward`).
-        loss_of: ids and labels to the mean loss over the labels that count.
+        loss_of: ids and labels (and the mask, where a part has one) to the mean loss over the labels that count.
         plan: steps and learning rates.
         state_path: where the state is kept; a run that finds one goes on from it.
         after_step: called after each step, such as to put pruned zeros back.
@@ -185,10 +258,13 @@ def fit_(
         The loss of every step, in nats per token, those before a resumption included.
 
     Raises:
-        FloatingPointError: when a loss is no number; the state on disk is the last good one.
-        ValueError: when the state on disk belongs to another plan.
+        FloatingPointError: when a loss, a gradient or a weight is no number; the state on disk is the last good one.
+        ValueError: when the state on disk belongs to another plan, no label of a step counts, or the weights are
+            float16, in which the ε of AdamW (1e-8) is 0.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    if any(p.dtype == torch.float16 for p in trained):
+        raise ValueError("trained weights must be float32 or bfloat16; got float16: load them with dtype=torch.float32")
     optimizer = torch.optim.AdamW(trained, lr=plan.lr, weight_decay=plan.weight_decay)
     state, device = TrainingState(model, [optimizer]), trained[0].device
     if state_path is not None and state_path.is_file():
@@ -204,10 +280,12 @@ def fit_(
         return {"nats_per_token": nats / tokens}
 
     def save() -> None:
+        state.require_finite()
         if state_path is not None:
             state.write(state_path, plan=asdict(plan))
 
     model.train()
+    optimizer.zero_grad(set_to_none=True)  # what an interrupted step or another loss left behind
     try:
         run_steps(state, train_step, steps=plan.steps, save=save, save_every=plan.save_every, log=log)
     finally:

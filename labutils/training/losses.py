@@ -2,6 +2,7 @@
 
 A loss takes ids and labels of shape (sequences, tokens) and returns the mean over the labels that count, in nats per
 token. Labels are not shifted: the one at place t is predicted from what stands before t, so the first never counts.
+Rows padded on the right need no mask, as no text sees what follows it; rows padded on the left need the tokenizer's.
 """
 
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, softmax
 
-IGNORED = -100  # a label that does not count: prompt, padding
+IGNORED = -100  # a label that does not count: prompt, padding on the right
 Ids = Int[Tensor, "sequences tokens"]
-LossOf = Callable[[Tensor, Tensor], Tensor]
+Texts = Int[Tensor, "sequences kept"]
+LossOf = Callable[..., Tensor]  # ids, labels and perhaps an attention mask to the mean loss
 Divergence = Callable[[Tensor, Tensor], Tensor]  # student's and teacher's logits (..., vocab) to nats (...)
 
 
@@ -50,9 +52,57 @@ def mean_over(values: Float[Tensor, "*places"], counts: Bool[Tensor, "*places"])
     return values[counts].mean()
 
 
+def text_first(ids: Ids, labels: Ids, mask: Tensor | None = None) -> tuple[Texts, Texts]:
+    """Moves every row's text to its beginning, in order, and cuts off what no row needs; padding is ignored.
+
+    A causal model then reads each text as if it stood alone, whatever positions, attention or state it works with.
+
+    Raises:
+        ValueError: when the mask has another shape.
+
+    >>> text_first(torch.tensor([[1, 1, 8, 9]]), torch.tensor([[1, 1, 8, 9]]), torch.tensor([[0, 0, 1, 1]]))
+    (tensor([[8, 9]]), tensor([[8, 9]]))
+    """
+    if mask is None:
+        return ids, labels
+    if mask.shape != ids.shape:
+        raise ValueError(f"an attention mask must have the ids' shape {tuple(ids.shape)}; got {tuple(mask.shape)}")
+    longest = max(int((mask != 0).sum(dim=1).max()), 1)
+    order = (mask == 0).int().argsort(dim=1, stable=True)[:, :longest]
+    return ids.gather(1, order), labels.masked_fill(mask == 0, IGNORED).gather(1, order)
+
+
+def checked_rows(model: nn.Module, ids: Ids, labels: Ids, mask: Tensor | None) -> tuple[Texts, Texts]:
+    """`text_first`, or without a mask a look at how the rows begin.
+
+    Raises:
+        ValueError: when no label counts, or when a row without a mask looks padded on the left: it begins with the
+            model's pad token, or with one id again and again whose labels do not count.
+    """
+    ids_first, labels_first = text_first(ids, labels, mask)
+    counts = counted(labels_first).any(dim=1)
+    if not counts.any():
+        raise ValueError("a loss needs at least one label that counts; got none")
+    if mask is None:
+        same = ids == ids[:, :1]
+        config = model.config if hasattr(model, "config") else None
+        pad, start = (getattr(config, name, None) for name in ("pad_token_id", "bos_token_id"))
+        ignored = (same & (labels == IGNORED)).cumprod(dim=1).sum(dim=1) > 1
+        padded = (ids[:, 0] == (-1 if pad is None else pad)) & (same.cumprod(dim=1).sum(dim=1) > int(pad == start))
+        if (counts & (ignored | padded)).any():
+            row = int((counts & (ignored | padded)).nonzero()[0])
+            raise ValueError(f"rows padded on the left need the tokenizer's attention mask; row {row} looks like one")
+    return ids_first, labels_first
+
+
 def text_loss(model: nn.Module) -> LossOf:
     """Cross-entropy with the text's own next token."""
-    return lambda ids, labels: model(input_ids=ids, labels=labels, use_cache=False).loss
+
+    def loss(ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        ids, labels = checked_rows(model, ids, labels, mask)
+        return model(input_ids=ids, labels=labels, use_cache=False).loss
+
+    return loss
 
 
 def teacher_loss(model: nn.Module, teacher: nn.Module, divergence: Divergence = forward_kl) -> LossOf:
@@ -64,7 +114,8 @@ def teacher_loss(model: nn.Module, teacher: nn.Module, divergence: Divergence = 
     if teacher.training:
         raise ValueError("a teacher must be in evaluation mode: call teacher.eval() first")
 
-    def loss(ids: Tensor, labels: Tensor) -> Tensor:
+    def loss(ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        ids, labels = checked_rows(model, ids, labels, mask)
         with torch.no_grad():
             target = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
         predicted = model(input_ids=ids, use_cache=False).logits[:, :-1]
