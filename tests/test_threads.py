@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from labutils.measurement import threads, timing
-from labutils.measurement.threads import available_cores, best_thread_count, thread_candidates, thread_count
+from labutils.measurement.threads import best_thread_count, thread_candidates, thread_count
 
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))])
@@ -58,10 +58,6 @@ def test_thread_count_reaches_numpys_blas_too():
     with thread_count(1):
         assert blas() == {1}
     assert blas() == before
-
-
-def test_available_cores_is_positive():
-    assert available_cores() >= 1
 
 
 @pytest.mark.parametrize(

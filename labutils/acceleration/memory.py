@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from labutils.measurement.limits import memory_limit_bytes
 from labutils.measurement.resources import kv_bytes_per_position
 
 RESERVE = 0.08  # of a device: its context, the allocator's rounding, activations of a step
@@ -137,12 +138,13 @@ def threads_to_saturate(channels: int, transfers_per_s: float, lines: int, laten
 
 
 def memory_bytes(device: str | torch.device = "cpu") -> int:
-    """All memory of a device: a GPU's own, or what this process may use of the host's."""
+    """All memory of a device: a GPU's own, or what this process' container may use of the host's."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     import psutil
 
-    return psutil.virtual_memory().total
+    total = psutil.virtual_memory().total
+    return min(total, memory_limit_bytes() or total)
 
 
 @contextmanager

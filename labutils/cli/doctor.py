@@ -47,7 +47,7 @@ class _WindowsMemory(ctypes.Structure):
 
 
 def free_memory_bytes() -> int | None:
-    """The memory that a program can still have without swapping; None where the system does not say."""
+    """The memory that a program here can still have without swapping; None where the system does not say."""
     if sys.platform == "win32":
         status = _WindowsMemory(length=ctypes.sizeof(_WindowsMemory))
         ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
@@ -55,12 +55,15 @@ def free_memory_bytes() -> int | None:
     if sys.platform == "darwin":
         output = subprocess.run(["vm_stat"], capture_output=True, encoding="utf-8", check=False).stdout
         return free_memory_bytes_from_vm_stat(output)
+    from labutils.measurement.limits import memory_left_bytes
+
     try:
         text = Path("/proc/meminfo").read_text(encoding="utf-8")
     except OSError:
-        return None
+        return memory_left_bytes()
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    known = [int(found[1]) * 1024 if found else None, memory_left_bytes()]
+    return min((size for size in known if size is not None), default=None)
 
 
 def free_memory_bytes_from_vm_stat(output: str) -> int | None:
@@ -99,7 +102,9 @@ def gpu() -> str | None:
 
 def lacks(root: Path = ROOT) -> Iterator[Lack]:
     """Looks at the machine, quickly, and yields what it is short of."""
-    memory_bytes, disk_bytes = free_memory_bytes(), shutil.disk_usage(root).free
+    from labutils.measurement.limits import free_disk_bytes
+
+    memory_bytes, disk_bytes = free_memory_bytes(), free_disk_bytes(root)
     if memory_bytes is not None and memory_bytes < 3e9:
         what = f"memory, {gb(memory_bytes)} free"
         yield Lack(what, "a notebook whose first cell asks for more will crawl: close other programs")
@@ -137,12 +142,14 @@ def resources(root: Path) -> Iterator[tuple[str, str]]:
     """What there is to compute with."""
     import torch
 
+    from labutils.measurement.limits import available_cores, free_disk_bytes
+
     unused = " (torch cannot use the GPU: python -m labutils doctor --cuda installs the build that can)"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU" + unused * bool(gpu())
     yield "device", device
-    yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} logical cores"
+    yield "threads", f"{torch.get_num_threads()} on {available_cores()} of {os.cpu_count()} logical cores"
     yield "memory", f"{gb(free_memory_bytes())} free"
-    yield "disk", f"{gb(shutil.disk_usage(root).free)} free"
+    yield "disk", f"{gb(free_disk_bytes(root))} free"
     yield "compiler", compiler() or "none"
     yield "kernels", kernels()[0] or "none"
     yield "GPU", gpu() or "none"

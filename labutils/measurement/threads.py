@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from labutils.measurement.limits import available_cores
 from labutils.measurement.timing import Timing, measure_interleaved
 
 
@@ -23,13 +23,6 @@ class ThreadChoice:
     def __str__(self) -> str:
         rows = ", ".join(f"{count}: {timing.median_s * 1e3:.3g} ms" for count, timing in self.timings.items())
         return f"{self.threads} threads ({rows})"
-
-
-def available_cores() -> int:
-    """Returns the cores this process may use: a container or `taskset` allows fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def thread_candidates(cores: int) -> tuple[int, ...]:
