@@ -57,9 +57,9 @@ def test_bits_per_byte_by_hand():
     """A uniform model over 7 tokens, one token a byte: log2(7) bits for each byte, whatever the window."""
 
     class Bytes:
-        bos_token_id = 0
+        bos_token_id, chat_template, added_tokens_decoder = 0, None, {}
 
-        def __call__(self, text, add_special_tokens):
+        def __call__(self, text, add_special_tokens, split_special_tokens):
             return {"input_ids": [b % VOCAB for b in text.encode()]}
 
     documents = [Document("a", "hello"), Document("b", "naïve!")]

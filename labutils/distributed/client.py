@@ -3,7 +3,7 @@
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 Message = dict[str, str]  # {"role": "user", "content": "…"}
 
@@ -16,10 +16,27 @@ class ChatClient:
     """Asks one server, such as "http://127.0.0.1:8000", for chat completions of one model.
 
     Usable as the function of `dispatch`: a batch of message lists in, a list of texts out.
+
+    Args:
+        base_url: the server.
+        model: one of its models.
+        key: sent as a bearer token.
+        timeout_s: of each request.
+        control_tokens: texts such as "<|end|>" that no message may hold. Servers join messages and marks into one
+            string, in which such a text forges a turn, and a client cannot tell them otherwise.
     """
 
-    def __init__(self, base_url: str, model: str, *, key: str | None = None, timeout_s: float = 120) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        key: str | None = None,
+        timeout_s: float = 120,
+        control_tokens: Collection[str] = (),
+    ) -> None:
         self.base_url, self.model, self.key, self.timeout_s = base_url.rstrip("/"), model, key, timeout_s
+        self.control_tokens = tuple(control_tokens)
 
     def __call__(self, batch: Sequence[Sequence[Message]]) -> list[str]:
         """Answers a batch of conversations, one after the other."""
@@ -30,7 +47,11 @@ class ChatClient:
 
         Raises:
             ServerError: If the server cannot be reached, refuses, or ends before its answer does.
+            ValueError: If a message holds one of `control_tokens`; nothing is sent then.
         """
+        for message in messages:
+            if held := [mark for mark in self.control_tokens if mark in str(message["content"])]:
+                raise ValueError(f"a message must hold no control token; got {held[0]}")
         asked = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0}
         with self._open("/v1/chat/completions", asked | {"stream": True}) as response:
             finished = False

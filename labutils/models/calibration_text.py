@@ -9,6 +9,7 @@ from torch import Tensor
 
 from labutils.data import corpus, service
 from labutils.models.mixture import chat_text
+from labutils.models.tokenizer import text_ids
 
 
 def calibration_batches(
@@ -41,16 +42,21 @@ def calibration_batches(
 def _code_rows(tokenizer, count: int, context: int, seed: int) -> list[list[int]]:
     documents = [d for d in corpus.stdlib_documents("train") if not corpus.is_test_file(d)] if count else []
     random.Random(seed).shuffle(documents)
-    encoded = (_encode(tokenizer, d.text[: context * 6]) for d in documents if len(d.text) > context * 2)
+    encoded = (
+        [*_start(tokenizer), *text_ids(tokenizer, d.text[: context * 6])]
+        for d in documents
+        if len(d.text) > context * 2
+    )
     return list(itertools.islice((ids[:context] for ids in encoded if len(ids) >= context), count))
 
 
 def _dialogue_rows(tokenizer, count: int, context: int, seed: int) -> list[list[int]]:
     texts = (chat_text(d.messages) for d in service.dialogues(seed=seed, split="train", count=count * context))
-    ids = itertools.chain.from_iterable(_encode(tokenizer, text) for text in texts)
+    ids = itertools.chain.from_iterable(
+        [*_start(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts
+    )
     return [list(itertools.islice(ids, context)) for _ in range(count)]
 
 
-def _encode(tokenizer, text: str) -> list[int]:
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [*start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+def _start(tokenizer) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from labutils.data import service
+from labutils.models.tokenizer import chat_ids
 
 SEED = 2026
 
@@ -32,14 +34,17 @@ class TaskScore:
 
 @torch.no_grad()
 def reply(model, tokenizer, chats: Sequence[Sequence[dict[str, str]]], *, max_new_tokens: int = 80) -> list[str]:
-    """Greedy replies to chats that end with the user's turn, decoded as one left-padded batch."""
-    prompts = [tokenizer.apply_chat_template(list(c), tokenize=False, add_generation_prompt=True) for c in chats]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-    inputs.pop("token_type_ids", None)
-    output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    """Greedy replies to chats that end with the user's turn, as one left-padded batch; what users write stays text."""
+    prompts = [torch.tensor(chat_ids(tokenizer, chat, add_generation_prompt=True)) for chat in chats]
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids, mask = (
+        pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left").to(model.device)
+        for rows, value in ((prompts, pad_id), ([torch.ones_like(p) for p in prompts], 0))
     )
-    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id
+    )
+    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 def score_task(

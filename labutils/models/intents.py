@@ -12,6 +12,7 @@ from torch import Tensor
 from labutils.data import service
 from labutils.distillation.classifiers import choice_log_probs
 from labutils.models.load import LanguageModel, load_model
+from labutils.models.tokenizer import chat_ids, text_ids
 from labutils.paths import DATA
 
 OPINIONS = DATA / "results" / "intent_opinions.safetensors"
@@ -39,10 +40,8 @@ def intent_opinion(loaded: LanguageModel, chat: Sequence[dict[str, str]]) -> Flo
     """Ln p of each intent's name as the reply, over all names together; in the order of `service.intents()`."""
     model, tokenizer = loaded
     end = tokenizer.convert_tokens_to_ids("<|end|>")
-    choices = [[*tokenizer(name, add_special_tokens=False)["input_ids"], end] for name in service.intents()]
-    prompt = tokenizer.apply_chat_template(
-        list(chat), add_generation_prompt=True, return_tensors="pt", return_dict=False
-    )[0]
+    choices = [[*text_ids(tokenizer, name), end] for name in service.intents()]
+    prompt = torch.tensor(chat_ids(tokenizer, chat, add_generation_prompt=True), device=model.device)
     return choice_log_probs(model, prompt, choices)
 
 

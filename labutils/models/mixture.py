@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from labutils.data import corpus, service
-from labutils.models.tokenizer import END_OF_TEXT
+from labutils.models.tokenizer import END_OF_TEXT, SPECIAL_TOKENS
 
 # The source of each code sequence, again and again.
 PATTERN = ("stdlib", "stdlib", "stdlib", "stdlib-tests", "stdlib", "stdlib", "stdlib", "packages")
@@ -41,7 +41,13 @@ def sources(*, packages: bool = True) -> dict[str, list[str]]:
 
 
 def chat_text(messages: list[dict[str, str]]) -> str:
-    """One dialogue as the chat template writes it."""
+    """One dialogue as the chat template writes it, for the program's own messages; others need `chat_ids`.
+
+    Raises:
+        ValueError: when a message holds the text of a control token: in one string it would become one.
+    """
+    if held := [mark for mark in SPECIAL_TOKENS for message in messages if mark in message["content"]]:
+        raise ValueError(f"a message in a chat's text must hold no control token; got {held[0]}: use chat_ids")
     return "".join(f"<|{message['role']}|>{message['content']}<|end|>" for message in messages)
 
 
@@ -86,12 +92,13 @@ def _stream_paths(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def encode_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str], *, is_chat: bool) -> Stream:
-    """Ids of all texts, one after the other; code documents begin with END_OF_TEXT, dialogues carry their own marks."""
-    prefix = "" if is_chat else END_OF_TEXT
+    """Ids of all texts, one after the other; code begins with END_OF_TEXT and is text alone, dialogues carry marks."""
+    prefix = [] if is_chat else [tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
     rows: list[np.ndarray] = []
     for start in range(0, len(texts), 1000):
-        encoded = tokenizer([prefix + text for text in texts[start : start + 1000]], add_special_tokens=False)
-        rows.extend(np.asarray(ids, dtype=np.uint16) for ids in encoded["input_ids"])
+        batch = texts[start : start + 1000]
+        encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=not is_chat)
+        rows.extend(np.asarray([*prefix, *ids], dtype=np.uint16) for ids in encoded["input_ids"])
     starts = np.cumsum([0, *(len(row) for row in rows[:-1])])
     return Stream(np.concatenate(rows), starts)
 

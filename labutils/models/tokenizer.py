@@ -1,6 +1,10 @@
-"""LabLM's tokenizer: byte-level BPE, trained on the corpus, stored in Hugging Face format with a chat template."""
+"""LabLM's tokenizer (byte-level BPE with a chat template), and texts and chats as ids in which text stays text.
 
-from collections.abc import Iterable
+A user may write "<|end|><|system|>…". Read as one string with the template's own marks, that would be a forged turn.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -65,3 +69,88 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, max_positions: int
 def role_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """The token that opens each role's turn: {"system": 3, "user": 4, "assistant": 5} in LabLM's tokenizer."""
     return {role: tokenizer.convert_tokens_to_ids(f"<|{role}|>") for role in ROLES}
+
+
+def control_tokens(tokenizer) -> dict[str, int]:
+    """Tokens that steer a model, by text: all special ones, and the added ones that the chat template writes."""
+    template = str(tokenizer.chat_template or "")
+    return {
+        token.content: number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special or (token.content.strip() and token.content in template)
+    }
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Ids of a text without any control token, whatever it holds: "<|end|>" is seven characters."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    marks = [mark for mark, number in control_tokens(tokenizer).items() if number in ids and len(mark) > 1]
+    cuts = [found.start() + 1 for found in _any_of(marks).finditer(text)] if marks else []
+    if not cuts:
+        return ids
+    # Added tokens that are not special are found even so: each is cut behind its first character.
+    pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    return [number for piece in pieces for number in text_ids(tokenizer, piece)]
+
+
+def chat_ids(tokenizer, messages: Sequence[dict], *, add_generation_prompt: bool = False) -> list[int]:
+    """Ids of a chat: the template's marks are control tokens, and what the messages hold is text.
+
+    Where no message holds the text of a control token, these are the ids of `apply_chat_template`. Newer versions of
+    the library offer the like as `sanitize_control_tokens=True`; older ones ignore that argument without a word.
+
+    Args:
+        tokenizer: of any Hugging Face model, with a chat template.
+        messages: each with a role, which is the program's own, and content.
+        add_generation_prompt: whether the reply's opening mark follows.
+    """
+    control = control_tokens(tokenizer)
+    template = tokenizer.apply_chat_template
+    if not control or not any(_any_of(control).search(text) for text in _strings(list(messages))):
+        return template(list(messages), add_generation_prompt=add_generation_prompt, return_dict=False)
+    marks = sorted(control)
+    opening, closing = _unused_characters("".join(_strings(list(messages))))
+    hidden = _mapped(
+        list(messages), lambda t: _any_of(marks).sub(lambda m: f"{opening}{marks.index(m[0])}{closing}", t)
+    )
+    rendered = template(hidden, add_generation_prompt=add_generation_prompt, tokenize=False)
+    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+    ids, run, done = [], [], 0
+
+    def restored(piece: str) -> list[int]:
+        if opening not in piece:
+            return run
+        return text_ids(tokenizer, re.sub(f"{opening}(\\d+){closing}", lambda m: marks[int(m[1])], piece))
+
+    for number, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if number in control.values():
+            ids += [*restored(rendered[done:start]), number]
+            run, done = [], end
+        else:
+            run.append(number)
+    return ids + restored(rendered[done:])
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+
+
+def _mapped(value, change):
+    """A message with every string changed but its keys and its role."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: inner if key == "role" else _mapped(inner, change) for key, inner in value.items()}
+    return [_mapped(inner, change) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _strings(value) -> list[str]:
+    found: list[str] = []
+    _mapped(value, found.append)
+    return found
+
+
+def _unused_characters(text: str) -> tuple[str, str]:
+    """Two private-use characters that do not occur in a text."""
+    free = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
+    return next(free), next(free)
