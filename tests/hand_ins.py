@@ -207,3 +207,23 @@ def unusable(folder: Path) -> list[Path]:
     for name, content in contents.items():
         (folder / f"{name}.ipynb").write_bytes(content)
     return [folder / f"{name}.ipynb" for name in contents]
+
+
+# Module-level lines of one answer that must not reach the next: a right `quantize` calls min, max and round.
+INTRUSIONS = {
+    "builtins": "min = max = lambda *values: 0\nround = int\nlen = print = sorted = None",
+    "module": "import builtins\nbuiltins.round = int\nbuiltins.max = builtins.min\nimport math\nmath.floor = None",
+    "added": "import builtins\nbuiltins.helper = 1\ndef clip(value):\n    return 0",
+    "settings": "import os, sys, warnings\nos.chdir('/')\nwarnings.simplefilter('error')\nsys.path.clear()",
+    "dunders": "os = None\n__name__ = 'x'\nexec = eval = compile = None\n__builtins__ = {}",
+}
+# Lines that are right in an answer, whatever their text: nothing in them may spoil a verdict.
+TEXTS = {
+    "half an emoji": "# broken \ud83d\ntext = '\udc00'",
+    "separators": "# form feed \x0c and line separator \u2028 and \x85\ntext = 'a\u2028b'",
+    "a long line": "text = '" + "x" * 2_000_000 + "'",
+    "much output": "print('x' * 900_000)",
+    "prints half an emoji": "print('\\ud83d')",
+    "no output": "import sys\nsys.stdout = sys.stderr = None",
+    "shows half an emoji": "class Odd:\n    def __repr__(self):\n        return '\\ud83d'\nOdd()",
+}

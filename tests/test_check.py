@@ -9,12 +9,15 @@ from hand_ins import (
     EATS,
     EXIT,
     FORKS,
+    INTRUSIONS,
     LIES,
     LOOP,
     NAMES,
     PRINTS,
     RIGHT,
     STUBBORN_LOOP,
+    TEXTS,
+    WRONG_QUANTIZE,
     WRONG_SPEED,
     as_saved_by_colab,
     cell_of,
@@ -91,6 +94,22 @@ def test_check_cheated_missing_doubled(root, tmp_path):
     report = checked(notebook, root, tmp_path)
     assert words(report) == ("wrong", "doubled", "missing")
     assert [bool(verdict.note) for verdict in report.verdicts] == [True, True, False]
+
+
+@pytest.mark.slow
+def test_check_text_and_names_of_one_answer_spoil_no_other(root, tmp_path):
+    odd = {"tokens_per_second": "\n".join(INTRUSIONS.values()), "quantize": "\n".join(TEXTS.values())}
+    notebook = learner(root, **{name: "\n".join([RIGHT[name], odd.get(name, "")]) for name in NAMES})
+    report = checked(notebook, root, tmp_path)
+    assert (words(report), report.notes) == (("right", "right", "right"), [])
+
+
+@pytest.mark.slow
+def test_check_an_error_with_half_an_emoji_is_a_verdict_like_any_other(root, tmp_path):
+    raises = "raise ValueError('cut off: \\ud83d')"
+    report = checked(learner(root, **RIGHT | {"tokens_per_second": raises, "quantize": WRONG_QUANTIZE}), root, tmp_path)
+    assert words(report) == ("wrong", "wrong", "right")
+    assert "cut off: ?" in report.verdicts[0].hint and "divide" in report.verdicts[1].hint
 
 
 @pytest.mark.slow
@@ -181,6 +200,48 @@ def test_read_hand_in_survives_odd_cells(tmp_path):
     path.write_text(json.dumps({"cells": [1, {}, {"cell_type": "code", "source": [2, "a"]}]}), encoding="utf-8")
     empty = {"cell_type": "", "source": "", "tags": []}
     assert read_hand_in(path) == [empty, {"cell_type": "code", "source": "a", "tags": []}]
+
+
+def read_source(tmp_path, source):
+    path = tmp_path / "source.ipynb"
+    path.write_text(json.dumps({"cells": [{"cell_type": "code", "source": source}]}), encoding="utf-8")
+    return read_hand_in(path)[0]["source"]
+
+
+def test_read_hand_in_joins_lines_that_lack_their_ends(tmp_path):
+    text = "# EXERCISE quantize\ndef quantize(values):\n\n    return 'a\u2028b'"
+    assert read_source(tmp_path, text.split("\n")) == text
+    assert read_source(tmp_path, text.splitlines(keepends=True)) == text  # cut at the U+2028 too, as nbformat does
+    assert read_source(tmp_path, ["a\n", "b", "c"]) == "a\nb\nc"
+    assert read_source(tmp_path, ["a\r\n", "b"]) == "a\r\nb" and read_source(tmp_path, []) == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "right"),
+    [
+        ("# cut off \ud83d", "# cut off \ufffd"),
+        ("\udc00\ud83d\ude00", "\ufffd\U0001f600"),
+        (["# one pair, two lines \ud83d", "\ude00"], "# one pair, two lines \ufffd\n\ufffd"),
+    ],
+)
+def test_read_hand_in_gives_text_that_utf_8_can_hold(tmp_path, source, right):
+    assert read_source(tmp_path, source) == right
+
+
+def test_read_hand_in_minds_no_byte_control_character_or_long_number(tmp_path):
+    path = tmp_path / "odd.ipynb"
+    cell = b'{"cell_type": "code", "execution_count": 1' + b"0" * 5000 + b', "source": "# \xe9\xed\xa0\xbd\x0c\x00"}'
+    path.write_bytes(b'{"cells": [' + cell + b"]}")
+    assert read_hand_in(path)[0]["source"] == "# " + "\ufffd" * 4 + "\f\0"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_read_hand_in_says_how_to_save_another_encoding(tmp_path, encoding, root):
+    path = tmp_path / "wide.ipynb"
+    path.write_bytes(json.dumps(learner(root)).encode(encoding))
+    words = f"saved as {encoding[:6].upper()}.*; open it in a text editor and save it with the encoding UTF-8$"
+    with pytest.raises(UnusableError, match=words):
+        read_hand_in(path)
 
 
 def play(root, monkeypatch, *rounds):

@@ -8,6 +8,7 @@ import pathlib
 import traceback
 
 from labutils.checks.compare import shorten
+from labutils.checks.shadows import find_shadow
 
 EXERCISES: list[str] = []  # "0.1 tokens_per_second", in the order of definition
 RESULTS: dict[str, bool] = {}  # what was checked in this process, and whether it passed
@@ -103,6 +104,8 @@ def _run(check, args, kwargs) -> CheckFailed | None:
     else:
         return None
     result.printed = shorten(" | ".join(printed.text.strip().splitlines()[-3:]))
+    shadow = None if isinstance(result, StillBlank) else find_shadow(check.__name__)
+    result.hint = "; ".join(str(part) for part in (shadow, result.hint) if part)
     return result
 
 

@@ -2,7 +2,8 @@
 
 A notebook is never compared with its own outputs: those are overwritten when a learner runs and saves.
 The learner's EXERCISE cells go into a temporary copy of the solution (of the pristine copy in a
-hand-out kit), where the CHECK cells and the lines that they must print are the course's own.
+hand-out kit), where the CHECK cells and the lines that they must print are the course's own. After each check
+the kernel is put back as it was, so that no answer is judged by another's names (`labutils.course.isolation`).
 """
 
 import argparse
@@ -25,7 +26,7 @@ from labutils.paths import tool_cache_dir
 
 CELL_TIMEOUT_S = 120.0
 LIMITS = Limits()
-STARTUP = "from labutils.course import guard\nguard.install(get_ipython())\n"
+STARTUP = "from labutils.course import guard\nguard.install(get_ipython(), {answers!a}, {is_solution})\n"
 # nbval reads the sanitizer file in the locale's encoding: keep it ASCII
 SANITIZER = "[carriage returns]\nregex: \\r\nreplace: \n"
 
@@ -72,6 +73,8 @@ class _Checking:
         self.reference, self.learner, self.root = reference, learner, root
         self.timeout_s, self.limits = timeout_s, limits
         self.exercises = reference.exercises
+        answers = {exercise.name: reference.cells[exercise.cell]["source"] for exercise in self.exercises}
+        self.startup = STARTUP.format(answers=answers, is_solution=reference.is_solution)
         self.found: dict[str, Verdict] = {}
         self.notes: list[str] = []
         self.suspect: tuple[Exercise, int, str] | None = None
@@ -97,7 +100,8 @@ class _Checking:
     def _round(self, replaced: frozenset[str]) -> str | None:
         """Run once; record what is new; name the exercise that ended the run early, if one did."""
         cells = transplant(self.reference.cells, self.learner, keep=replaced).cells
-        records, running, reason = run_cells(prepared(cells, self.exercises), self.root, self.timeout_s, self.limits)
+        notebook = prepared(cells, self.exercises)
+        records, running, reason = run_cells(notebook, self.startup, self.root, self.timeout_s, self.limits)
         code = [index for index, cell in enumerate(cells) if cell["cell_type"] == "code"]
         by_cell = {code[number]: record for number, record in records.items()}
         for exercise in self.exercises:
@@ -173,8 +177,10 @@ def prepared(cells: list, exercises: list[Exercise]) -> dict:
     return v4.new_notebook(cells=result)
 
 
-def run_cells(notebook, root: Path, timeout_s: float, limits: Limits) -> tuple[dict[int, dict], int | None, str]:
-    """Run a notebook under nbval.
+def run_cells(
+    notebook, startup_code: str, root: Path, timeout_s: float, limits: Limits
+) -> tuple[dict[int, dict], int | None, str]:
+    """Run a notebook under nbval, in a kernel that runs ``startup_code`` first.
 
     Returns:
         The records by number of code cell, the cell left running (pytest never stops in one by itself, but a limit
@@ -189,7 +195,7 @@ def run_cells(notebook, root: Path, timeout_s: float, limits: Limits) -> tuple[d
         (folder / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
         startup = folder / "ipython" / "profile_default" / "startup"
         startup.mkdir(parents=True)
-        (startup / "00-guard.py").write_text(STARTUP, encoding="utf-8")
+        (startup / "00-guard.py").write_text(startup_code, encoding="utf-8")
         (folder / "tmp").mkdir()
         ended = run_contained(_command(timeout_s), folder=folder, env=_environment(root, folder), limits=limits)
         records, running = _read_records(folder / "report.jsonl")

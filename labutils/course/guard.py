@@ -1,11 +1,14 @@
-"""What a kernel that runs a hand-in begins with: limits on output, files and processes.
+"""What a kernel that runs a hand-in begins with: limits on output, files and processes, answers kept apart.
 
 Runs inside the hand-in's own process, so it holds off accidents, not attacks: see `labutils.course.grade`.
 """
 
 import contextlib
+import json
 import os
 import sys
+
+from labutils.course.isolation import Isolation
 
 OUTPUT_LIMIT = 1_000_000  # characters that one cell may print
 FILE_LIMIT_BYTES = 1 << 30
@@ -16,13 +19,53 @@ class OutputTooLargeError(RuntimeError):
     """A cell printed more than `OUTPUT_LIMIT` characters."""
 
 
-def install(shell) -> None:
-    """Guard the kernel of an IPython shell; its startup file calls this."""
+def install(shell, answers: dict[str, str], is_solution: bool) -> None:
+    """Guard the kernel of an IPython shell; its startup file calls this with the course's EXERCISE cells."""
     limit_resources()
-    budget = {"left": OUTPUT_LIMIT}
-    shell.events.register("pre_run_cell", lambda *_: budget.update(left=OUTPUT_LIMIT))
-    for stream in (sys.stdout, sys.stderr):
+    isolation = Isolation(shell.user_ns, answers, is_solution)
+    budget, streams = {"left": OUTPUT_LIMIT}, (sys.stdout, sys.stderr)
+    for stream in streams:
         stream.write = _limited(stream.write, budget)
+
+    def with_streams(function):
+        """An answer may have set `sys.stdout = None`: without it the kernel never says that the cell has ended."""
+
+        def run(*args, **kwargs):
+            sys.stdout, sys.stderr = streams
+            return function(*args, **kwargs)
+
+        return run
+
+    def begin(info) -> None:
+        budget.update(left=OUTPUT_LIMIT)
+        isolation.before_cell(info.raw_cell)
+
+    def end(result) -> None:
+        isolation.after_cell(result.info.raw_cell)
+
+    shell.events.register("pre_run_cell", begin)
+    shell.events.register("post_run_cell", with_streams(end))
+    shell.showtraceback = with_streams(shell.showtraceback)
+    shell.display_trap.hook = with_streams(shell.displayhook)
+    shell.kernel.session.pack = _packing_any_text(shell.kernel.session.pack)
+
+
+def _packing_any_text(pack):
+    """A kernel's message that holds half an emoji cannot be sent, and the cell would never end: `?` goes in its place.
+
+    >>> _packing_any_text(lambda message: message["text"].encode())({"text": "a" + chr(0xD83D)})
+    b'{"text": "a?"}'
+    """
+
+    def packed(message) -> bytes:
+        try:
+            return pack(message)
+        except UnicodeEncodeError:
+            from jupyter_client.jsonutil import json_default
+
+            return json.dumps(message, default=json_default, ensure_ascii=False).encode("utf-8", "replace")
+
+    return packed
 
 
 def _limited(write, budget: dict):

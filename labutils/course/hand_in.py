@@ -7,6 +7,7 @@ from pathlib import Path
 from labutils.course.exercises import chapter_number, exercises, find
 
 SIZE_LIMIT_BYTES = 50_000_000
+LINE_ENDS = tuple("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")  # where `str.splitlines` cuts, and so nbformat
 
 
 class UnusableError(ValueError):
@@ -31,14 +32,14 @@ def read_hand_in(path: Path) -> list[dict]:
     """The cells of a notebook as plain dictionaries, from JupyterLab, Colab or anything alike.
 
     Raises:
-        UnusableError: When the file is none, is too large, or is not a notebook of format 4.
+        UnusableError: When the file is none, is too large, is not UTF-8, or is not a notebook of format 4.
     """
     try:
         if not path.is_file():
             raise UnusableError(f"{path.name}: there is no such file")
         if path.stat().st_size > SIZE_LIMIT_BYTES:
             raise UnusableError(f"{path.name}: a notebook has at most {SIZE_LIMIT_BYTES // 10**6} MB")
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = _parsed(path.name, path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UnusableError):
             raise
@@ -49,18 +50,46 @@ def read_hand_in(path: Path) -> list[dict]:
     return [_plain(cell) for cell in cells if isinstance(cell, dict)]
 
 
+def _parsed(name: str, content: bytes):
+    """JSON that is as tolerant as it can be: no byte, character or number of one cell voids the others."""
+    encoding = json.detect_encoding(content)
+    if "utf-8" not in encoding and content.decode(encoding, "replace").lstrip("\ufeff \t\r\n").startswith("{"):
+        words = f"the file is saved as {encoding[:6].upper()}, which no notebook program reads"
+        raise UnusableError(f"{name}: {words}; open it in a text editor and save it with the encoding UTF-8")
+    text = content.decode("utf-8-sig", errors="replace")
+    return json.loads(text, strict=False, parse_int=float)  # an int of more than 4300 digits would raise
+
+
 def _plain(cell: dict) -> dict:
     """A cell's type, source and tags; all else in it belongs to the tool that saved it."""
     source = cell.get("source", "")
     if isinstance(source, list):
-        source = "".join(line for line in source if isinstance(line, str))
+        source = _joined([line for line in source if isinstance(line, str)])
     metadata = cell.get("metadata")
     tags = metadata.get("tags") if isinstance(metadata, dict) else None
     return {
-        "cell_type": str(cell.get("cell_type", "")),
-        "source": source if isinstance(source, str) else "",
+        "cell_type": _sound(str(cell.get("cell_type", ""))),
+        "source": _sound(source) if isinstance(source, str) else "",
         "tags": tags if isinstance(tags, list) else [],
     }
+
+
+def _joined(lines: list[str]) -> str:
+    r"""The text of a list of lines; some converters leave out the line ends.
+
+    >>> _joined(["# EXERCISE a", "a = 1"]) == _joined(["# EXERCISE a\n", "a = 1"])
+    True
+    """
+    return "".join([*(line if line.endswith(LINE_ENDS) else line + "\n" for line in lines[:-1]), *lines[-1:]])
+
+
+def _sound(text: str) -> str:
+    r"""Text that can be written as UTF-8: halves of a pair are joined, a lone half becomes U+FFFD.
+
+    >>> _sound("\ud83d\ude00") == "\U0001f600", _sound("cut off: \ud83d") == "cut off: \ufffd"
+    (True, True)
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def reference_folder(root: Path) -> tuple[Path, bool]:
