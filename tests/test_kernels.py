@@ -1,10 +1,12 @@
 """Building the C kernels: found again by what made them, in a folder that only its owner may enter."""
 
 import ctypes
+import errno
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -114,6 +116,20 @@ def test_a_finished_library_is_renamed_not_copied(monkeypatch):
 def test_find_kernels_without_a_compiler_says_so(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert find_kernels.__wrapped__() == (None, "no C compiler: install gcc or clang")
+
+
+@pytest.mark.parametrize("full_at", ["make the folder", "write in it"])
+def test_find_kernels_in_a_folder_that_cannot_be_written_says_what_to_do(monkeypatch, tmp_path, full_at):
+    home = tmp_path / "home"
+    if full_at == "make the folder":
+        home.touch()
+    else:
+        error = OSError(errno.EROFS, os.strerror(errno.EROFS))
+        monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **_: (_ for _ in ()).throw(error))
+    monkeypatch.setenv("LABUTILS_HOME", str(home))
+    library, reason = find_kernels.__wrapped__()
+    advice = f"compiled kernels are kept in {home / 'kernels'}, which must be writable: set LABUTILS_HOME to a folder"
+    assert library is None and reason.startswith(advice) and "Errno" not in reason
 
 
 def test_find_kernels_builds_for_this_machine():

@@ -1,5 +1,6 @@
 """The ledger: what may be stored, two writers at once, and a kill in the middle of a write."""
 
+import errno
 import json
 import os
 import signal
@@ -207,6 +208,24 @@ def test_a_kill_in_the_middle_of_a_write_costs_only_that_record(tmp_path):
     append(record(technique="after"), path)
     with pytest.warns(UserWarning, match="line 2"):
         assert [r.technique for r in read(path)] == ["before", "after"]
+
+
+@pytest.mark.parametrize("place", ["mkdir", "open"])
+def test_append_where_nothing_can_be_written_says_where_to(tmp_path, monkeypatch, place):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "somewhere")
+
+    monkeypatch.setattr(*{"mkdir": (Path, "mkdir"), "open": (ledger.os, "open")}[place], refuse)
+    with pytest.raises(OSError) as caught:
+        append(record(), tmp_path / "home" / "ledger.jsonl")
+    words = f"the ledger {tmp_path / 'home' / 'ledger.jsonl'} must be writable: set LABUTILS_HOME to a folder that is"
+    assert str(caught.value) == f"{words}; got {os.strerror(errno.EROFS)}"
+
+
+def test_append_below_a_file_says_where_to(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="must be writable: set LABUTILS_HOME"):
+        append(record(), tmp_path / "file" / "ledger.jsonl")
 
 
 def test_a_held_lock_times_out_with_a_sentence(tmp_path):

@@ -36,11 +36,14 @@ def cache_dir() -> Path:
     """The folder of compiled libraries, made where it is missing.
 
     Raises:
-        KernelError: when it is a link, belongs to someone else, or others may enter it.
+        KernelError: when it cannot be made, is a link, belongs to someone else, or others may enter it.
     """
     folder = learner_dir() / "kernels"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         owner, mode = found.st_uid, stat.S_IMODE(found.st_mode)
@@ -62,12 +65,20 @@ def compile_c(source: str, *, flags: tuple[str, ...] = ()) -> Path:
     library = folder / f"{hashlib.sha256(repr((source, flags, macros)).encode()).hexdigest()[:32]}.so"
     if not library.exists():
         # Built under another name and renamed: another process sees the whole file or none.
-        with tempfile.TemporaryDirectory(dir=folder) as workspace:
-            text, built = Path(workspace) / "source.c", Path(workspace) / "built.so"
-            text.write_text(source, encoding="utf-8")
-            _run([program, *flags, str(text), "-o", str(built), "-lm"])
-            os.replace(built, library)
+        try:
+            with tempfile.TemporaryDirectory(dir=folder) as workspace:
+                text, built = Path(workspace) / "source.c", Path(workspace) / "built.so"
+                text.write_text(source, encoding="utf-8")
+                _run([program, *flags, str(text), "-o", str(built), "-lm"])
+                os.replace(built, library)
+        except OSError as error:
+            raise _not_writable(folder, error) from error
     return library
+
+
+def _not_writable(folder: Path, error: OSError) -> KernelError:
+    words = f"compiled kernels are kept in {folder}, which must be writable"
+    return KernelError(f"{words}: set LABUTILS_HOME to a folder that is; got {error.strerror or error}")
 
 
 def build_c(source: str, *, flags: tuple[str, ...] = ()) -> ctypes.CDLL:

@@ -159,11 +159,23 @@ def append(record: Record, path: Path | None = None) -> Path:
 
     Raises:
         ValueError: If the record has no quality or too few raw samples; nothing is written then.
+        OSError: If the ledger cannot be written.
     """
     check_drawable(record)
     path = Path(path) if path is not None else ledger_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = (record.to_json() + "\n").encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _append_line(path, line)
+    except TimeoutError:
+        raise
+    except OSError as error:
+        advice = "set LABUTILS_HOME to a folder that is"
+        raise type(error)(f"the ledger {path} must be writable: {advice}; got {error.strerror or error}") from error
+    return path
+
+
+def _append_line(path: Path, line: bytes) -> None:
     with locked(path.with_suffix(".lock")):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
         try:
@@ -171,10 +183,9 @@ def append(record: Record, path: Path | None = None) -> Path:
                 line = b"\n" + line
             written = os.write(file, line)
             if written != len(line):
-                raise OSError(f"the ledger's disk took {written} of {len(line)} bytes")
+                raise OSError(f"the disk took {written} of {len(line)} bytes")
         finally:
             os.close(file)
-    return path
 
 
 def read(path: Path | None = None) -> list[Record]:
