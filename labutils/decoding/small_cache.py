@@ -113,18 +113,19 @@ def upper_bound(
     return torch.maximum(query * low, query * high).sum(-1)
 
 
-def index_scores(*, dims: int) -> Read:
+def index_scores(*, dims: int, recent: int = 1) -> Read:
     """Σ_heads relu(q·k) in the `dims` slowest rotary dimensions, one score for all heads: DSA's lightning indexer.
 
     DeepSeek trains an indexer of its own to follow the attention; ours is untrained and borrows the model's keys. Slow
-    dimensions hardly turn with distance, so that what they compare is content.
+    dimensions hardly turn with distance: they compare content and miss what is near, so the newest `recent` positions
+    come first.
     """
 
     def read(held: Held, query: Query) -> Priority:
         half = held.keys.shape[-1] // 2
         slow = torch.tensor([i for end in (half, 2 * half) for i in range(end - dims // 2, end)])
         scores = (query[..., slow] @ held.keys[..., slow].mT).relu().sum(dim=(1, 2))
-        return first(scores[:, None].expand(held.weight.shape), held.age() == 0)
+        return first(scores[:, None].expand(held.weight.shape), held.age() < recent)
 
     return read
 
@@ -134,9 +135,14 @@ def exact_scores(held: Held, query: Query) -> Priority:
     return first((query @ held.keys.mT).amax(dim=2), held.age() == 0)
 
 
-def first(priority: Tensor, these: Bool[Tensor, "..."]) -> Tensor:
-    """The priority, and infinity for these."""
-    return priority.masked_fill(these, float("inf"))
+def first(priority: Priority, these: Bool[Tensor, "..."]) -> Priority:
+    """These before all others, and the newest of them first.
+
+    >>> first(torch.tensor([[[9.0, 0.0, 5.0, 0.0]]]), torch.tensor([False, True, False, True])).tolist()
+    [[[9.0, 11.0, 5.0, 13.0]]]
+    """
+    order = torch.arange(priority.shape[-1], device=priority.device)
+    return torch.where(these, priority.amax(dim=-1, keepdim=True) + 1 + order, priority)
 
 
 class SmallCache:

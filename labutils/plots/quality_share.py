@@ -1,4 +1,4 @@
-"""Quality against the share that was computed or read: bits per byte lost, with intervals, on a symmetric-log axis."""
+"""Quality against the share that was computed or read: bits per byte lost, with intervals."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,8 +16,6 @@ def draw_quality(ax: Axes, curves: Mapping[str, Sequence[tuple[float, PairedQual
         shares = [100 * share for share, _ in points]
         ax.errorbar(shares, lost, yerr=bars, label=name, capsize=3, **series_style(index))
     ax.axhline(0, color="0.4", linestyle=":")
-    ax.set_yscale("symlog", linthresh=0.01)
-    ax.yaxis.set_major_formatter("{x:g}")
     ax.set(xlabel=f"{share_of} (%)", ylabel="bits per byte lost (lower is better)")
     ax.grid(alpha=0.25)
     ax.legend(fontsize="small")
