@@ -15,22 +15,27 @@ from transformers import (
     DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    ViTConfig,
+    ViTModel,
 )
 from transformers.pytorch_utils import Conv1D
 
 from labutils.distillation.hidden import hidden_loss
+from labutils.distributed.tensor_parallel import RowParallelLinear
 from labutils.layers.calibration import input_statistics
-from labutils.layers.linears import change_weights_, linear_layers, matrices_outside_layers
+from labutils.layers.linears import change_weights_, linear_layers, matrices_outside_layers, set_weight_, weight_of
 from labutils.measurement.resources import weight_bytes_read
 from labutils.models.load import load_model
-from labutils.pruning.masks import apply_masks_, mask_model, sparsity
+from labutils.pruning.masks import apply_masks_, mask_model, mask_n_of_m, sparsity
 from labutils.pruning.recovery import LoraLinear, add_lora_, merge_lora_
 from labutils.pruning.scores import magnitude_scores
-from labutils.pruning.sparse import pack_linears_
+from labutils.pruning.sparse import Linear24, pack_linears_
 from labutils.pruning.structured import block_influence
 from labutils.quantization.affine import Scheme, fake_quantize
 from labutils.quantization.integer_linear import use_integers_
@@ -84,7 +89,7 @@ WHOLE_MODEL = {
 @pytest.mark.parametrize("make", [mixtral, qwen3_moe, gpt_oss, deepseek_v3])
 def test_experts_in_one_parameter_are_named_and_nothing_is_changed(make):
     model = make()
-    before = copy.deepcopy(model.state_dict())
+    before, trained = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
     names = matrices_outside_layers(model)
     assert "experts.gate_up_proj" in names[0] and "(4, " in names[0]
     for name, compress in WHOLE_MODEL.items():
@@ -92,6 +97,7 @@ def test_experts_in_one_parameter_are_named_and_nothing_is_changed(make):
             compress(model)
         after = model.state_dict()
         assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), name
+        assert [p.requires_grad for p in model.parameters()] == trained, name
 
 
 def test_any_matrix_outside_a_layer_counts():
@@ -99,6 +105,23 @@ def test_any_matrix_outside_a_layer_counts():
     assert matrices_outside_layers(attention) == ["in_proj_weight (24, 8)"]
     with pytest.raises(ValueError, match=r"in_proj_weight \(24, 8\)"):
         list(linear_layers(attention))
+
+
+def test_a_row_parallel_layer_counts_and_lora_s_factors_do_not():
+    layer = nn.Linear(8, 8)
+    sharded = nn.Sequential(nn.Linear(8, 8), RowParallelLinear(layer, torch.arange(4), comm=None))
+    with pytest.raises(ValueError, match=r"1\.weight \(8, 4\)"):
+        sparsity(sharded)
+    lora = LoraLinear(layer, torch.ones(8, 8), rank=2, generator=torch.Generator())
+    assert [name for name, _ in linear_layers(nn.Sequential(lora))] == ["0.base"]
+
+
+def test_tables_and_vectors_are_no_matrices():
+    vit = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
+    for model in (vit, mamba):
+        assert matrices_outside_layers(model) == []
+        assert len(list(linear_layers(model))) > 3
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-untied-bias", "qwen3", "gpt2"])
@@ -150,6 +173,35 @@ def test_packing_refuses_before_it_changes_anything():
     assert type(tiny.model.layers[0].mlp.down_proj) is nn.Linear
 
 
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda masks: masks | {"nope": next(iter(masks.values()))}, "the model has no 'nope'"),
+        (lambda masks: masks | {list(masks)[-1]: masks[list(masks)[-1]][:1]}, r"weight's shape .*; got \(1, "),
+        (lambda masks: masks | {list(masks)[-1]: masks[list(masks)[-1]].T}, "weight's shape"),
+    ],
+)
+@pytest.mark.parametrize(
+    "use", [apply_masks_, lambda m, masks: add_lora_(m, masks, rank=2, generator=torch.Generator())]
+)
+def test_masks_that_do_not_fit_change_nothing(spoil, words, use):
+    model = tiny_model("gpt2")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=words):
+        use(model, spoil(mask_model(magnitude_scores(model), 0.5)))
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_2_4_layer_of_a_square_conv1d():
+    layer = Conv1D(32, 32)
+    nn.init.normal_(layer.weight)
+    set_weight_(layer, weight_of(layer) * mask_n_of_m(weight_of(layer).abs(), 2, 4))
+    x = torch.randn(3, 32)
+    assert (Linear24(layer)(x) - layer(x)).abs().max() < 1e-4
+
+
 @torch.no_grad()
 def test_rotated_inputs_of_a_square_conv1d():
     layer = Conv1D(8, 8)
@@ -181,10 +233,12 @@ MANY_MODELS = """
 import torch
 from tiny_models import random_ids, tiny_model
 from labutils.generation.decode import generate_cached, generate_compiled
-for n in range(1, 11):
-    model, ids = tiny_model("llama-gqa-tied", num_hidden_layers=1, intermediate_size=32 * n), random_ids(4)
+depths = [{"num_hidden_layers": n} for n in range(1, 13)]
+widths = [{"num_hidden_layers": 1, "intermediate_size": 32 * n} for n in range(1, 11)]
+for n in depths + widths:
+    model, ids = tiny_model("llama-gqa-tied", **n), random_ids(4)
     assert torch.equal(generate_compiled(model, ids, 2, backend="eager"), generate_cached(model, ids, 2)), n
-print("ten models")
+print("all models")
 """
 
 
@@ -194,7 +248,7 @@ def test_each_model_has_its_own_limit_of_compilations():
     folders = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "tests"))
     command, env = [sys.executable, "-c", MANY_MODELS], os.environ | {"PYTHONPATH": folders}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert result.stdout == "ten models\n", result.stderr[-2000:]
+    assert result.stdout == "all models\n", result.stderr[-2000:]
 
 
 def test_float16_states_do_not_overflow_a_loss_and_nan_is_named():

@@ -56,9 +56,8 @@ def hidden_loss(student: Sequence[States], teacher: Sequence[States], kept: Kept
     tensor(0.2500)
     """
     _same_sizes([s.shape for s in student], [t.shape for t in teacher], what="hidden states")
-    pairs = [
-        (s[kept].float(), t[kept].float()) for s, t in zip(student, teacher, strict=True)
-    ]  # float16 squares overflow
+    # Squares of more than 255 overflow in float16.
+    pairs = [(s[kept].float(), t[kept].float()) for s, t in zip(student, teacher, strict=True)]
     losses = [((s - t) ** 2).mean() / (t**2).mean() for s, t in pairs]
     return torch.stack(losses).mean()
 

@@ -16,6 +16,9 @@ Linear = nn.Linear | Conv1D
 Weight = Float[Tensor, "out_features in_features"]
 # Modules whose matrices are known and meant to be left alone, or are yielded below.
 KNOWN = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Parameters of two axes that are added or looked up, never multiplied: biases of experts, position tables (ViT, Swin),
+# a state's decay (Mamba).
+TABLES = ("bias", "bias_table", "embedding", "embeddings", "A_log")
 
 
 def linear_layers(model: nn.Module, *, with_head: bool = False) -> Iterator[tuple[str, Linear]]:
@@ -39,7 +42,8 @@ def linear_layers(model: nn.Module, *, with_head: bool = False) -> Iterator[tupl
 def matrices_outside_layers(model: nn.Module) -> list[str]:
     """Names and shapes of matrices in modules that are no linear layer, embedding or convolution, largest first.
 
-    Modules of the course's own, such as LoRA's thin matrices, do not count.
+    A matrix has two axes longer than 1 and is none of `TABLES`. The thin matrices that the course puts around a linear
+    layer (LoRA) do not count: they change a weight that is met by itself.
 
     >>> class Experts(nn.Module):
     ...     def __init__(self):
@@ -51,9 +55,9 @@ def matrices_outside_layers(model: nn.Module) -> list[str]:
     found = [
         (parameter.numel(), f"{name}.{key} {tuple(parameter.shape)}".removeprefix("."))
         for name, module in model.named_modules()
-        if not isinstance(module, KNOWN) and not is_ours(module)
+        if not isinstance(module, KNOWN) and not _is_around_linear(module)
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() > 1
+        if sum(size > 1 for size in parameter.shape) > 1 and not key.endswith(TABLES)
     ]
     return [text for _, text in sorted(found, key=lambda item: -item[0])]
 
@@ -61,6 +65,10 @@ def matrices_outside_layers(model: nn.Module) -> list[str]:
 def is_ours(module: nn.Module) -> bool:
     """Whether the course wrote this kind of module."""
     return type(module).__module__.startswith("labutils.")
+
+
+def _is_around_linear(module: nn.Module) -> bool:
+    return is_ours(module) and any(isinstance(child, (nn.Linear, Conv1D)) for child in module.children())
 
 
 def compressed_weights(model: nn.Module) -> Iterator[Weight]:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from labutils.layers.linears import compressed_weights, linear_layers, output_head, set_weight_, weight_of
+from labutils.layers.linears import Linear, compressed_weights, linear_layers, output_head, set_weight_, weight_of
 
 Pattern = float | tuple[int, int]  # a sparsity in [0, 1], or (n, m): n weights kept of every m
 Mask = Bool[Tensor, "out n"]
@@ -98,7 +98,18 @@ def apply_masks_(model: nn.Module, masks: Masks) -> None:
     """Writes zeros where a mask is False.
 
     Raises:
-        ValueError: for a layer that the model lacks, or a head whose weight is the embedding table.
+        ValueError: see `masked_layers`; the model is then as it was.
+    """
+    for name, layer in masked_layers(model, masks).items():
+        set_weight_(layer, weight_of(layer) * masks[name])
+
+
+def masked_layers(model: nn.Module, masks: Masks) -> dict[str, Linear]:
+    """The linear layer of each mask, by name.
+
+    Raises:
+        ValueError: for a layer that the model lacks, a head whose weight is the embedding table, or a mask of another
+            shape than the weight's.
     """
     layers = dict(linear_layers(model, with_head=True))
     for name, mask in masks.items():
@@ -106,7 +117,10 @@ def apply_masks_(model: nn.Module, masks: Masks) -> None:
             raise ValueError(f"a mask needs a linear layer of its name; the model has no {name!r}")
         if layers[name] is output_head(model) and layers[name].weight is model.get_input_embeddings().weight:
             raise ValueError(f"{name} shares its weight with the embedding table: pruning it would prune both")
-        set_weight_(layers[name], weight_of(layers[name]) * mask)
+        shape = tuple(weight_of(layers[name]).shape)
+        if tuple(mask.shape) != shape:
+            raise ValueError(f"the mask of {name} must have the weight's shape {shape}; got {tuple(mask.shape)}")
+    return {name: layers[name] for name in masks}
 
 
 def sparsity(model: nn.Module) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from labutils.layers.linears import Linear, linear_layers, replace_module_, set_weight_, weight_of
-from labutils.pruning.masks import Masks, apply_masks_, mask_model
+from labutils.pruning.masks import Masks, apply_masks_, mask_model, masked_layers
 from labutils.pruning.scores import magnitude_scores, schedule, weighted_gradient
 from labutils.training.loop import FitPlan, fit_
 from labutils.training.losses import teacher_loss, text_loss
@@ -119,11 +119,15 @@ class LoraLinear(nn.Module):
 
 
 def add_lora_(model: nn.Module, masks: Masks, *, rank: int, generator: torch.Generator) -> None:
-    """Freezes the model and gives every masked linear layer a learnt change of that rank, at first zero."""
+    """Freezes the model and gives every masked linear layer a learnt change of that rank, at first zero.
+
+    Raises:
+        ValueError: see `masked_layers`; the model is then as it was.
+    """
+    layers = masked_layers(model, masks)
     model.requires_grad_(False)
-    for name, layer in list(linear_layers(model)):
-        if name in masks:
-            replace_module_(model, name, LoraLinear(layer, masks[name], rank=rank, generator=generator))
+    for name, layer in layers.items():
+        replace_module_(model, name, LoraLinear(layer, masks[name], rank=rank, generator=generator))
 
 
 @torch.no_grad()

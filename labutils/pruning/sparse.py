@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from labutils.layers.compile import build_c
-from labutils.layers.linears import linear_layers, replace_module_
+from labutils.layers.linears import Linear, linear_layers, replace_module_, weight_of
 
 ROWS, COLUMNS = 8, 32
 SOURCE = Path(__file__).with_name("sparse_matvec.c")
@@ -144,9 +144,9 @@ def _check_vector(x: Tensor, length: int) -> None:
 class Linear24(nn.Module):
     """A linear layer whose weight is stored 2:4: one position goes through the kernel, several through a dense copy."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: Linear) -> None:
         super().__init__()
-        packed, self.bias = pack_2_4(layer.weight.detach()), layer.bias
+        packed, self.bias = pack_2_4(weight_of(layer)), layer.bias
         self.shape = packed.shape
         self.register_buffer("places", packed.places)
         self.register_buffer("weights", packed.weights)
