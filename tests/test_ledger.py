@@ -215,7 +215,7 @@ def test_append_where_nothing_can_be_written_says_where_to(tmp_path, monkeypatch
     def refuse(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "somewhere")
 
-    monkeypatch.setattr(*{"mkdir": (Path, "mkdir"), "open": (ledger.os, "open")}[place], refuse)
+    monkeypatch.setattr(*{"mkdir": (ledger.Path, "mkdir"), "open": (ledger.os, "open")}[place], refuse)
     with pytest.raises(OSError) as caught:
         append(record(), tmp_path / "home" / "ledger.jsonl")
     words = f"the ledger {tmp_path / 'home' / 'ledger.jsonl'} must be writable: set LABUTILS_HOME to a folder that is"
