@@ -1,5 +1,6 @@
 """LabLM's opinion of customers' intents, for small classifiers to learn from: asked once, kept in `data/results`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,5 +51,6 @@ def recorded_opinions(path: Path = OPINIONS) -> dict[str, Float[Tensor, "queries
     if not path.is_file():
         loaded = load_model("lablm")
         asked = {s: torch.stack([intent_opinion(loaded, c) for c in intent_queries(s).chats]).half() for s in COUNTS}
-        save_file(asked, path)
+        save_file(asked, path.with_suffix(".new"))  # a kill must not leave half of it under its name
+        os.replace(path.with_suffix(".new"), path)
     return {split: opinions.float() for split, opinions in load_file(path).items()}
