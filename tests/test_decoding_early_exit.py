@@ -10,7 +10,8 @@ from labutils.decoding.proposers import ModelDraft
 from labutils.decoding.speculate import generate_speculative
 from labutils.generation.decode import generate_cached
 from labutils.generation.fast_llama import FastLlama
-from labutils.models.draft_heads import HEADS, load_head, save_head
+from labutils.models import training
+from labutils.models.draft_heads import HEADS, load_head, save_head, train_head
 from labutils.models.load import LoadError
 from labutils.training.loop import FitPlan, fit_
 
@@ -156,3 +157,15 @@ def test_a_stored_head_comes_back(tmp_path, monkeypatch):
 def test_load_head_refuses_an_unknown_name(tmp_path):
     with pytest.raises(LoadError, match=f"one of {', '.join(HEADS)} in .*; got 'none'"):
         load_head("none", tiny_model("llama-gqa-tied"), tmp_path)
+
+
+@pytest.mark.slow
+def test_train_head_takes_up_what_a_killed_run_saved(tmp_path, monkeypatch):
+    code = {name: ["def add(a, b):\n    return a + b\n" * 200] for name in ("stdlib", "stdlib-tests", "packages")}
+    texts = code | {"service": ["<|user|>Cancel order A1.<|end|><|assistant|>cancel_order<|end|>"] * 30}
+    monkeypatch.setattr(training, "sources", lambda *, packages: texts)
+    lines = []
+    first = train_head("exit", steps=1, state_dir=tmp_path, log=lines.append)
+    assert len(lines) == 1 and not torch.equal(first.maps[0], torch.eye(len(first.maps[0])))
+    again = train_head("exit", steps=1, state_dir=tmp_path, log=lines.append)
+    assert len(lines) == 1 and torch.equal(first.maps, again.maps)  # nothing was left to train
