@@ -107,11 +107,11 @@ def prompt_lookup(answer):
             ([4], 4, 2),
         ),
         mistakes=[
+            (_only_longest, "if the longest suffix has no match, try shorter ones, down to one token"),
             (_lookup_wrong(itself=True), "the suffix found itself at the end: look only where something follows"),
             (_lookup_wrong(first=True), "that is the first occurrence: take the most recent one"),
             (_lookup_wrong(shortest_first=True), "a longer match is a better one: begin with the longest suffix"),
             (_lookup_wrong(unbounded=True), "more than `count` tokens were proposed"),
-            (_only_longest, "if the longest suffix has no match, try shorter ones, down to one token"),
         ],
     )
 
