@@ -4,8 +4,9 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 HELP = (
-    "measure and compare: `bench decode` (every path), `bench quantization` (int8, int4), `bench pruning` (zeros), "
-    "`bench xla` (JAX), `bench fpga` (area), `bench distributed` (policies, bubble), `bench gpu` (the ladder)"
+    "measure and compare: `bench decode` (every path), `bench decoding` (every draft), `bench quantization` (int8, "
+    "int4), `bench pruning` (zeros), `bench xla` (JAX), `bench fpga` (area), `bench distributed` (policies, bubble), "
+    "`bench gpu` (the ladder)"
 )
 NEEDS_ENVIRONMENT = True
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -13,7 +14,7 @@ SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    choices = ("decode", "quantization", "pruning", "xla", "fpga", "distributed", "gpu")
+    choices = ("decode", "decoding", "quantization", "pruning", "xla", "fpga", "distributed", "gpu")
     parser.add_argument("name", choices=choices, help="what to measure")
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
@@ -35,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
-    runs = {"decode": run_decode, "quantization": run_quantization, "pruning": run_pruning}
+    runs = {"decode": run_decode, "decoding": run_decoding, "quantization": run_quantization, "pruning": run_pruning}
     more = {"xla": run_xla, "fpga": run_fpga, "distributed": run_distributed, "gpu": run_gpu}
     return (runs | more)[args.name](args)
 
@@ -87,6 +88,23 @@ def run_decode(args: Namespace) -> int:
         if args.ledger:
             for row in (r for r in found if r.samples and r.quality is not None):
                 ledger.append(as_record(row, subject, settings))
+    if args.json:
+        write_json(rows, args.json)
+    return 0
+
+
+def run_decoding(args: Namespace) -> int:
+    """Every draft on every kind of text, on LabLM and on LabLM tiled to 0.24B, beside its peers."""
+    from labutils.bench.decoding import Settings, bench_decoding
+    from labutils.bench.table import write_json
+    from labutils.measurement.ledger import host_line
+
+    print(host_line())
+    settings = Settings(rounds=args.rounds, threads=args.threads or 1)
+    if args.quick:
+        settings = Settings(5, 8, args.rounds, args.threads or 1, peers=False, width=2)
+    rows, bars = bench_decoding(settings, say=lambda line: print(line, flush=True))
+    print(*bars, sep="\n")
     if args.json:
         write_json(rows, args.json)
     return 0

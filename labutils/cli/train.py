@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HELP = "train LabLM, LabLM-small distilled from it, or a head on it, resuming where a killed run stopped"
-HEADS = ("exit",)  # of labutils.models.draft_heads
+HEADS = ("exit", "mtp")  # of labutils.models.draft_heads
 NEEDS_ENVIRONMENT = True
 
 

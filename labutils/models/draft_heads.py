@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from labutils.decoding.early_exit import ExitHeads, exit_loss
+from labutils.decoding.heads import LookAhead, look_ahead_loss
 from labutils.models.checkpoint import verify_checksums, write_checksums
 from labutils.models.load import LoadError, load_model
 from labutils.models.mixture import code_batch, dialogue_batch, padded, read_streams
@@ -21,6 +22,7 @@ FOLDER = DATA / "lablm-heads"
 # Name to: a fresh head for a model, and the loss that it learns with while the model stays as it is.
 HEADS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module, nn.Module], LossOf]]] = {
     "exit": (ExitHeads, exit_loss),
+    "mtp": (LookAhead, look_ahead_loss),
 }
 
 
