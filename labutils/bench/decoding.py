@@ -70,7 +70,6 @@ def bench_decoding(settings: Settings, *, say: Callable[[str], None] = print) ->
     rows, bars = [], []
     for name in ("lablm", f"lablm, {settings.width} times as wide"):
         with ExitStack() as stack, thread_count(settings.threads):
-            stack.enter_context(torch.inference_mode())
             subject = Bench(name, settings, stack, say)
             found = subject.measure()
         say(as_table(found))
@@ -214,7 +213,7 @@ class Bench:
     def _row(self, way: Way, kind: str, speeds: dict, records: dict, same: dict) -> DraftRow:
         made = [run[3] for run in records[way.name, kind][0] if run[3] is not None]
         ours = self.fastest if way.plain not in ("transformers", "llama.cpp") else way.plain
-        if way.plain == "plain float32":
+        if way.lengths and way.plain == "plain float32":  # a draft for float32 is compared with float32
             ours = way.plain
         row = DraftRow(
             technique=way.name,
