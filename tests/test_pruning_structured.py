@@ -8,6 +8,7 @@ from tiny_models import LLAMAS, random_ids, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from labutils.layers.architecture import Architecture
 from labutils.layers.calibration import input_statistics
 from labutils.models.gguf import export_gguf
 from labutils.pruning import structured
@@ -56,7 +57,7 @@ def test_keep_head_groups_equals_masking(name):
     model = tiny_model(name)
     groups, shared = model.config.num_key_value_heads, 4 // model.config.num_key_value_heads
     kept, masked = picks(3, groups, 1, seed=2), copy.deepcopy(model)
-    width = structured.head_dim_of(model.config) * shared
+    width = Architecture.of(model.config).head_dim * shared
     for layer, chosen in zip(masked.model.layers, kept, strict=True):
         gone = [g * width + i for g in others(chosen, groups) for i in range(width)]
         zero_(layer.self_attn.o_proj, columns=gone)

@@ -1,4 +1,4 @@
-"""Our own KV caches, accepted by any Hugging Face causal LM.
+"""Our own KV caches, accepted by any Hugging Face causal LM that keeps keys and values and no other states.
 
 Attention over a growing text needs the keys and values of every earlier token. They never change, so they are
 kept. A model asks its cache three things: how long are you (`get_seq_length`), how long will you be after this
@@ -15,7 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-KeyOrValue = Float[Tensor, "batch kv_heads positions head_dim"]
+from labutils.layers.architecture import layer_caches
+
+Keys = Float[Tensor, "batch kv_heads positions head_dim"]
+Values = Float[Tensor, "batch kv_heads positions value_dim"]  # head_dim as well, but for latent attention
 
 
 @runtime_checkable
@@ -51,7 +54,7 @@ class KVCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def update(self, keys: KeyOrValue, values: KeyOrValue, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Keys, values: Values, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Appends one layer's new keys and values along the position axis and returns all of them."""
         if layer_idx == len(self.keys):
             self.keys.append(keys)
@@ -100,7 +103,11 @@ class KVCache:
 class StaticKVCache:
     """A cache with preallocated buffers: a step writes one position and copies nothing.
 
-    Returns views of the filled part, so attention never sees the empty rest.
+    Returns views of the filled part, so attention never sees the empty rest. Layers with a sliding window keep every
+    position too; the model's mask hides the old ones.
+
+    Raises:
+        ValueError: If a size is below 1, or the model's layers do not all keep keys and values of one size.
     """
 
     is_compileable = False
@@ -110,15 +117,18 @@ class StaticKVCache:
     ) -> None:
         if max_length < 1 or batch < 1:
             raise ValueError(f"max_length and batch must be at least 1; got {max_length} and {batch}")
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, batch, heads, max_length, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        layers = layer_caches(config)
+        sizes = {(layer.keys, layer.values) for layer in layers}
+        if len(sizes) != 1:
+            raise ValueError(f"every layer must keep keys and values of one size; got {sorted(sizes)}")
+        self.keys, self.values = (
+            torch.zeros(len(layers), batch, heads, max_length, dim, dtype=dtype, device=device)
+            for heads, dim in sizes.pop()
+        )
         self.max_length = max_length
-        self.lengths = [0] * config.num_hidden_layers
+        self.lengths = [0] * len(layers)
 
-    def update(self, keys: KeyOrValue, values: KeyOrValue, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Keys, values: Values, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Writes one layer's new keys and values in place and returns views of all filled positions.
 
         Raises:
@@ -165,7 +175,7 @@ class StaticKVCache:
     @property
     def resident_bytes(self) -> int:
         """Bytes of the buffers, full or not."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return self.keys.nbytes + self.values.nbytes
 
 
 class CompiledKVCache(StaticKVCache):
@@ -181,7 +191,7 @@ class CompiledKVCache(StaticKVCache):
         super().__init__(config, **settings)
         self.lengths = [torch.zeros((), dtype=torch.long, device=self.keys.device) for _ in self.lengths]
 
-    def update(self, keys: KeyOrValue, values: KeyOrValue, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Keys, values: Values, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Writes at the positions a tensor names and returns the whole buffers."""
         position = self.lengths[layer_idx] + torch.arange(keys.shape[2], device=keys.device)
         self.keys[layer_idx].index_copy_(2, position, keys)

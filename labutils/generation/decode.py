@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from labutils.generation.cache import Cache, CompiledKVCache, KVCache, StaticKVCache
 from labutils.generation.sampling import greedy
+from labutils.layers.architecture import layer_caches
 
 Choose = Callable[[Tensor], Tensor]
 TokenIds = Int[Tensor, "batch positions"]
@@ -49,12 +50,14 @@ def prefill(
         attention_mask: 1 for text and 0 for padding, over the cached positions and the new ones.
 
     Raises:
-        ValueError: If there is no token or the chunk size is below 1.
+        ValueError: If there is no token, the chunk size is below 1, or the model keeps other states than keys and
+            values, which this cache could not hold.
     """
     if token_ids.shape[1] < 1:
         raise ValueError(f"prefill needs at least one token; got shape {tuple(token_ids.shape)}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
+    layer_caches(model.config)
     seen = int(cache.get_seq_length())
     for chunk in token_ids.split(chunk_size or token_ids.shape[1], dim=1):
         mask = None if attention_mask is None else attention_mask[:, : seen + chunk.shape[1]]

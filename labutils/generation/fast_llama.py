@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from labutils.generation.cache import check_truncation, length_after_rewind
 from labutils.generation.llama_steps import attend, rms_norm, swiglu
 from labutils.generation.sampling import greedy
+from labutils.layers.architecture import ROPES, Architecture, is_tied, require, require_llama, require_plain_layers
 
 Choose = Callable[[Tensor], Tensor]
 SUPPORTED = ("llama", "qwen2")
-ROPES = ("default", "linear", "llama3")
 MATVECS = ("numpy", "torch")
 
 
@@ -103,6 +103,7 @@ class FastLlama:
         max_length: Positions to make room for.
         matvec: `numpy`, `torch`, or `auto` to measure which is faster here, with the threads set now.
         fuse: Makes one matrix of layers that read the same input.
+        kinds: Linear layers that `fuse` can read.
 
     Attributes:
         few_tokens: Sends up to its `max_tokens` hidden states (tokens, width) through all layers from a position on, in
@@ -120,21 +121,20 @@ class FastLlama:
         max_length: int,
         matvec: str = "auto",
         fuse: Fuse = Linear,
+        kinds: tuple[type[nn.Module], ...] = (nn.Linear,),
     ) -> None:
-        config = model.config
-        check_supported(config, max_length=max_length, matvec=matvec)
+        known = check_supported(model.config, max_length=max_length, matvec=matvec)
+        require_plain_layers(model, *kinds)
         self.max_length, self.length = max_length, 0
-        self.hidden = np.zeros((0, config.hidden_size), np.float32)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.eps = np.float32(config.rms_norm_eps)
+        self.hidden = np.zeros((0, model.config.hidden_size), np.float32)
+        self.eps = np.float32(model.config.rms_norm_eps)
         self.few_tokens: Callable[[np.ndarray, int], None] | None = None
-        self.embedding, self.tied = model.get_input_embeddings(), model.config.tie_word_embeddings
+        self.embedding, self.tied = model.get_input_embeddings(), is_tied(model)
         self.layers = [Layer.of(layer, fuse) for layer in model.model.layers]
         self.final_gain = _array(model.model.norm.weight)
         self.head = fuse(model.get_output_embeddings())
-        self.hidden = np.empty((0, config.hidden_size), np.float32)
         self.cos, self.sin = _rotary_tables(model, max_length)
-        shape = (len(self.layers), config.num_key_value_heads, max_length, head_dim)
+        shape = (known.layers, known.kv_heads, max_length, known.head_dim)
         self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         self.matvec = faster_matvec(self._matrices()) if matvec == "auto" else matvec
 
@@ -145,12 +145,23 @@ class FastLlama:
         row = 0 if self.tied else self.final_gain.nbytes
         return sum(m.nbytes for m in self._matrices()) + gains + row
 
-    def prefill(self, token_ids: Int[Tensor, "1 positions"]) -> Float[Tensor, "1 vocab"]:
-        """Reads tokens behind what is cached and returns the logits after the last one."""
+    def prefill(self, token_ids: Int[Tensor, "..."]) -> Float[Tensor, "1 vocab"]:
+        """Reads tokens (1, positions) behind what is cached and returns the logits after the last one.
+
+        Raises:
+            ValueError: If there is not exactly one row of at least one token, or no room for it.
+        """
+        _require_one_row(token_ids)
         return self._forward(token_ids[0].tolist(), rows=1)
 
-    def decode_one_token(self, next_ids: Int[Tensor, "1"]) -> Float[Tensor, "1 vocab"]:
-        """Feeds one token and returns the logits of the next, in a buffer that the next call overwrites."""
+    def decode_one_token(self, next_ids: Int[Tensor, "..."]) -> Float[Tensor, "1 vocab"]:
+        """Feeds one token (1,) and returns the logits of the next, in a buffer that the next call overwrites.
+
+        Raises:
+            ValueError: If there is not exactly one token, or no room for it.
+        """
+        if next_ids.shape != (1,):
+            raise ValueError(f"next_ids must have shape (1,); got {tuple(next_ids.shape)}")
         return self._forward(next_ids.tolist(), rows=1)
 
     def extend(self, token_ids: list[int]) -> Float[Tensor, "new vocab"]:
@@ -177,7 +188,7 @@ class FastLlama:
 
     def generate(
         self,
-        token_ids: Int[Tensor, "1 positions"],
+        token_ids: Int[Tensor, "..."],
         max_new_tokens: int,
         *,
         choose: Choose = greedy,
@@ -186,10 +197,11 @@ class FastLlama:
         """Generates from an empty cache; the same tokens as `generate_cached` on the original model.
 
         Raises:
-            ValueError: If `max_new_tokens` is below 1.
+            ValueError: If `max_new_tokens` is below 1, or there is more than one row.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+        _require_one_row(token_ids)
         self.truncate(0)
         next_ids = choose(self.prefill(token_ids))
         new = [next_ids]
@@ -238,24 +250,25 @@ def faster_matvec(matrices: list[Linear], *, rounds: int = 3) -> str:
     return min(best, key=best.get)
 
 
-def check_supported(config, *, max_length: int, matvec: str) -> None:
-    """Refuses what this decoder would compute wrongly.
+def check_supported(config, *, max_length: int, matvec: str) -> Architecture:
+    """Refuses what this decoder would compute wrongly, and returns what it knows of the model.
 
     Raises:
         ValueError: If the architecture, activation, attention or rotary embedding is another.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    rules = {
-        f"model_type must be one of {SUPPORTED}": (config.model_type, config.model_type in SUPPORTED),
-        "hidden_act must be silu": (getattr(config, "hidden_act", None), getattr(config, "hidden_act", None) == "silu"),
-        "attention must be full, not sliding": (True, not getattr(config, "use_sliding_window", False)),
-        f"rope_type must be one of {ROPES}": (rope.get("rope_type"), rope.get("rope_type") in ROPES),
-        f"matvec must be auto or one of {MATVECS}": (matvec, matvec in ("auto", *MATVECS)),
-        "max_length must be at least 1": (max_length, max_length >= 1),
-    }
-    for rule, (value, holds) in rules.items():
-        if not holds:
-            raise ValueError(f"{rule}; got {value}")
+    known = require_llama(config, families=SUPPORTED, ropes=ROPES)
+    require(
+        {
+            f"matvec must be auto or one of {MATVECS}": (matvec, matvec in ("auto", *MATVECS)),
+            "max_length must be at least 1": (max_length, max_length >= 1),
+        }
+    )
+    return known
+
+
+def _require_one_row(token_ids: Tensor) -> None:
+    if token_ids.ndim != 2 or len(token_ids) != 1:
+        raise ValueError(f"token_ids must have shape (1, positions); got {tuple(token_ids.shape)}")
 
 
 def _array(parameter: Tensor) -> np.ndarray:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from labutils.layers.architecture import layer_caches
+
 POWERCAP = Path("/sys/class/powercap")
 PROC_SELF = Path("/proc/self")
 NOT_MEASURED = "not measured"
@@ -154,16 +156,40 @@ def stored_buffers(model: torch.nn.Module) -> list[torch.Tensor]:
 def kv_bytes_per_position(config, *, element_bytes: int = 4) -> int:
     """Returns the KV cache's bytes per position: 2 (key, value) x layers x KV heads x head size x element.
 
-    Grouped-query attention stores `num_key_value_heads`, not `num_attention_heads`.
+    Grouped-query attention stores `num_key_value_heads`, not `num_attention_heads`. Where a configuration does not say
+    what is stored (multi-query, latent attention), it is measured on one token (`layer_caches`).
+
+    Raises:
+        ValueError: Where no such number exists: layers with a sliding window, for which `kv_cache_bytes` counts, or
+            with other states than keys and values.
 
     >>> from types import SimpleNamespace
     >>> config = SimpleNamespace(num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
     >>> kv_bytes_per_position(config)
     6144
     """
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * element_bytes
+    windows = {layer.window for layer in layer_caches(config)} - {None}
+    if windows:
+        rule = "only layers that keep every position have bytes per position (kv_cache_bytes counts the others)"
+        raise ValueError(f"{rule}; got {type(config).__name__}, which keeps {min(windows)} positions in some layers")
+    return kv_cache_bytes(config, 1, element_bytes=element_bytes)
+
+
+def kv_cache_bytes(config, positions: int, *, element_bytes: int = 4) -> int:
+    """Returns the KV cache's bytes after `positions` tokens; a layer with a sliding window keeps window − 1 of them.
+
+    >>> from transformers import MistralConfig
+    >>> sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    >>> config = MistralConfig(**sizes, sliding_window=8)
+    >>> kv_cache_bytes(config, 5), kv_cache_bytes(config, 24), 2 * 2 * 2 * 16 * 4 * 7
+    (2560, 3584, 3584)
+
+    Raises:
+        ValueError: If `positions` is negative, or a layer keeps other states than keys and values.
+    """
+    if positions < 0:
+        raise ValueError(f"positions must not be negative; got {positions}")
+    return element_bytes * sum(layer.numbers(positions) for layer in layer_caches(config))
 
 
 def decode_bytes_per_token(
@@ -182,9 +208,7 @@ def decode_bytes_per_token(
     if context_length < 0:
         raise ValueError(f"context_length must not be negative; got {context_length}")
     size = element_bytes or next(model.parameters()).element_size()
-    return TokenBytes(
-        weight_bytes_read(model), context_length * kv_bytes_per_position(model.config, element_bytes=size)
-    )
+    return TokenBytes(weight_bytes_read(model), kv_cache_bytes(model.config, context_length, element_bytes=size))
 
 
 @dataclass(frozen=True)

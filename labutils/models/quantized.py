@@ -42,7 +42,7 @@ def fast_packed_llama(model: nn.Module, *, max_length: int) -> FastLlama:
     if library is None:
         raise KernelError(reason)
     fuse = partial(FusedPacked, library, Arena(arena_bytes(list(packed_layers(model).values()))))
-    decoder = FastLlama(model, max_length=max_length, matvec="numpy", fuse=fuse)
+    decoder = FastLlama(model, max_length=max_length, matvec="numpy", fuse=fuse, kinds=(PackedLinear,))
     if FewTokens.fits(decoder):
         decoder.few_tokens = FewTokens(library, decoder)
     return decoder

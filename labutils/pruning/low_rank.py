@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from labutils.pruning.structured import READERS, WRITERS, rebuilt
+from labutils.layers.architecture import require_llama
+from labutils.pruning.structured import READERS, WRITERS, rebuilt, require_removable
 
 
 def rank_for(kept: float, *, out_features: int, in_features: int) -> int:
@@ -63,7 +64,11 @@ def principal_axes(model: nn.Module, batches: Iterable[Int[Tensor, "b positions"
     """Orthogonal Q whose columns are the residual stream's principal axes, strongest first.
 
     Eigenvectors of Σ xxᵀ over what every norm reads, each x scaled to unit length as RMSNorm does.
+
+    Raises:
+        ValueError: when the model is not built like Llama.
     """
+    require_llama(model.config)
     size = model.config.hidden_size
     second_moment = torch.zeros(size, size, dtype=torch.float64, device=model.device)
 
@@ -86,7 +91,11 @@ def rotated(model: nn.Module, axes: Float[Tensor, "hidden hidden"]) -> nn.Module
     without a gain commutes with a rotation), readers become W Q, writers Qᵀ W. Embeddings and head part ways, since the
     head takes the last norm's gain. The paper turns every block by a Q of its own and pays with a matrix on each
     residual connection; one Q for all keeps the model ordinary.
+
+    Raises:
+        ValueError: when the model is not built like Llama, of plain layers.
     """
+    require_removable(model)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["lm_head.weight"] = state["lm_head.weight"] * state["model.norm.weight"] @ axes
     state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"] @ axes

@@ -13,20 +13,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from labutils.layers.architecture import Architecture, require_llama, require_plain_layers
 from labutils.layers.calibration import InputStatistics
 from labutils.pruning.scores import column_scores
 from labutils.pruning.similarity import reconstruct
 
 Indices = Int[Tensor, " kept"]
 State = dict[str, Tensor]
-LLAMA_LIKE = ("llama", "qwen2", "qwen3", "mistral")
 READERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
-def head_dim_of(config) -> int:
-    """Numbers in a head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def require_removable(model: nn.Module) -> Architecture:
+    """What is known of a model that can lose parts: one built like Llama, of plain layers.
+
+    Raises:
+        ValueError: naming the architecture, or the layer that was replaced.
+    """
+    known = require_llama(model.config)
+    require_plain_layers(model)
+    return known
 
 
 def rebuilt(model: nn.Module, state: State, **sizes) -> nn.Module:
@@ -35,10 +41,9 @@ def rebuilt(model: nn.Module, state: State, **sizes) -> nn.Module:
     Raises:
         ValueError: when the model is not built like Llama.
     """
-    if model.config.model_type not in LLAMA_LIKE:
-        raise ValueError(f"removal knows {', '.join(LLAMA_LIKE)}; got {model.config.model_type}")
+    known = require_removable(model)
     config = copy.deepcopy(model.config)
-    for name, value in ({"head_dim": head_dim_of(config)} | sizes).items():
+    for name, value in ({"head_dim": known.head_dim} | sizes).items():
         setattr(config, name, value)
     smaller = type(model)(config).to(dtype=model.dtype, device=model.device)
     smaller.load_state_dict(state)
@@ -79,6 +84,7 @@ def keep_neurons(
     Raises:
         ValueError: when layers keep differently many, or a neuron does not exist.
     """
+    require_removable(model)
     config, state = model.config, model.state_dict()
     size = _checked(kept, layers=config.num_hidden_layers, of=config.intermediate_size, what="neurons")
     for i, neurons in enumerate(kept):
@@ -96,10 +102,9 @@ def keep_head_groups(model: nn.Module, kept: Sequence[Indices]) -> nn.Module:
     Raises:
         ValueError: when layers keep differently many groups, or a group does not exist.
     """
-    config, state, width = model.config, model.state_dict(), head_dim_of(model.config)
-    groups = config.num_key_value_heads
-    shared = config.num_attention_heads // groups
-    size = _checked(kept, layers=config.num_hidden_layers, of=groups, what="head groups")
+    known, state = require_removable(model), model.state_dict()
+    width, groups, shared = known.head_dim, known.kv_heads, known.heads // known.kv_heads
+    size = _checked(kept, layers=known.layers, of=groups, what="head groups")
     for i, chosen in enumerate(kept):
         attention = f"model.layers.{i}.self_attn"
         keys, queries = _spans(chosen, width), _spans(chosen, shared * width)
@@ -121,7 +126,7 @@ def keep_layers(model: nn.Module, kept: Sequence[int]) -> nn.Module:
     Raises:
         ValueError: when none is kept, or one does not exist.
     """
-    count = model.config.num_hidden_layers
+    count = require_removable(model).layers
     if not kept or sorted(set(kept)) != list(kept) or not 0 <= kept[0] <= kept[-1] < count:
         raise ValueError(
             f"kept layers must be increasing numbers from 0 to {count - 1}, at least one; got {list(kept)}"
@@ -144,6 +149,7 @@ def keep_channels(model: nn.Module, kept: Indices) -> nn.Module:
     Raises:
         ValueError: when a channel does not exist.
     """
+    require_removable(model)
     config, state = model.config, model.state_dict()
     size = _checked([kept], layers=1, of=config.hidden_size, what="channels")
     share = size / config.hidden_size
@@ -161,20 +167,21 @@ def keep_channels(model: nn.Module, kept: Indices) -> nn.Module:
 
 def neuron_scores(model: nn.Module, statistics: dict[str, InputStatistics]) -> list[Float[Tensor, " n"]]:
     """`column_scores` of each layer's MLP neurons, at `down_proj`."""
-    names = [f"model.layers.{i}.mlp.down_proj" for i in range(model.config.num_hidden_layers)]
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(require_removable(model).layers)]
     return [column_scores(model.get_submodule(n).weight.detach(), statistics[n].norms) for n in names]
 
 
 def head_group_scores(model: nn.Module, statistics: dict[str, InputStatistics]) -> list[Float[Tensor, " groups"]]:
     """Root of the summed squares of `column_scores` over each group's part of `o_proj`."""
-    names = [f"model.layers.{i}.self_attn.o_proj" for i in range(model.config.num_hidden_layers)]
+    known = require_removable(model)
+    names = [f"model.layers.{i}.self_attn.o_proj" for i in range(known.layers)]
     scores = [column_scores(model.get_submodule(n).weight.detach(), statistics[n].norms) for n in names]
-    return [each.view(model.config.num_key_value_heads, -1).norm(dim=1) for each in scores]
+    return [each.view(known.kv_heads, -1).norm(dim=1) for each in scores]
 
 
 def channel_scores(model: nn.Module, statistics: dict[str, InputStatistics]) -> Float[Tensor, " hidden"]:
     """Summed squares of `column_scores` over every matrix that reads the residual stream."""
-    names = [f"model.layers.{i}.{n}" for i in range(model.config.num_hidden_layers) for n in READERS]
+    names = [f"model.layers.{i}.{n}" for i in range(require_removable(model).layers) for n in READERS]
     scores = [column_scores(model.get_submodule(n).weight.detach(), statistics[n].norms) for n in names]
     return torch.stack(scores).square().sum(dim=0)
 
@@ -195,8 +202,10 @@ def block_influence(model: nn.Module, batches: Iterable[Int[Tensor, "b positions
     Near 0: the layer hardly turns the residual stream, so it is the first candidate to go.
 
     Raises:
-        ValueError: when there is no batch, or the model computes NaN, as one in float16 may.
+        ValueError: when there is no batch, the model is not built like Llama, or it computes NaN, as one in float16
+            may.
     """
+    require_llama(model.config)
     cosines: list[list[Tensor]] = [[] for _ in model.model.layers]
 
     def watch(index: int) -> Callable:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import GPT2Model
 
+from labutils.layers.architecture import LLAMA_LIKE, require_llama
 from labutils.layers.calibration import InputStatistics
 from labutils.layers.linears import Linear, set_weight_, weight_of
 
@@ -55,10 +56,9 @@ def folds(model: nn.Module, *, after_norms_only: bool = False) -> Iterator[Fold]
     prefix = "" if body is model else f"{model.base_model_prefix}."
     if isinstance(body, GPT2Model):
         found = _gpt2_folds(body, prefix)
-    elif model.config.model_type in ("llama", "mistral", "qwen2", "qwen3"):
-        found = _llama_folds(body, prefix)
     else:
-        raise ValueError(f"folds are known for llama, mistral, qwen2, qwen3 and gpt2; got {model.config.model_type}")
+        require_llama(model.config, families=("gpt2", *LLAMA_LIKE))
+        found = _llama_folds(body, prefix)
     return (fold for fold in found if not (after_norms_only and isinstance(fold.source, Linear)))
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from labutils.layers.architecture import require_llama, require_plain_layers
 from labutils.layers.linears import Linear, set_weight_, untie_head_, weight_of
 from labutils.quantization.folding import folds
 
@@ -52,8 +53,8 @@ def fold_gains_(model: nn.Module) -> None:
     Raises:
         ValueError: for a model that is not Llama-like, or has no head.
     """
-    if model.config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
-        raise ValueError(f"rotations are known for llama, mistral, qwen2 and qwen3; got {model.config.model_type}")
+    require_llama(model.config)
+    require_plain_layers(model)
     head, norm = model.get_output_embeddings(), model.model.norm
     untie_head_(model)
     for fold in folds(model, after_norms_only=True):

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
+from labutils.layers.architecture import ROPES, is_tied, require, require_llama, require_plain_layers
 from labutils.xla.lazy import Array, jax, jnp, lax
 
 Cache = tuple[Array, Array]  # keys and values, each (layers, kv_heads, max_length, head_dim)
-ROPES = ("default", "linear", "llama3")  # whose tables do not depend on the text
 MATRICES = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -46,22 +46,13 @@ def shape_of(config, *, max_length: int) -> Shape:
     Raises:
         ValueError: If the architecture, activation or rotary embedding is one that this decoder does not know.
     """
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    rules = {
-        "model_type must be llama": (config.model_type, config.model_type == "llama"),
-        "hidden_act must be silu": (config.hidden_act, config.hidden_act == "silu"),
-        f"rope_type must be one of {ROPES}": (rope, rope in ROPES),
-        "max_length must be at least 1": (max_length, max_length >= 1),
-    }
-    for rule, (value, holds) in rules.items():
-        if not holds:
-            raise ValueError(f"{rule}; got {value}")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    known = require_llama(config, families=("llama",), ropes=ROPES)
+    require({"max_length must be at least 1": (max_length, max_length >= 1)})
     return Shape(
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
+        layers=known.layers,
+        heads=known.heads,
+        kv_heads=known.kv_heads,
+        head_dim=known.head_dim,
         max_length=max_length,
         eps=config.rms_norm_eps,
     )
@@ -71,7 +62,11 @@ def params_of(model: nn.Module, shape: Shape, *, dtype: str = "float32") -> dict
     """The weights as one tree of JAX arrays; each layer's are stacked along a first axis, which `lax.scan` walks.
 
     Matrices keep their layout (out_features, in_features). The rotary tables are the model's own, its scaling included.
+
+    Raises:
+        ValueError: If a layer was replaced by another kind.
     """
+    require_plain_layers(model)
     layers = model.model.layers
 
     def stacked(path: str) -> Array:
@@ -89,7 +84,7 @@ def params_of(model: nn.Module, shape: Shape, *, dtype: str = "float32") -> dict
             "mlp_gain": stacked("post_attention_layernorm.weight"),
         },
     }
-    if not model.config.tie_word_embeddings:
+    if not is_tied(model):
         params["head"] = _to_jax(model.get_output_embeddings().weight, dtype)
     for name, path in MATRICES.items():
         params["layers"][name] = stacked(f"{path}.weight")
