@@ -24,7 +24,7 @@ def run(args: Namespace) -> int:
     try:
         loaded = load_model(args.model)
         export_gguf(loaded.model, loaded.tokenizer, path, format=args.format, name=Path(args.model).name)
-    except (LoadError, ValueError) as error:
+    except (LoadError, ValueError, OSError) as error:
         print(f"labutils: {error}")
         return 1
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {args.format}")

@@ -10,127 +10,29 @@ so a weight (out_features, in_features) is listed as [in_features, out_features]
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and, for the blocks, ggml-quants.c.
 """
 
+import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
-import numpy as np
 import torch
-from jaxtyping import Float, UInt8
 from torch import nn
 
+from labutils.layers.architecture import is_tied, require_layer, require_llama, require_norm
+from labutils.models.gguf_blocks import BLOCK, FORMATS, PackedRows, encoded, format_of
 from labutils.models.gguf_tokenizer import tokenizer_metadata
-from labutils.quantization.packed import PackedLinear, PackedWeight
+from labutils.quantization.packed import PackedEmbedding, PackedLinear
 
 ALIGNMENT = 32
-BLOCK = 32
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
-
-
-class Format(NamedTuple):
-    """How matrices are stored: ggml's tensor type, llama.cpp's file type, bytes of a row's 32 weights, encoder."""
-
-    tensor_type: int
-    file_type: int
-    block_bytes: int
-    encode: Callable[[np.ndarray], np.ndarray]
-
-
-def encode_f32(weight: Float[np.ndarray, "*shape bytes"]) -> UInt8[np.ndarray, "*shape four_bytes"]:
-    """Returns the weights' own bytes."""
-    return np.ascontiguousarray(weight, dtype="<f4").view(np.uint8)
-
-
-def encode_q8_0(weight: Float[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "rows bytes"]:
-    """Blocks of 32: a float16 scale and 32 int8, w ≈ scale · q.
-
-    scale = max|w| / 127, q = round(w / scale), halves away from zero. 34 bytes for 32 weights: 8.5 bits each.
-
-    >>> block = encode_q8_0(np.array([[127.0, -63.5] + [0.0] * 30], dtype=np.float32))
-    >>> block[0, :2].view("<f2").item(), block[0, 2:4].view(np.int8).tolist()
-    (1.0, [127, -64])
-    """
-    blocks = _blocks(weight)
-    scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
-    scaled = blocks * _inverse(scale)
-    q = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
-    return _join(weight, scale.astype("<f2").view(np.uint8), q.view(np.uint8))
-
-
-def encode_q4_0(weight: Float[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "rows bytes"]:
-    """Blocks of 32: a float16 scale and 32 four-bit q in 0 … 15, w ≈ scale · (q − 8).
-
-    The weight of largest magnitude, sign kept, becomes −8: scale = w_max / −8, q = min(15, ⌊w / scale + 8.5⌋). Byte j
-    holds weight j in its low half and weight j + 16 in its high half. 18 bytes for 32 weights: 4.5 bits each.
-
-    >>> block = encode_q4_0(np.array([[-8.0, 3.0] + [0.0] * 14 + [7.0] + [0.0] * 15], dtype=np.float32))
-    >>> block[0, :2].view("<f2").item(), [hex(byte) for byte in block[0, 2:5]]
-    (1.0, ['0xf0', '0x8b', '0x88'])
-    """
-    blocks = _blocks(weight)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
-    scale = largest / np.float32(-8)
-    q = np.minimum(np.trunc(blocks * _inverse(scale) + np.float32(8.5)), 15).astype(np.uint8)
-    return _join(weight, scale.astype("<f2").view(np.uint8), q[..., :16] | (q[..., 16:] << 4))
-
-
-FORMATS = {
-    "F32": Format(tensor_type=0, file_type=0, block_bytes=128, encode=encode_f32),
-    "Q8_0": Format(tensor_type=8, file_type=7, block_bytes=34, encode=encode_q8_0),
-    "Q4_0": Format(tensor_type=2, file_type=2, block_bytes=18, encode=encode_q4_0),
-}
-
-PACKED = {8: "Q8_0", 4: "Q4_0"}  # the format that holds our symmetric codes in groups of 32
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """A packed weight, its rows in the order in which they are to be written; stands in for a matrix."""
-
-    weight: PackedWeight
-    rows: torch.Tensor
-    ndim: int = 2
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return len(self.rows), self.weight.in_features
-
-    def numel(self) -> int:
-        """Number of weights."""
-        return len(self.rows) * self.weight.in_features
-
-    @property
-    def format(self) -> str:
-        """The format with the same values.
-
-        Raises:
-            ValueError: where GGUF has none: other groups, zero points, or scales that float16 does not hold.
-        """
-        w = self.weight
-        exact = torch.equal(w.scales, w.scales.half().float())
-        if w.group_size != BLOCK or w.zeros is not None or not exact:
-            rule = f"GGUF holds symmetric groups of {BLOCK} with scales exact in float16 (pack with half_scales=True)"
-            raise ValueError(f"{rule}; got {w}, {'exact' if exact else 'inexact'} scales")
-        return PACKED[w.bits]
-
-    def encode(self) -> UInt8[np.ndarray, "rows bytes"]:
-        """Our codes and scales as blocks: nothing is rounded again."""
-        codes, scales, _ = self.weight.unpack(self.rows)
-        codes = codes.numpy().reshape(len(self.rows), -1, BLOCK)
-        scale = scales.numpy()[..., None].astype("<f2").view(np.uint8)
-        if self.weight.bits == 8:
-            return _join(codes, scale, codes.astype(np.int8).view(np.uint8))
-        q = (codes + 8).astype(np.uint8)
-        return _join(codes, scale, q[..., :16] | (q[..., 16:] << 4))
 
 
 def export_gguf(model: nn.Module, tokenizer, path: Path, *, format: str = "F32", name: str = "model") -> None:
     """Writes a Llama-architecture model and its tokenizer as one GGUF file.
 
-    Matrices take the format, vectors (norms, biases) stay F32, packed layers keep their codes and name the format.
+    Matrices take the format, vectors (norms, biases) stay F32, packed layers keep their codes and name the format. The
+    file gets its name when it is whole: an error leaves nothing, or the file that stood there.
 
     Args:
         model: a `LlamaForCausalLM`.
@@ -140,71 +42,99 @@ def export_gguf(model: nn.Module, tokenizer, path: Path, *, format: str = "F32",
         name: shown by llama.cpp.
 
     Raises:
-        ValueError: for another format, another architecture, or rows that are no multiple of 32.
+        ValueError: for another format or architecture, a layer that was replaced, rows that are no multiple of 32,
+            weights that are not finite or out of the format's range, or a tokenizer that llama.cpp would not match.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
-    tensors = list(named_tensors(model))
+    require_llama(model.config, families=("llama",), ropes=("default",))
+    tensors, name_of_type = list(named_tensors(model)), format
     for tensor_name, tensor in tensors:
         if isinstance(tensor, PackedRows):
             try:
-                format = tensor.format
+                name_of_type = tensor.format
             except ValueError as error:
                 raise ValueError(f"{tensor_name}: {error}") from error
-    metadata = model_metadata(model.config, format=format, name=name) | tokenizer_metadata(tokenizer)
+    rows = _require_rows(dict(tensors), model.config.vocab_size)
+    metadata = model_metadata(model.config, format=name_of_type, name=name) | tokenizer_metadata(tokenizer, rows=rows)
     for tensor_name, tensor in tensors:
         if tensor.ndim == 2 and tensor.shape[1] % BLOCK:
             raise ValueError(f"rows must be a multiple of {BLOCK} weights; got {tensor.shape[1]} in {tensor_name}")
-    with open(path, "wb") as file:
-        file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
-        for key, value in metadata.items():
-            file.write(string(key) + typed(value))
-        _write_index(file, tensors, format)
-        for _, tensor in tensors:
-            _pad(file)
-            file.write(_encoded(tensor, format).tobytes())
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as file:
+            _write(file, metadata, tensors, format)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write(
+    file: BinaryIO, metadata: dict[str, object], tensors: Sequence[tuple[str, torch.Tensor | PackedRows]], chosen: str
+) -> None:
+    file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
+    for key, value in metadata.items():
+        file.write(string(key) + typed(value))
+    _write_index(file, tensors, chosen)
+    for name, tensor in tensors:
+        _pad(file)
+        file.write(encoded(name, tensor, chosen).tobytes())
+
+
+def _require_rows(tensors: dict[str, torch.Tensor | PackedRows], vocab_size: int) -> int:
+    """The rows of the embedding, which the head and the configuration must have too."""
+    for name in {"token_embd.weight", "output.weight"} & tensors.keys():
+        if tensors[name].shape[0] != vocab_size:
+            raise ValueError(f"{name} must have vocab_size={vocab_size} rows; got {tensors[name].shape[0]}")
+    return vocab_size
 
 
 def model_metadata(config, *, format: str, name: str) -> dict[str, object]:
     """The entries that tell llama.cpp which architecture this is, and its sizes.
 
     Raises:
-        ValueError: for another architecture or scaled rotary embeddings, which this export would get wrong.
+        ValueError: for another architecture or activation or scaled rotary embeddings, which this export would get
+            wrong.
     """
-    rope = config.rope_parameters or {}
-    if config.model_type != "llama" or rope.get("rope_type") != "default":
-        raise ValueError(f"export takes llama with default rope; got {config.model_type} with {rope.get('rope_type')}")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    known = require_llama(config, families=("llama",), ropes=("default",))
     sizes = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
+        "block_count": known.layers,
         "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
+        "attention.head_count": known.heads,
+        "attention.head_count_kv": known.kv_heads,
+        "attention.key_length": known.head_dim,
+        "attention.value_length": known.head_dim,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": head_dim,
-        "rope.freq_base": float(rope["rope_theta"]),
+        "rope.dimension_count": known.head_dim,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
     }
     general = {"general.architecture": "llama", "general.name": name, "general.file_type": FORMATS[format].file_type}
     return general | {"general.quantization_version": 2} | {f"llama.{key}": value for key, value in sizes.items()}
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """GGUF's names and the model's tensors, queries and keys reordered for llama.cpp's rotary embedding."""
+    """GGUF's names and the model's tensors, queries and keys reordered for llama.cpp's rotary embedding.
+
+    Raises:
+        ValueError: naming a layer that was replaced by another kind, or a head with a bias.
+    """
+    head = dict(parameters_of(getattr(model, "lm_head", None), "output"))
+    if "output.bias" in head:
+        raise ValueError("output must have no bias: llama.cpp adds none; got one")
     config, body = model.config, model.model
-    ((_, head),) = parameters_of(model.lm_head, heads=None)
-    yield "token_embd.weight", head if config.tie_word_embeddings else body.embed_tokens.weight
-    if not config.tie_word_embeddings:
-        yield "output.weight", head
-    yield "output_norm.weight", body.norm.weight
+    require_layer(body.embed_tokens, "token_embd", nn.Embedding, PackedEmbedding)
+    yield from parameters_of(body.embed_tokens, "token_embd")
+    if not is_tied(model):
+        yield from head.items()
+    yield from gain_of(body.norm, "output_norm")
     for i, layer in enumerate(body.layers):
         attention, mlp = layer.self_attn, layer.mlp
-        yield f"blk.{i}.attn_norm.weight", layer.input_layernorm.weight
-        yield f"blk.{i}.ffn_norm.weight", layer.post_attention_layernorm.weight
+        yield from gain_of(layer.input_layernorm, f"blk.{i}.attn_norm")
+        yield from gain_of(layer.post_attention_layernorm, f"blk.{i}.ffn_norm")
         linears = {
             "attn_q": (attention.q_proj, config.num_attention_heads),
             "attn_k": (attention.k_proj, config.num_key_value_heads),
@@ -215,23 +145,38 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             "ffn_down": (mlp.down_proj, None),
         }
         for name, (linear, heads) in linears.items():
-            for kind, tensor in parameters_of(linear, heads=heads):
-                yield f"blk.{i}.{name}.{kind}", tensor
+            yield from parameters_of(linear, f"blk.{i}.{name}", heads=heads)
 
 
-def parameters_of(linear: nn.Module, *, heads: int | None) -> Iterator[tuple[str, torch.Tensor | PackedRows]]:
-    """A linear layer's "weight" and "bias", packed or not, reordered where it has heads."""
+def gain_of(module: nn.Module, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The gain of an RMSNorm under its name.
+
+    Raises:
+        ValueError: for another kind of norm.
+    """
+    require_norm(module, name)
+    yield f"{name}.weight", module.weight
+
+
+def parameters_of(
+    layer: nn.Module | None, name: str, *, heads: int | None = None
+) -> Iterator[tuple[str, torch.Tensor | PackedRows]]:
+    """A layer's weight and bias under its name, packed or not, reordered where it has heads.
+
+    Raises:
+        ValueError: for a layer that was replaced by another kind, naming it.
+    """
+    if not isinstance(layer, (nn.Embedding, PackedEmbedding)):
+        require_layer(layer, name, nn.Linear, PackedLinear)
 
     def reorder(tensor: torch.Tensor) -> torch.Tensor:
         return tensor if heads is None else interleave_halves(tensor, heads=heads)
 
-    if not isinstance(linear, PackedLinear):
-        yield from ((kind, reorder(tensor)) for kind, tensor in linear.named_parameters())
-        return
-    packed = linear.packed
-    yield "weight", PackedRows(packed, reorder(torch.arange(packed.out_features)))
-    if linear.bias is not None:
-        yield "bias", reorder(linear.bias)
+    packed = getattr(layer, "packed", None)
+    weight = layer.weight if packed is None else PackedRows(packed, reorder(torch.arange(packed.out_features)))
+    yield f"{name}.weight", weight if packed is not None else reorder(weight)
+    if getattr(layer, "bias", None) is not None:
+        yield f"{name}.bias", reorder(layer.bias)
 
 
 def interleave_halves(tensor: torch.Tensor, *, heads: int) -> torch.Tensor:
@@ -281,7 +226,7 @@ def typed(value: object) -> bytes:
 def _write_index(file: BinaryIO, tensors: Sequence[tuple[str, torch.Tensor | PackedRows]], chosen: str) -> None:
     offset = 0
     for name, tensor in tensors:
-        stored = _format(tensor, chosen)
+        stored = format_of(tensor, chosen)
         dimensions = tuple(reversed(tensor.shape))
         file.write(string(name) + struct.pack(f"<I{tensor.ndim}Q", tensor.ndim, *dimensions))
         file.write(struct.pack("<IQ", stored.tensor_type, offset))
@@ -289,32 +234,5 @@ def _write_index(file: BinaryIO, tensors: Sequence[tuple[str, torch.Tensor | Pac
         offset += size + -size % ALIGNMENT
 
 
-def _format(tensor: torch.Tensor | PackedRows, chosen: str) -> Format:
-    if isinstance(tensor, PackedRows):
-        return FORMATS[tensor.format]
-    return FORMATS[chosen if tensor.ndim == 2 else "F32"]
-
-
-def _encoded(tensor: torch.Tensor | PackedRows, chosen: str) -> UInt8[np.ndarray, "..."]:
-    return tensor.encode() if isinstance(tensor, PackedRows) else _format(tensor, chosen).encode(_array(tensor))
-
-
 def _pad(file: BinaryIO) -> None:
     file.write(b"\0" * (-file.tell() % ALIGNMENT))
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().float().cpu().numpy()
-
-
-def _blocks(weight: np.ndarray) -> np.ndarray:
-    return weight.astype(np.float32).reshape(len(weight), -1, BLOCK)
-
-
-def _inverse(scale: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        return np.where(scale == 0, np.float32(0), np.float32(1) / scale)
-
-
-def _join(weight: np.ndarray, scales: np.ndarray, quants: np.ndarray) -> np.ndarray:
-    return np.concatenate([scales, quants], axis=-1).reshape(len(weight), -1)
