@@ -16,7 +16,14 @@ from labutils.paths import tool_cache_dir  # noqa: E402  (after the hook)
 # The FPGA tools are compiled once, whatever folder a test calls the learner's.
 os.environ.setdefault("YOWASP_CACHE_DIR", str(tool_cache_dir().resolve()))
 
-ASIDE = {"torchao": "torchao==0.18.0", "gguf": "gguf==0.19.0", "accelerate": "accelerate==1.15.0"}
+ASIDE = {
+    "torchao": "torchao==0.18.0",
+    "gguf": "gguf==0.19.0",
+    "accelerate": "accelerate==1.15.0",
+    "llguidance": "llguidance==1.9.1",
+    "xgrammar": "xgrammar==0.2.9",
+    "tvm_ffi": "apache-tvm-ffi==0.1.15.post2",  # xgrammar needs it
+}
 
 
 @pytest.fixture(scope="session")

@@ -19,13 +19,10 @@ from labutils.training.losses import IGNORED, LossOf, forward_kl
 Rows = Int[Tensor, "items n"]
 
 
-@torch.no_grad()
 def choice_log_probs(
     model: nn.Module, prompt: Int[Tensor, " prompt"], choices: Sequence[Sequence[int]]
 ) -> Float[Tensor, " choices"]:
     """Ln p(choice | prompt) of each choice, rescaled so that the choices together have probability 1.
-
-    The prompt is read once; all choices then go on from its keys and values, padded on the right.
 
     Args:
         model: a causal LM.
@@ -35,18 +32,31 @@ def choice_log_probs(
     Raises:
         ValueError: for an empty choice, or none.
     """
+    steps = choice_step_log_probs(model, prompt, choices)
+    whole = [sum(row[i, token] for i, token in enumerate(c)) for row, c in zip(steps, choices, strict=True)]
+    return log_softmax(torch.stack(whole), dim=0)
+
+
+@torch.no_grad()
+def choice_step_log_probs(
+    model: nn.Module, prompt: Int[Tensor, " prompt"], choices: Sequence[Sequence[int]]
+) -> Float[Tensor, "choices longest vocab"]:
+    """Ln p of every token before each token of each choice; what stands behind a choice's end means nothing.
+
+    The prompt is read once; all choices then go on from its keys and values, padded on the right.
+
+    Raises:
+        ValueError: for an empty choice, or none.
+    """
     if not choices or min(map(len, choices)) < 1:
         raise ValueError(f"every choice needs at least one token; got lengths {[len(c) for c in choices]}")
     read = model(input_ids=prompt[None], use_cache=True)
     cache = read.past_key_values
     cache.batch_repeat_interleave(len(choices))
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(c, device=prompt.device) for c in choices], True, IGNORED)
-    kept = ids != IGNORED
-    ids = ids.masked_fill(~kept, 0)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(c, device=prompt.device) for c in choices], True, 0)
     following = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, :-1]
     logits = torch.cat([read.logits[:, -1:].expand(len(choices), 1, -1), following], dim=1)
-    each = log_softmax(logits.float(), dim=-1).gather(-1, ids[..., None]).squeeze(-1)
-    return log_softmax((each * kept).sum(dim=1), dim=0)
+    return log_softmax(logits.float(), dim=-1)
 
 
 def ngram_ids(text: str, *, buckets: int, sizes: Sequence[int] = (1, 2, 3, 4)) -> list[int]:

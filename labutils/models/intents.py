@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from labutils.data import service
 from labutils.distillation.classifiers import choice_log_probs
@@ -40,10 +41,14 @@ def intent_queries(split: str) -> Queries:
 def intent_opinion(loaded: LanguageModel, chat: Sequence[dict[str, str]]) -> Float[Tensor, " intents"]:
     """Ln p of each intent's name as the reply, over all names together; in the order of `service.intents()`."""
     model, tokenizer = loaded
-    end = tokenizer.convert_tokens_to_ids("<|end|>")
-    choices = [[*text_ids(tokenizer, name), end] for name in service.intents()]
     prompt = torch.tensor(chat_ids(tokenizer, chat, add_generation_prompt=True), device=model.device)
-    return choice_log_probs(model, prompt, choices)
+    return choice_log_probs(model, prompt, intent_token_ids(tokenizer))
+
+
+def intent_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Each intent's name as the tokens of a reply, the end of the turn included."""
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    return [[*text_ids(tokenizer, name), end] for name in service.intents()]
 
 
 def recorded_opinions(path: Path = OPINIONS) -> dict[str, Float[Tensor, "queries intents"]]:
