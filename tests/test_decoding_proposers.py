@@ -48,6 +48,15 @@ def test_lookups_equal_a_search_through_all_places_while_the_text_grows(text, co
         assert automaton.propose(part, count).token_ids == copied(part, first, count)
 
 
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_an_automaton_of_long_texts_with_few_tokens_equals_a_search(tokens):
+    """Here states are split again and again, which short texts seldom need."""
+    for seed in range(60):
+        text = random_ids(40, seed=seed, vocab=tokens)[0].tolist()
+        first = longest_match(text, longest=len(text), shortest=2, most_recent=False)
+        assert SuffixAutomaton(shortest=2).propose(text, 3).token_ids == copied(text, first, 3)
+
+
 @pytest.mark.parametrize("proposer", [PromptLookup(shortest=1), SuffixAutomaton(shortest=1)])
 def test_another_text_is_never_answered_from_the_one_before(proposer):
     assert proposer.propose([1, 2, 3, 1], 2).token_ids == [2, 3]
