@@ -27,7 +27,7 @@ def main() -> None:
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = sys.argv[2], 128, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.warmup = False
+    params.warmup, params.flash_attn_type = False, xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
     answers = []

@@ -23,7 +23,7 @@ from labutils.quantization.packed import pack_model_
 from labutils.quantization.rotation import fold_gains_
 
 pytestmark = pytest.mark.slow
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 4160}  # more rows than LabLM has tokens
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 4160}  # more rows than tokens
 BLOCKS = {"granularity": "group", "group_size": 32}
 
 
@@ -97,13 +97,15 @@ def test_llama_cpp_gives_our_probabilities(xllamacpp, tokenizer, tmp_path, kind,
     posted = [{"to": "completion", "prompt": prompt, **settings} for prompt in prompts]
     compared = 0
     for prompt, answer in zip(prompts, ask(xllamacpp, tmp_path / "model.gguf", posted), strict=True):
-        for first in answer["completion_probabilities"]:  # none where the token is the beginning of a character
+        for first in answer.get("completion_probabilities", []):  # none where the token is the beginning of a character
             found = {each["id"]: each["logprob"] for each in first["top_logprobs"]}
             with torch.no_grad():
                 ours = model(torch.tensor([prompt])).logits[0, -1].log_softmax(dim=-1)
             theirs = torch.tensor([found[i] for i in range(vocab)])
-            # packed layers: both round the inputs too, in blocks of their own
-            assert (theirs - ours).abs().max() < (0.1 if kind.startswith("packed") else 1e-3)
+            if kind.startswith("packed"):  # both round the inputs too, in blocks of their own
+                assert (theirs - ours).square().mean().sqrt() < 0.03 * ours.std()
+            else:
+                assert (theirs - ours).abs().max() < 1e-4
             assert ours.std() > 0.3  # a uniform distribution would agree with anything
             compared += 1
     assert compared >= 2
