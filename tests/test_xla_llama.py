@@ -124,7 +124,7 @@ def test_bfloat16_stays_near_and_keeps_its_dtype():
 
 
 def test_shape_of_refuses_what_it_would_compute_wrongly():
-    with pytest.raises(ValueError, match="model_type must be llama; got qwen2"):
+    with pytest.raises(ValueError, match="model_type must be one of llama; got qwen2"):
         llama.shape_of(tiny_model("qwen2").config, max_length=8)
     config = tiny_model("llama-gqa-tied").config
     with pytest.raises(ValueError, match="max_length must be at least 1; got 0"):
