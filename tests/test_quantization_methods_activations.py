@@ -109,7 +109,7 @@ def test_fold_spreads_the_geometric_mean_over_repeated_inputs():
 
 def test_folds_refuse_bert_and_scales_that_are_none():
     bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
-    with pytest.raises(ValueError, match="folds are known for llama, mistral, qwen2, qwen3 and gpt2; got bert"):
+    with pytest.raises(ValueError, match="model_type must be one of gpt2, llama, mistral, qwen2, qwen3; got bert"):
         folds(bert)
     fold = next(folds(tiny_model("qwen2")))
     with pytest.raises(ValueError, match="positive and finite"):
@@ -151,7 +151,7 @@ def test_rotate_keeps_the_logits_and_changes_the_stream(name):
 
 
 def test_rotate_refuses_other_architectures():
-    with pytest.raises(ValueError, match="rotations are known for .*; got gpt2"):
+    with pytest.raises(ValueError, match="model_type must be one of .*; got gpt2"):
         rotate_(tiny_model("gpt2"), generator=seeded())
     with pytest.raises(ValueError, match="n must be at least 1"):
         hadamard(0, generator=seeded())
