@@ -52,7 +52,9 @@ def mean_over(values: Float[Tensor, "*places"], counts: Bool[Tensor, "*places"])
     return values[counts].mean()
 
 
-def text_first(ids: Ids, labels: Ids, mask: Tensor | None = None) -> tuple[Texts, Texts]:
+def text_first(
+    ids: Ids, labels: Int[Tensor, "sequences _"], mask: Tensor | None = None
+) -> tuple[Texts, Int[Tensor, "sequences _"]]:
     """Moves every row's text to its beginning, in order, and cuts off what no row needs; padding is ignored.
 
     A causal model then reads each text as if it stood alone, whatever positions, attention or state it works with.
