@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_model
 
 from labutils.data.corpus import Document
-from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
+from labutils.models.compare import bits_by_document, held_out_dialogues, held_out_documents, paired_quality
 
 
 class Bytes:
@@ -49,3 +49,14 @@ def test_held_out_documents_are_cut_at_whole_characters():
     assert len(documents) == 17 and all(600 < len(d.text.encode()) <= 700 for d in documents)
     with pytest.raises(ValueError, match="at least 1; got 0"):
         held_out_documents(limit_bytes=0)
+
+
+def test_held_out_dialogues_are_whole_chats_of_both_languages():
+    dialogues = held_out_dialogues(bundles=6, each=2)
+    assert len(dialogues) == 6 and len({d.text for d in dialogues}) == 6
+    for d in dialogues:
+        assert d.text.startswith("<|") and d.text.endswith("<|end|>") and d.text.count("<|user|>") >= 2
+    text = "".join(d.text for d in dialogues)
+    assert any("a" <= c <= "z" for c in text) and any("\u4e00" <= c <= "\u9fff" for c in text)
+    with pytest.raises(ValueError, match="at least 1; got 0 and 3"):
+        held_out_dialogues(bundles=0)

@@ -69,3 +69,11 @@ def test_bits_per_weight_counts_what_is_really_stored(fields):
     q = choose_qparams(x, scheme)
     stored = pack(quantize(x, q).int() - q.qmin, 3).numel() * 8 + q.scale.numel() * 32 + q.zero_point.numel() * 3
     assert bits_per_weight(x.shape, scheme) == stored / x.numel()
+
+
+def test_real_zero_points_count_their_own_bits():
+    scheme = Scheme(bits=3, symmetric=False, granularity="group", group_size=64, scale_dtype=torch.float16)
+    assert bits_per_weight((64, 64), scheme) == 3 + (16 + 3) / 64
+    assert bits_per_weight((64, 64), scheme, zero_bits=16) == 3.5  # HQQ
+    with pytest.raises(ValueError, match="a symmetric scheme has no zero points; got zero_bits=16"):
+        bits_per_weight((64, 64), Scheme(bits=3), zero_bits=16)

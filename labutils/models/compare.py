@@ -6,9 +6,11 @@ Two models' intervals overlap although one is worse on every document; the paire
 import math
 from dataclasses import dataclass
 
+from labutils.data import service
 from labutils.data.corpus import Document, stdlib_documents
 from labutils.measurement.timing import bootstrap_interval
 from labutils.models.evaluate_text import document_bits
+from labutils.models.mixture import chat_text
 
 DocumentBits = list[tuple[float, int]]  # bits and bytes of each document
 
@@ -44,6 +46,18 @@ def held_out_documents(*, limit_bytes: int, split: str = "test") -> list[Documen
     if limit_bytes < 1:
         raise ValueError(f"limit_bytes must be at least 1; got {limit_bytes}")
     return [Document(d.name, d.text.encode()[:limit_bytes].decode(errors="ignore")) for d in stdlib_documents(split)]
+
+
+def held_out_dialogues(*, bundles: int = 17, each: int = 3) -> list[Document]:
+    """Held-out service dialogues, English and Chinese, in their chat format: `each` dialogues to a document.
+
+    Raises:
+        ValueError: when nothing would be left.
+    """
+    if bundles < 1 or each < 1:
+        raise ValueError(f"bundles and each must be at least 1; got {bundles} and {each}")
+    drawn = (service.dialogues(seed=seed, split="test", count=each) for seed in range(bundles))
+    return [Document(f"dialogues {i}", "".join(chat_text(d.messages) for d in some)) for i, some in enumerate(drawn)]
 
 
 def bits_by_document(model, tokenizer, documents: list[Document], *, context: int = 512) -> DocumentBits:

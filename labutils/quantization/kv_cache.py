@@ -2,6 +2,10 @@
 
 KIVI (Liu et al. 2024, arXiv:2402.02750). A few channels of the keys are large for every token, so that a scale must not
 be shared across channels; values have no such channels, and every token's are used as a whole.
+
+A group's range is its own minimum to its maximum (section 3.1 there): scale = (max − min) / (2^bits − 1), and the
+minimum takes the place of the zero point. Zero need not lie in the range: keys with a bias (Qwen2) lie far from it, and
+a range stretched to zero would spend its codes on numbers that never occur.
 """
 
 from typing import Literal
@@ -11,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from labutils.quantization.affine import QParams, Scheme, choose_qparams, dequantize, quantize
 from labutils.quantization.packing import pack, unpack
 
 KeyOrValue = Float[Tensor, "batch kv_heads positions head_dim"]
@@ -19,34 +22,45 @@ Axis = Literal["channel", "token"]
 
 
 class PackedBlock:
-    """Keys or values of some positions: packed codes, a scale in float16 and a zero point in int8 for each group.
+    """Keys or values of some positions: packed codes, a scale and a minimum in float16 for each group.
 
     Along "channel", a group is `group_size` positions of one channel; along "token", as many channels of one position.
+
+    >>> x = torch.tensor([5.0, 6.0, 7.0, 8.0]).view(1, 1, 1, 4)
+    >>> PackedBlock(x, bits=2, group_size=4, along="token").unpack().flatten().tolist()
+    [5.0, 6.0, 7.0, 8.0]
+
+    Raises:
+        ValueError: when group_size does not divide the axis, bits are not 2 to 8, or float16 cannot hold the range.
     """
 
     def __init__(self, x: KeyOrValue, *, bits: int, group_size: int, along: Axis) -> None:
-        self.dtype, self.along, self.positions = x.dtype, along, x.shape[2]
+        if not 2 <= bits <= 8:
+            raise ValueError(f"a packed cache takes 2 to 8 bits; got {bits}")
+        self.dtype, self.along, self.positions, self.bits = x.dtype, along, x.shape[2], bits
         x = x.transpose(-1, -2) if along == "channel" else x
-        self.scheme = Scheme(
-            bits=bits, symmetric=False, granularity="group", group_size=group_size, scale_dtype=torch.float16
-        )
-        qparams = choose_qparams(x, self.scheme)
-        self.scale, self.zero_point = qparams.scale.half(), qparams.zero_point.to(torch.int8)
         self.count = x.shape[-1]
-        self.packed = pack(quantize(x, qparams).int() - self.scheme.qmin, bits)
+        if group_size < 1 or self.count % group_size:
+            raise ValueError(f"group_size must divide the {self.count} numbers along the {along}; got {group_size}")
+        groups = x.float().unflatten(-1, (-1, group_size))
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        self.minimum, self.scale = low.half(), ((high - low) / (2**bits - 1)).half()
+        if not (self.minimum.isfinite() & self.scale.isfinite()).all():
+            raise ValueError(f"keys and values must lie in float16's range; got {low.min()} to {high.max()}")
+        steps = torch.where(self.scale > 0, self.scale.float(), 1.0)
+        codes = ((groups - self.minimum.float()) / steps).round().clamp(0, 2**bits - 1)
+        self.packed = pack(codes.flatten(-2).int(), bits)
 
     def unpack(self) -> KeyOrValue:
-        """The numbers that the codes stand for."""
-        codes = unpack(self.packed, self.scheme.bits, self.count).int() + self.scheme.qmin
-        scheme = self.scheme
-        qparams = QParams(self.scale.float(), self.zero_point, scheme.qmin, scheme.qmax, scheme.group_size)
-        x = dequantize(codes, qparams).to(self.dtype)
+        """The numbers that the codes stand for: minimum + code · scale."""
+        codes = unpack(self.packed, self.bits, self.count).unflatten(-1, (self.scale.shape[-2], -1))
+        x = (codes * self.scale.float() + self.minimum.float()).flatten(-2).to(self.dtype)
         return x.transpose(-1, -2) if self.along == "channel" else x
 
     @property
     def resident_bytes(self) -> int:
-        """Codes, scales and zero points."""
-        return sum(t.numel() * t.element_size() for t in (self.packed, self.scale, self.zero_point))
+        """Codes, scales and minima."""
+        return sum(t.numel() * t.element_size() for t in (self.packed, self.scale, self.minimum))
 
 
 class QuantizedLayer(DynamicLayer):

@@ -45,15 +45,21 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], bits: int, count: int) -> UInt8
     return codes.sum(dim=-1).to(torch.uint8)
 
 
-def bits_per_weight(shape: tuple[int, int], scheme: Scheme) -> float:
+def bits_per_weight(shape: tuple[int, int], scheme: Scheme, *, zero_bits: int | None = None) -> float:
     """What a weight of (out_features, in_features) takes: packed codes, scales, and zero points where there are any.
 
-    Codes are packed row by row into whole bytes; a zero point has as many bits as a code.
+    Codes are packed row by row into whole bytes; a zero point has as many bits as a code, or `zero_bits` where it is
+    a real number, as HQQ's.
 
     >>> bits_per_weight((256, 256), Scheme(bits=4, granularity="group", group_size=64, scale_dtype=torch.float16))
     4.25
+
+    Raises:
+        ValueError: for zero_bits with a symmetric scheme, which has no zero points.
     """
+    if scheme.symmetric and zero_bits is not None:
+        raise ValueError(f"a symmetric scheme has no zero points; got zero_bits={zero_bits}")
     rows, columns = shape
     parts = {"tensor": 1, "group": rows * (columns // (scheme.group_size or 1))}.get(scheme.granularity, rows)
-    each_part = torch.finfo(scheme.scale_dtype).bits + (0 if scheme.symmetric else scheme.bits)
+    each_part = torch.finfo(scheme.scale_dtype).bits + (0 if scheme.symmetric else zero_bits or scheme.bits)
     return (rows * 8 * math.ceil(columns * scheme.bits / 8) + parts * each_part) / (rows * columns)

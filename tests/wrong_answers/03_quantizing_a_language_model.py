@@ -243,11 +243,27 @@ def round_keys(keys, bits, group_size):
     return fake_quantize(keys.transpose(-1, -2), scheme)
 
 
-# %% WRONG round_keys | zero point
+# %% WRONG round_keys | symmetric range
 # EXERCISE round_keys
 def round_keys(keys, bits, group_size):
     scheme = Scheme(bits=bits, granularity="group", group_size=group_size)
     return fake_quantize(keys.transpose(-1, -2), scheme).transpose(-1, -2)
+
+
+# %% WRONG round_keys | zero need not lie in it
+# EXERCISE round_keys
+def round_keys(keys, bits, group_size):
+    scheme = Scheme(bits=bits, symmetric=False, granularity="group", group_size=group_size)
+    return fake_quantize(keys.transpose(-1, -2), scheme).transpose(-1, -2)
+
+
+# %% WRONG round_keys | along a token | same
+# EXERCISE round_keys
+def round_keys(keys, bits, group_size):
+    groups = keys.unflatten(-1, (-1, group_size))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale = (high - low) / (2**bits - 1)
+    return (((groups - low) / scale).round() * scale + low).flatten(-2)
 
 
 # %% WRONG round_keys | not for the whole text
