@@ -230,7 +230,7 @@ def test_packed_block_rounds_within_half_a_step(groups, bits, along, seed):
 def test_packed_block_spends_no_codes_on_a_distance_from_zero(offset, along):
     x = torch.randn(1, 2, 128, 64, generator=seeded()) + offset
     error = (PackedBlock(x, bits=4, group_size=32, along=along).unpack() - x).square().mean().sqrt()
-    assert error < (0.09 if abs(offset) < 600 else 0.2)  # float16 holds 600 to within 0.25
+    assert error < 0.095  # 0.08 with a minimum in float32; at 600 float16 has steps of 0.5
 
 
 def test_packed_block_of_constants_is_exact_and_refuses_what_float16_cannot_hold():

@@ -44,7 +44,8 @@ class PackedBlock:
             raise ValueError(f"group_size must divide the {self.count} numbers along the {along}; got {group_size}")
         groups = x.float().unflatten(-1, (-1, group_size))
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        self.minimum, self.scale = low.half(), ((high - low) / (2**bits - 1)).half()
+        self.minimum = half_below(low)
+        self.scale = ((high - self.minimum.float()) / (2**bits - 1)).half()
         if not (self.minimum.isfinite() & self.scale.isfinite()).all():
             raise ValueError(f"keys and values must lie in float16's range; got {low.min()} to {high.max()}")
         steps = torch.where(self.scale > 0, self.scale.float(), 1.0)
@@ -61,6 +62,16 @@ class PackedBlock:
     def resident_bytes(self) -> int:
         """Codes, scales and minima."""
         return sum(t.numel() * t.element_size() for t in (self.packed, self.scale, self.minimum))
+
+
+def half_below(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The largest float16 that is not above x: a minimum rounded up would cut the numbers below it off.
+
+    >>> half_below(torch.tensor([600.3, 2.0])).tolist()
+    [600.0, 2.0]
+    """
+    rounded = x.half()
+    return torch.where(rounded.float() > x, torch.nextafter(rounded, rounded.new_tensor(-torch.inf)), rounded)
 
 
 class QuantizedLayer(DynamicLayer):
