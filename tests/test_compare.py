@@ -56,6 +56,7 @@ def test_held_out_dialogues_are_whole_chats_of_both_languages():
     assert len(dialogues) == 6 and len({d.text for d in dialogues}) == 6
     for d in dialogues:
         assert d.text.startswith("<|") and d.text.endswith("<|end|>") and d.text.count("<|user|>") >= 2
+        assert d.is_chat
     text = "".join(d.text for d in dialogues)
     assert any("a" <= c <= "z" for c in text) and any("\u4e00" <= c <= "\u9fff" for c in text)
     with pytest.raises(ValueError, match="at least 1; got 0 and 3"):

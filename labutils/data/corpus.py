@@ -6,7 +6,7 @@ It is real code and real English, it is present wherever Python is, and nothing 
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # Modules that stand in Python 3.11 to 3.14 alike. They are never trained on.
@@ -47,10 +47,14 @@ PACKAGE_LIMIT_BYTES = 1_000_000  # no single installed package may drown the oth
 
 @dataclass(frozen=True)
 class Document:
-    """One source file: its name (a path relative to its library) and its text."""
+    """One source file: its name (a path relative to its library) and its text.
+
+    `is_chat` says that the text is a chat of our own making, in which control tokens steer; in any other they are text.
+    """
 
     name: str
     text: str
+    is_chat: bool = field(default=False, repr=False)
 
 
 def stdlib_dir() -> Path:

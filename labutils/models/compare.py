@@ -57,7 +57,8 @@ def held_out_dialogues(*, bundles: int = 17, each: int = 3) -> list[Document]:
     if bundles < 1 or each < 1:
         raise ValueError(f"bundles and each must be at least 1; got {bundles} and {each}")
     drawn = (service.dialogues(seed=seed, split="test", count=each) for seed in range(bundles))
-    return [Document(f"dialogues {i}", "".join(chat_text(d.messages) for d in some)) for i, some in enumerate(drawn)]
+    texts = ["".join(chat_text(d.messages) for d in some) for some in drawn]
+    return [Document(f"dialogues {i}", text, is_chat=True) for i, text in enumerate(texts)]
 
 
 def bits_by_document(model, tokenizer, documents: list[Document], *, context: int = 512) -> DocumentBits:

@@ -57,7 +57,8 @@ def _score(model, windows: list[tuple[int, Tensor]]):
 
 def document_bits(model, tokenizer, document: Document, *, context: int) -> tuple[float, int]:
     """Bits that the model needs for a document, and the document's size in UTF-8 bytes."""
-    prefixed = [tokenizer.bos_token_id, *text_ids(tokenizer, document.text)]
+    chat = tokenizer(document.text, add_special_tokens=False)["input_ids"] if document.is_chat else None
+    prefixed = [tokenizer.bos_token_id, *(chat or text_ids(tokenizer, document.text))]
     nats = token_nats(model, torch.tensor(prefixed), context=context)
     return nats.sum().item() / math.log(2), len(document.text.encode())
 

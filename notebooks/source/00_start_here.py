@@ -46,15 +46,17 @@ print(code.removeprefix("<|endoftext|>"), end="")
 times = print_stream(stream(CachedDecoder(model), tokenizer, prompt_ids, max_new_tokens=60))
 
 # %% [markdown]
-# And it serves customers, in English and in Chinese. A chat is a list of messages; the tokenizer's template turns it
-# into one string with marks for each turn.
+# And it serves customers, in English and in Chinese. A chat is a list of messages; the tokenizer's template puts a mark before each
+# turn. `chat_ids` keeps what a customer writes as text, even if it spells such a mark.
 
 
 # %%
+from labutils.models.tokenizer import chat_ids
+
+
 def ask(text):
     chat = [{"role": "system", "content": "You are the service desk."}, {"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(rendered, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
+    ids = torch.tensor([chat_ids(tokenizer, chat, add_generation_prompt=True)], device=device)
     print(f"> {text}")
     tokens = stream(CachedDecoder(model), tokenizer, ids, max_new_tokens=60, stop={tokenizer.eos_token_id})
     print_stream(tokens)
@@ -309,7 +311,9 @@ batches = list(torch.randn(20, 10).split(4))
 
 wrapped = network
 for batch in batches:
-    wrapped = nn.DataParallel(wrapped)  # once more around itself for every batch
+    wrapped = nn.DataParallel(
+        wrapped, device_ids=[0]
+    )  # once more around itself for every batch; on the first GPU, if any
     output = wrapped(batch)
     answers = output.mean(dim=1)  # said to merge the GPUs' results
 depth = str(wrapped).count("DataParallel")

@@ -466,13 +466,12 @@ ch04_removal.sparsity_at(sparsity_at)
 
 # %%
 from labutils.data import service
-from labutils.data.corpus import Document
+from labutils.models.compare import held_out_dialogues
 from labutils.models.mixture import chat_text
 from labutils.pruning.recovery import fine_tune_, gradual_
 
 small, _ = load_model("lablm-small")
-talks = ["".join(chat_text(d.messages) for d in service.dialogues(seed=s, split="test", count=5)) for s in range(8)]
-talks = [Document(str(i), text) for i, text in enumerate(talks)]
+talks = held_out_dialogues(bundles=8, each=5)
 small_base = bits_by_document(small, tokenizer, talks)
 lessons = calibration_batches(tokenizer, code=0, dialogues=96, context=128, batch=8, seed=1)
 at_once = mask_model(magnitude_scores(small), 0.7)
@@ -481,14 +480,17 @@ apply_masks_(specialists["at once"], at_once)
 fine_tune_(specialists["at once"], lessons, lr=1e-3, masks=at_once)
 gradual_(specialists["gradual, magnitude"], lessons, final=0.7, lr=1e-3)
 gradual_(specialists["gradual, movement"], lessons, final=0.7, lr=1e-3, by_movement=True)
-for name, variant in specialists.items():
-    print(f"{name:<20}", paired_quality(bits_by_document(variant, tokenizer, talks), small_base))
+after = {name: bits_by_document(variant, tokenizer, talks) for name, variant in specialists.items()}
+for name, bits in after.items():
+    print(f"{name:<20}", paired_quality(bits, small_base))
+low, high = paired_quality(after["gradual, magnitude"], after["at once"]).interval
+print(f"gradual minus at once [{low:+.4f}, {high:+.4f}] bits per byte, paired")
 
 # %% [markdown]
 # **Explain.** Movement needs a long fine-tuning before its sums say more than noise (its paper takes tens of thousands of
-# steps); with the few steps it gets here it is a bad guide, and a longer run may change that. Each interval above compares one
-# specialist with the dense model, so it does not settle whether gradual pruning beats pruning at once. For that, pair the two
-# with each other: `paired_quality(bits of gradual, bits of at once)`.
+# steps); with the few steps it gets here it is a bad guide, and a longer run may change that. Each line compares one specialist with
+# the dense model, and two such intervals may overlap. The last line pairs gradual pruning with pruning at once on the same
+# dialogues: it settles which is better where its interval excludes zero.
 #
 # **Lottery tickets** (Frankle and Carbin 2019, arXiv:1803.03635): train, prune the smallest, set the survivors *back to their
 # first values*, and train again. If the same mask with other first values does worse, the ticket was the initialisation. A
@@ -648,7 +650,7 @@ from labutils.pruning.structured import (
 
 influences = block_influence(model, calibration[:2])
 least = min(range(6), key=influences.__getitem__)
-print("block influence:", [round(v, 3) for v in influences], "so layer", least, "goes first")
+print("block influence:", [round(v, 3) for v in influences], "so it would take layer", least, "first")
 
 # %%
 halves = [strongest(s, 384) for s in neuron_scores(model, statistics)]
@@ -681,6 +683,16 @@ for aware in (False, True):
 for name, (count, quality) in structure.items():
     print(f"{name:<36} {count / 1e6:5.2f} M parameters  {quality}")
 
+# %% [markdown]
+# **Predict:** block influence names one layer after a single forward pass. Remove each of the six in turn and measure: was it right?
+
+# %%
+removed = {i: quality_of(keep_layers(model, [j for j in range(6) if j != i])) for i in range(6)}
+for i in sorted(removed, key=lambda i: removed[i].difference):
+    print(f"without layer {i} (block influence {influences[i]:.3f}): {removed[i]}")
+print("order by cost:     ", sorted(removed, key=lambda i: removed[i].difference))
+print("order by influence:", sorted(range(6), key=influences.__getitem__))
+
 # %%
 figure, axes = plt.subplots(figsize=(10, 4.6), layout="constrained")
 plots.draw_structure(axes, structure, dense=model.num_parameters())
@@ -689,8 +701,8 @@ plt.show()
 # %% [markdown]
 # *Each point is one smaller model: what it stores against what it lost, with paired 95% intervals; dotted: the dense model.*
 #
-# **Explain.** Only the layer that block influence names was removed here. BI is a guess that costs one forward pass: another layer may
-# cost less. `keep_layers` and `quality_of` settle it in six evaluations; try them before you believe any "first layer to go". The
+# **Explain.** Compare the two orders printed above. Block influence tells the layers that must stay from those that may go, for the price of
+# one forward pass; which of the cheap ones is cheapest, six evaluations say better. The figure shows the layer that it named. The
 # low-rank rows state what two thin factors would store; the model measured holds their product, a dense matrix. *Low rank*
 # replaces W by two thin matrices, from the SVD of W alone (plain) or of W weighted by its inputs (activation-aware).
 #
@@ -837,6 +849,7 @@ orders = {
     "only pruned": prune,
     "only 4 bits": lambda name, w: fake_quantize(w, FOUR),
     "pruned, then 4 bits": lambda name, w: fake_quantize(prune(name, w), FOUR),
+    "pruned by size, then 4 bits": lambda name, w: fake_quantize(w * mask_layer(w.abs(), 0.5), FOUR),
     "4 bits, then pruned by size": lambda name, w: (q := fake_quantize(w, FOUR)) * mask_layer(q.abs(), 0.5),
     "both in one pass": one_pass,
 }
@@ -851,10 +864,10 @@ for name, change in orders.items():
 
 # %% [markdown]
 # **Explain.** After rounding, many weights have the same size and a criterion by size cannot tell them apart; and a later
-# pruning that *updates* weights would leave the grid. Those are reasons to prune first, or to do both at once. The table does
-# not prove them: "pruned, then 4 bits" uses SparseGPT and "4 bits, then pruned by size" uses magnitude, so two things change
-# together. To compare the orders alone, run both with magnitude. In bits: a bitmap marks each place with one bit, so half of
-# the weights in 4 bits cost 0.5 · 4 + 1 = 3 bits for every weight of the dense matrix.
+# pruning that *updates* weights would leave the grid. So prune first, or do both at once. How much is the order worth, and how much the
+# criterion? The two rows "by size" differ in the order alone; "pruned, then 4 bits" and "pruned by size, then 4 bits" differ in the
+# criterion alone (SparseGPT against magnitude). In bits: a bitmap marks each place with one bit, so half of the weights in 4 bits
+# cost 0.5 · 4 + 1 = 3 bits for every weight of the dense matrix.
 
 # %% [markdown]
 # ## 9 · Which zeros buy time
