@@ -11,9 +11,9 @@ from labutils.models.compare import bits_by_document, held_out_dialogues, held_o
 class Bytes:
     """A tokenizer of bytes, folded into the tiny models' vocabulary."""
 
-    bos_token_id = 0
+    bos_token_id, chat_template, added_tokens_decoder = 0, None, {}
 
-    def __call__(self, text, add_special_tokens):
+    def __call__(self, text, add_special_tokens, split_special_tokens=False):
         return {"input_ids": [byte % 97 for byte in text.encode()]}
 
 
