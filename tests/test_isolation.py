@@ -59,6 +59,17 @@ def test_isolation_in_a_kit_keeps_what_the_exercise_is_to_define():
     assert names["speed"]() == 3 and "helper" not in names
 
 
+def test_isolation_keeps_what_the_check_cell_itself_binds():
+    names = {"__name__": "__main__", "In": []}
+    isolation, check = Isolation(names, {"speed": SOLUTION}, True), CHECK + "from math import floor as ch09\nchecked = 1"
+    isolation.before_cell(SOLUTION)
+    exec("speed = helper = ch09 = checked = 5", names)
+    isolation.after_cell(SOLUTION)
+    exec(check, names)
+    isolation.after_cell(check)
+    assert (names["ch09"], names["checked"], names["speed"]) == (math.floor, 1, 2) and "helper" not in names
+
+
 def test_isolation_hides_the_answer_from_the_hints_of_later_checks():
     assert run("min = 0")["In"] == [""]
 

@@ -23,7 +23,7 @@ from labutils.bench.table import Row
 from labutils.data.corpus import Document, stdlib_documents
 from labutils.generation.decode import prefill
 from labutils.measurement.ledger import Record
-from labutils.measurement.resources import kv_bytes_per_position, weight_bytes_read
+from labutils.measurement.resources import kv_bytes_per_position, stored_buffers, weight_bytes_read
 from labutils.measurement.roofline import ProbeError, measure_roofline, share_of_peak
 from labutils.measurement.threads import available_cores, best_thread_count, thread_candidates, thread_count
 from labutils.measurement.timing import Timing, measure, measure_interleaved, quantile
@@ -84,7 +84,8 @@ def bench_gpu(subject: Subject, settings: Settings = Settings(), *, say: Callabl
 
 def bytes_read(model: nn.Module) -> int:
     """Bytes of weights that a decoding step reads, integer codes and their scales included."""
-    extra = sum({b.data_ptr(): b.nbytes for b in model.buffers()}.values())
+    stored = {buffer.data_ptr() for buffer in stored_buffers(model)}  # which weight_bytes_read counts
+    extra = sum({b.data_ptr(): b.nbytes for b in model.buffers() if b.data_ptr() not in stored}.values())
     for weight in model.parameters():
         if hasattr(weight, "__tensor_flatten__"):  # torchao's: a tensor that holds codes, and calls itself a float
             parts = (getattr(weight, name) for name in weight.__tensor_flatten__()[0])

@@ -46,7 +46,8 @@ class Isolation:
         if _kind(source) != "CHECK":
             return
         answer = self._answers.get(marker(_cell(source))[1], "")
-        kept = {} if self._is_solution else {n: self._names[n] for n in bound_names(answer) if n in self._names}
+        bound = [*bound_names(source), *([] if self._is_solution else bound_names(answer))]
+        kept = {name: self._names[name] for name in bound if name in self._names}  # the CHECK cell's own: `ch00`
         for restore in self._restore:
             with contextlib.suppress(Exception):
                 restore()
