@@ -9,6 +9,7 @@ from pathlib import Path
 
 from labutils.checks import CheckFailed
 from labutils.course.exercises import Exercise, blank, marker
+from labutils.course.isolation import Isolation
 from labutils.course.source import Chapter, read_chapter
 
 HEADER = re.compile(r"^# %% WRONG (\w+) \| (.+?)( \| same)?\s*$")
@@ -44,23 +45,29 @@ def read_wrong_answers(path: Path) -> list[WrongAnswer]:
 
 
 def run_lanes(source: Path, wrong_answers: Path) -> list[str]:
-    """Run all three lanes of a chapter in this process; one sentence per failure."""
+    """Run all three lanes of a chapter in this process; one sentence per failure.
+
+    After each exercise the names are put back as `labutils grade` does, so that no later cell may need more.
+    """
     chapter = read_chapter(source)
     wrong = read_wrong_answers(wrong_answers) if wrong_answers.is_file() else []
     names = {exercise.name for exercise in chapter.exercises}
     failures = [f"no exercise is called {w.exercise!r} in {source.name}" for w in wrong if w.exercise not in names]
     namespace: dict = {"__name__": "__main__"}
     by_cell = {exercise.cell: exercise for exercise in chapter.exercises}
+    isolation = Isolation(namespace, {e.name: chapter.cells[e.cell].source for e in chapter.exercises}, True)
     for index, cell in enumerate(chapter.cells):
         if cell.cell_type != "code":
             continue
         if index in by_cell:
             failures += _lanes_of(chapter, by_cell[index], namespace, wrong)
+        isolation.before_cell(cell.source)
         is_check = marker(cell) is not None and marker(cell)[0] == "CHECK"
         if not is_check:
             _execute(cell.source, namespace, f"{source.name}, cell {index}")
         else:  # the solution's own check has run among the lanes; its imports are needed below
             _attempt(cell.source, namespace, f"{source.name}, cell {index}")
+        isolation.after_cell(cell.source)
     return failures
 
 
