@@ -16,6 +16,7 @@ TOPICS = (
     "fpga",
     "distributed",
     "decoding",
+    "serving",
 )
 FLOORS = [
     {"paths", "measurement", "layers", "training"},
@@ -30,6 +31,7 @@ NEIGHBOURS = {
     ("layers", "paths"),
     ("measurement", "layers"),  # what a model is, is read in one place: layers/architecture.py
     ("decoding", "generation"),  # chapter 10 speeds up the verbs of chapter 01
+    ("serving", "generation"),  # chapter 11 serves many with the decoder and the samplers of chapter 01
     ("models", "data"),
     ("course", "checks"),
     ("widgets", "plots"),
@@ -39,7 +41,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 320, 45
 TABLES = {"data/service_grammar.py"}  # data, not code
 # The design's aims were 500 lines a topic and 5,000 in all; the checks' hints and references alone take 1,400 for four
 # chapters. These bounds keep growth in sight: raise one only beside a chapter that needs it.
-MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_300, 20_800
+MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_300, 21_800
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -1,0 +1,1 @@
+"""Serving many: queues, paged memory, a scheduler, an engine, and a server that real clients use."""
