@@ -61,7 +61,10 @@ def test_isolation_in_a_kit_keeps_what_the_exercise_is_to_define():
 
 def test_isolation_keeps_what_the_check_cell_itself_binds():
     names = {"__name__": "__main__", "In": []}
-    isolation, check = Isolation(names, {"speed": SOLUTION}, True), CHECK + "from math import floor as ch09\nchecked = 1"
+    isolation, check = (
+        Isolation(names, {"speed": SOLUTION}, True),
+        CHECK + "from math import floor as ch09\nchecked = 1",
+    )
     isolation.before_cell(SOLUTION)
     exec("speed = helper = ch09 = checked = 5", names)
     isolation.after_cell(SOLUTION)
