@@ -1,5 +1,6 @@
 """The loop: the same text as plain decoding whatever is proposed, with every cache, and one set of metrics."""
 
+import copy
 import math
 
 import pytest
@@ -131,3 +132,26 @@ def test_a_proposer_that_returns_too_much_is_refused():
 
     with pytest.raises(ValueError, match="at most 2 tokens; got 3"):
         generate_speculative(ModelTarget(MODEL), Eager(), PROMPT, 8, draft_tokens=2)
+
+
+@pytest.mark.parametrize(("noise", "low", "high"), [(0.0, 1.0, 1.0), (0.02, 0.1, 0.95), (1.0, 0.0, 0.3)])
+def test_transformers_assisted_decoding_takes_as_many_steps_to_the_same_text(noise, low, high):
+    assistant, generator = copy.deepcopy(MODEL), torch.Generator().manual_seed(0)
+    for parameter in assistant.parameters():
+        parameter.data += noise * torch.randn(parameter.shape, generator=generator)
+    done = generate_speculative(ModelTarget(MODEL), ModelDraft(ModelTarget(assistant)), PROMPT, 17, draft_tokens=3)
+    # `generate` reads the assistant's settings from the assistant, not from its own arguments
+    assistant.generation_config.update(
+        num_assistant_tokens=3, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0
+    )
+    calls = []
+    hook = MODEL.register_forward_hook(lambda *_: calls.append(1))
+    try:  # its first step drafts at once; ours first reads the prompt, and that makes a token
+        prompt = done.token_ids[:, : PROMPT.shape[1] + 1]
+        settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 16, "do_sample": False}
+        theirs = MODEL.generate(prompt, **settings, assistant_model=assistant)
+    finally:
+        hook.remove()
+    assert torch.equal(theirs, done.token_ids)
+    assert len(calls) == done.target_steps
+    assert low <= done.acceptance <= high

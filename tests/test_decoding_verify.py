@@ -13,6 +13,8 @@ from torch.testing import assert_close
 from labutils.decoding import verify as module
 from labutils.decoding.verify import Verdict, acceptance_probs, residual, verify
 from labutils.generation.sampling import Sampler, greedy
+from labutils.models.drafting_text import text_prompts
+from labutils.models.load import load_model
 
 VOCAB = 5
 SAMPLERS = {"plain": {}, "hot": {"temperature": 1.7}, "cool, top-p": {"temperature": 0.7, "top_p": 0.8}}
@@ -152,22 +154,40 @@ def first_tokens(judge, target_probs, draft_probs, draws):
     return torch.bincount(torch.tensor(tokens), minlength=len(target_probs)).double()
 
 
+def judged(logits, drafted, draft_probs, p):
+    verdict = verify(logits, [drafted], draft_probs[None], choose=p)
+    return drafted if verdict.accepted else verdict.token
+
+
+def drawn_and_judged(logits, draft_probs, p):
+    return judged(logits, int(torch.multinomial(draft_probs, 1, generator=p.generator)), draft_probs, p)
+
+
+def favourite_judged_by_full_q(logits, draft_probs, p):  # transformers#32867
+    return judged(logits, int(draft_probs.argmax()), draft_probs, p)
+
+
 def test_draws_pass_a_g_test_and_a_favourite_judged_by_the_full_q_fails_it():
     target = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
     draft = torch.tensor([0.1, 0.2, 0.4, 0.1, 0.2])
-
-    def judged(logits, drafted, draft_probs, p):
-        verdict = verify(logits, [drafted], draft_probs[None], choose=p)
-        return drafted if verdict.accepted else verdict.token
-
-    def ours(logits, draft_probs, p):
-        return judged(logits, int(torch.multinomial(draft_probs, 1, generator=p.generator)), draft_probs, p)
-
-    def favourite_judged_by_full_q(logits, draft_probs, p):  # transformers#32867
-        return judged(logits, int(draft_probs.argmax()), draft_probs, p)
-
-    assert g_test(first_tokens(ours, target, draft, 1500), target) > 0.001
+    assert g_test(first_tokens(drawn_and_judged, target, draft, 1500), target) > 0.001
     assert g_test(first_tokens(favourite_judged_by_full_q, target, draft, 1500), target) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [40, 90, 170])
+def test_draws_on_real_contexts_pass_the_g_test_too(place):
+    """LabLM-small drafts for LabLM at places of held-out code where both hesitate, with temperature and top-p."""
+    (target, tokenizer), draft = load_model("lablm"), load_model("lablm-small").model
+    text = text_prompts("code", tokenizer, 1)[0]
+    laws = sampler(temperature=0.8, top_p=0.95)
+    with torch.no_grad():
+        p, q = (laws.probs(model(text).logits[0]) for model in (target, draft))
+    hesitates = torch.where((p.amax(-1) < 0.6) & (q.amax(-1) < 0.6))[0]
+    place = hesitates[hesitates >= place][0]
+    assert 0.2 < torch.minimum(p[place], q[place]).sum() < 0.95
+    assert g_test(first_tokens(drawn_and_judged, p[place], q[place], 2000), p[place].double()) > 0.001
+    assert g_test(first_tokens(favourite_judged_by_full_q, p[place], q[place], 2000), p[place].double()) < 1e-6
 
 
 @settings(deadline=None, max_examples=25)

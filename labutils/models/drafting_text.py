@@ -13,9 +13,10 @@ from labutils.data import corpus, service
 
 KINDS = ("code", "chat", "translation", "qa")
 CODE_TOKENS, CODE_STRIDE, FAQ_TURNS, SEED = 256, 512, 5, 10
+MOST = 64  # prompts of one kind
 
 
-def text_prompts(kind: str, tokenizer, count: int) -> list[Int[Tensor, "1 positions"]]:
+def text_prompts(kind: str, tokenizer, count: int) -> list[Int[Tensor, "1 _"]]:
     """`count` prompts of one kind, the same at every call; a longer list begins with the shorter one.
 
     * code: 256 tokens from within a held-out module;
@@ -24,10 +25,10 @@ def text_prompts(kind: str, tokenizer, count: int) -> list[Int[Tensor, "1 positi
     * qa: five questions with their answers stand in the conversation, and the customer asks one of them again.
 
     Raises:
-        ValueError: For another kind, or fewer than one prompt.
+        ValueError: For another kind, or a count outside 1 to `MOST`.
     """
-    if kind not in KINDS or count < 1:
-        raise ValueError(f"prompts are of kind {', '.join(KINDS)}, and at least 1; got {kind!r} and {count}")
+    if kind not in KINDS or not 1 <= count <= MOST:
+        raise ValueError(f"prompts are of kind {', '.join(KINDS)}, and 1 to {MOST}; got {kind!r} and {count}")
     if kind == "code":
         return _code(tokenizer, count)
     chats = {"chat": _chats, "translation": _translations, "qa": _faqs}[kind](count)
@@ -46,17 +47,22 @@ def _code(tokenizer, count: int) -> list[Tensor]:
     return [torch.tensor([[tokenizer.bos_token_id, *window]]) for window in itertools.islice(whole, count)]
 
 
+def _items(task: str, count: int) -> list[service.Dialogue]:
+    """The first of a set of one size, for an item's language depends on the set's size."""
+    return service.evaluation_set(task, "test", MOST * FAQ_TURNS, SEED)[:count]
+
+
 def _chats(count: int) -> list[list[dict[str, str]]]:
-    return [list(d.messages[:-1]) for d in service.evaluation_set(service.ANSWER, "test", count, SEED)]
+    return [list(d.messages[:-1]) for d in _items(service.ANSWER, count)]
 
 
 def _translations(count: int) -> list[list[dict[str, str]]]:
-    both = [service.evaluation_set(t, "test", count, SEED) for t in (service.TO_CHINESE, service.TO_ENGLISH)]
+    both = [_items(task, count) for task in (service.TO_CHINESE, service.TO_ENGLISH)]
     return [list(d.messages[:-1]) for pair in zip(*both, strict=True) for d in pair][:count]
 
 
 def _faqs(count: int) -> list[list[dict[str, str]]]:
-    items = service.evaluation_set(service.ANSWER, "test", count * FAQ_TURNS, SEED)
+    items = _items(service.ANSWER, count * FAQ_TURNS)
     chats = []
     for first in range(0, len(items), FAQ_TURNS):
         turns = [list(item.messages[-2:]) for item in items[first : first + FAQ_TURNS]]
