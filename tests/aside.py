@@ -13,11 +13,15 @@ import pytest
 from labutils.cli.installation import UNREACHABLE, pip_environment
 
 
-def install_aside(folder: Path, pins: Sequence[str]) -> None:
-    """Installs packages without their dependencies into a folder; skips the test where no index can be reached."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
+def install_aside(folder: Path, pins: Sequence[str], *, dependencies: bool = False) -> None:
+    """Installs packages into a folder, by themselves or with all that they need; skips where no index is reached."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(folder)]
     result = subprocess.run(
-        [*command, *pins], env=pip_environment(os.environ), capture_output=True, encoding="utf-8", timeout=600
+        [*command, *([] if dependencies else ["--no-deps"]), *pins],
+        env=pip_environment(os.environ),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
     )
     if result.returncode and re.search(UNREACHABLE, result.stderr):
         pytest.skip("the package index cannot be reached")

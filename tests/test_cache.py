@@ -72,7 +72,8 @@ def test_caches_hold_what_transformers_dynamic_cache_holds(steps):
         assert torch.equal(store(ours, length, count), theirs[0])
         assert torch.equal(store(static, length, count), theirs[0])
         length = max(length + count - forget, 0)
-        reference.crop(length - reference.get_seq_length())
+        if forget:  # crop(0) forgets everything before transformers 5.23
+            reference.crop(length - reference.get_seq_length())
         ours.truncate(length)
         static.truncate(length)
 

@@ -5,6 +5,7 @@ import torch
 from shapes import unchecked
 from tiny_models import CONFIGS, random_ids, tiny_model
 
+from labutils.generation import decode
 from labutils.generation.cache import CompiledKVCache, KVCache, StaticKVCache
 from labutils.generation.decode import (
     decode_one_token,
@@ -18,6 +19,7 @@ from labutils.generation.decode import (
     prefill,
 )
 from labutils.generation.sampling import Sampler
+from labutils.layers.compile import KernelError, torch_compile_lack
 
 NEW = 12
 
@@ -115,10 +117,18 @@ def test_compiled_path_is_one_graph_and_equals_transformers_generate(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(torch_compile_lack()), reason=torch_compile_lack())
 def test_inductor_equals_transformers_generate(llama):
     ids = random_ids(6)
     with unchecked():  # the shape checker would be compiled too
         assert torch.equal(generate_compiled(llama, ids, NEW), reference(llama, ids))
+
+
+def test_generate_compiled_says_first_what_the_machine_lacks(llama, monkeypatch):
+    monkeypatch.setattr(decode, "torch_compile_lack", lambda: "no C compiler: install g++ or clang")
+    with pytest.raises(KernelError, match="no C compiler: install"):
+        generate_compiled(llama, random_ids(6), NEW)
+    assert generate_compiled(llama, random_ids(6), 1, backend="eager").shape == (1, 7)
 
 
 def test_stop_tokens_end_each_row_as_in_transformers(llama):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from labutils.cli import doctor
+from labutils.layers import compile
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -21,6 +22,7 @@ def healthy(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "compiler", lambda: "/usr/bin/c++")
     monkeypatch.setattr(doctor, "kernels", lambda: ("AVX2", ""))
     monkeypatch.setattr(doctor, "gpu", lambda: "A GPU")
+    monkeypatch.setattr(compile, "torch_compile_lack", lambda: "")
     (tmp_path / "data" / "lablm").mkdir(parents=True)
     (tmp_path / "data" / "lablm" / "config.json").touch()
     return tmp_path
@@ -36,6 +38,7 @@ def test_lacks_is_silent_on_a_healthy_machine(healthy):
         (doctor, "free_memory_bytes", lambda: 1e9, "memory, 1.0 GB free: a notebook whose"),
         (shutil, "disk_usage", lambda _: Usage(1e11, 0, 1e9), "disk, 1.0 GB free: exported"),
         (doctor, "compiler", lambda: None, "no C++ compiler: torch.compile"),
+        (compile, "torch_compile_lack", lambda: "a space", "a space: what it would compile is left out"),
         (doctor, "kernels", lambda: ("", "no tools"), "no int8 and int4 kernels (no tools): quantized layers run"),
         (doctor, "gpu", lambda: None, "no NVIDIA GPU: GPU cells run on the CPU"),
     ],

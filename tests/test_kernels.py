@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 
 import pytest
 
 from labutils.layers import compile
-from labutils.layers.compile import KernelError, cache_dir, compile_c
+from labutils.layers.compile import KernelError, cache_dir, compile_c, torch_compile_lack
 from labutils.quantization import kernels
 from labutils.quantization.kernels import find_kernels
 
@@ -149,3 +150,26 @@ def test_find_kernels_does_without_openmp(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(picky))
     library, reason = find_kernels.__wrapped__()
     assert library is not None and reason == ""
+
+
+@pytest.mark.parametrize(
+    ("folder", "platform", "words"),
+    [
+        ("/home/ada/course", "linux", ""),
+        ("/home/ada/my course", "linux", "needs a path without a space; got /home/ada/my course/.venv/torch: move"),
+        ("/Users/ada/my course", "darwin", "needs a path without a space"),
+        ("/home/ada/my course", "win32", ""),
+    ],
+)
+def test_torch_compile_lack_names_a_path_that_the_compiler_would_cut_in_two(monkeypatch, folder, platform, words):
+    monkeypatch.setattr(compile, "compiler", lambda: "/usr/bin/cc")
+    monkeypatch.setattr(sys, "platform", platform)
+    found = types.SimpleNamespace(origin=f"{folder}/.venv/torch/__init__.py")
+    monkeypatch.setattr(compile.importlib.util, "find_spec", lambda name: found)
+    lack = torch_compile_lack()
+    assert words in lack and bool(lack) == bool(words)
+
+
+def test_torch_compile_lack_names_a_missing_compiler(monkeypatch):
+    monkeypatch.setattr(compile, "compiler", lambda: None)
+    assert torch_compile_lack() == "no C compiler: install g++ or clang"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from labutils.acceleration.interpreter import missing_triton
-from labutils.layers.compile import compiler
+from labutils.layers.compile import torch_compile_lack
 
 GPU_ONLY = "needs an NVIDIA GPU"
 
@@ -47,7 +47,7 @@ class Device:
                 compiler=reason,
                 triton=reason,
             )
-        return cls(kind, kind, compiler="" if compiler() else "no C compiler: install g++ or clang")
+        return cls(kind, kind, compiler=torch_compile_lack())
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ def gpu() -> str | None:
 
 def lacks(root: Path = ROOT) -> Iterator[Lack]:
     """Looks at the machine, quickly, and yields what it is short of."""
+    from labutils.layers.compile import torch_compile_lack
     from labutils.measurement.limits import free_disk_bytes
 
     memory_bytes, disk_bytes = free_memory_bytes(), free_disk_bytes(root)
@@ -112,6 +113,8 @@ def lacks(root: Path = ROOT) -> Iterator[Lack]:
         yield Lack(f"disk, {gb(disk_bytes)} free", "exported models and compiled kernels may not fit: free some space")
     if compiler() is None:
         yield Lack("no C++ compiler", "torch.compile and compiled kernels are left out, with the reason shown")
+    elif lack := torch_compile_lack():
+        yield Lack(lack, "what it would compile is left out, with the reason shown")
     if why := kernels()[1]:
         cost = "quantized layers run through PyTorch's operators: the same numbers, tens of times slower, no speed-up"
         yield Lack(f"no int8 and int4 kernels ({why})", cost)

@@ -7,7 +7,6 @@ a `Sampler`. A row that produced a stop token is padded on, as in `transformers`
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable, Collection, Sequence
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from labutils.generation.cache import Cache, CompiledKVCache, KVCache, StaticKVCache
 from labutils.generation.sampling import greedy
 from labutils.layers.architecture import layer_caches
+from labutils.layers.compile import KernelError, compile_apart, torch_compile_lack
 
 Choose = Callable[[Tensor], Tensor]
 TokenIds = Int[Tensor, "batch positions"]
@@ -128,22 +128,18 @@ def generate_compiled(
 ) -> LongerIds:
     """Generates with `decode_one_token` compiled into one graph over a static cache; prefill stays eager.
 
-    The first call compiles for some seconds; the graph is kept with the model, for each cache length. On a CPU,
-    inductor needs a C++ compiler.
+    The first call compiles for some seconds; the graph is kept with the model, for each cache length.
+
+    Raises:
+        KernelError: Where inductor cannot compile for this CPU: no compiler, or a space in PyTorch's path.
     """
+    if backend == "inductor" and model.device.type == "cpu" and (lack := torch_compile_lack()):
+        raise KernelError(lack)
     cache = static_cache(model, token_ids, max_new_tokens, kind=CompiledKVCache)
     steps = _compiled_steps.setdefault(model, {})
     if backend not in steps:
-        steps[backend] = torch.compile(_own_copy(decode_one_token), backend=backend, fullgraph=True)
+        steps[backend] = compile_apart(decode_one_token, backend=backend, fullgraph=True)
     return _generate(model, token_ids, max_new_tokens, cache, choose, stop, step=steps[backend])
-
-
-def _own_copy(function: Callable) -> Callable:
-    """The function with a code object of its own: PyTorch counts recompilations, at most 8, by code object."""
-    code, names = function.__code__.replace(), function.__globals__
-    copied = types.FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
 
 
 def static_cache(

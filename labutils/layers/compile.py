@@ -7,11 +7,15 @@ may enter: a library that others could replace would be their code running as us
 
 import ctypes
 import hashlib
+import importlib.util
 import os
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 from labutils.paths import learner_dir
@@ -30,6 +34,33 @@ def compiler() -> str | None:
     """The C compiler: $CC, cc, gcc or clang; None where there is none."""
     names = (os.environ.get("CC"), "cc", "gcc", "clang")
     return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def torch_compile_lack() -> str:
+    """What `torch.compile` lacks on this machine's CPU, in words; empty where it can run.
+
+    PyTorch 2.13 passes its own folder to the C++ compiler without quotes (`torch/_inductor/cpp_builder.py`), except on
+    Windows: a space cuts the path in two.
+    """
+    if compiler() is None:
+        return "no C compiler: install g++ or clang"
+    folder = Path(importlib.util.find_spec("torch").origin).parent
+    if " " in str(folder) and sys.platform != "win32":
+        return f"torch.compile needs a path without a space; got {folder}: move the course to another folder"
+    return ""
+
+
+def compile_apart(function: Callable, **options) -> Callable:
+    """`torch.compile` of a function with a code object of its own, for one model.
+
+    Dynamo counts compilations of each *code object* and gives up after eight, all models together.
+    """
+    import torch
+
+    code, names = function.__code__.replace(), function.__globals__
+    copied = types.FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(copied, **options)
 
 
 def cache_dir() -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import types
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from labutils.acceleration.triton_ops import relative_error
 from labutils.generation.cache import CompiledKVCache, KVCache, StaticKVCache
 from labutils.generation.decode import Choose, decode_one_token, forward_logits, prefill
 from labutils.generation.sampling import greedy
+from labutils.layers.compile import compile_apart
 from labutils.layers.linears import change_weights_, linear_layers, replace_module_, untie_head_, weight_of
 from labutils.pruning.masks import mask_n_of_m
 from labutils.quantization.affine import Scheme, choose_qparams, fake_quantize, quantize
@@ -189,14 +189,8 @@ def build(
 
 
 def compiled_step():
-    """`decode_one_token`, to be compiled for one model.
-
-    Dynamo counts compilations of each *code object* and gives up after eight of them, all models together: so each step
-    gets a code object of its own.
-    """
-    one = decode_one_token
-    own = types.FunctionType(one.__code__.replace(), one.__globals__, one.__name__, one.__defaults__, one.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    """`decode_one_token`, to be compiled for one model."""
+    return compile_apart(decode_one_token, fullgraph=True, dynamic=False)
 
 
 def check_equal(accelerated: Accelerated, token_ids: Int[Tensor, "batch n"], *, prompt: int) -> Equality:
