@@ -54,6 +54,7 @@ class World:
         for chunk in step.chunks:
             truth = contents(chunk.request.token_ids, chunk.request.salt)
             for position in range(chunk.start, chunk.end):
+                assert self.pool.references[self.slot(chunk.request, position)[0]] == 1, "writes what others hold"
                 self.memory[self.slot(chunk.request, position)] = truth[position]
         sampled = {}
         for chunk in step.chunks:

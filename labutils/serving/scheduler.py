@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
 
 from labutils.serving.blocks import BlockPool, chained_hashes
+from labutils.serving.queueing import RequestTimes
 
 
 class Refusal(ValueError):
@@ -46,6 +48,9 @@ class Request:
         priority: Lower goes first, among those that wait and those that keep their memory.
         deadline_s: Time by the scheduler's clock after which it is given up.
         salt: Prefixes are shared only under the same salt.
+        arrival_s: When it was submitted, by the same clock.
+        choose: How the engine draws tokens from logits; None is greedy. The scheduler does not look at it.
+        token_s: When each new token was made.
         computed: Tokens whose keys and values lie in the blocks of `table`.
         cached: Of those, the tokens that others had computed when it was last admitted.
         end: None while it goes on.
@@ -57,6 +62,9 @@ class Request:
     priority: int = 0
     deadline_s: float = math.inf
     salt: str = ""
+    arrival_s: float = 0.0
+    choose: Callable | None = None
+    token_s: list[float] = field(init=False, default_factory=list)
     prompt: int = field(init=False)
     place: tuple[int, int] = field(init=False, default=(0, 0))
     computed: int = field(init=False, default=0)
@@ -73,6 +81,11 @@ class Request:
     def new_ids(self) -> list[int]:
         """What was generated so far."""
         return self.token_ids[self.prompt :]
+
+    @property
+    def times(self) -> RequestTimes:
+        """What its client felt."""
+        return RequestTimes(self.arrival_s, tuple(self.token_s))
 
     @property
     def left(self) -> int:
@@ -189,7 +202,7 @@ class Scheduler:
             budget -= chunks[-1].end - chunks[-1].start
         return Step(tuple(chunks), tuple(copies), tuple(ended))
 
-    def complete(self, step: Step, sampled: dict[Request, int]) -> list[Request]:
+    def complete(self, step: Step, sampled: dict[Request, int], now_s: float = 0.0) -> list[Request]:
         """Takes in what a step made and returns the requests that ended; `sampled` holds those that go on.
 
         A request that was ended in the meantime is passed over.
@@ -203,6 +216,7 @@ class Scheduler:
             self._publish(request, chunk.start)
             if request in sampled:
                 request.token_ids.append(sampled[request])
+                request.token_s.append(now_s)
                 stopped = sampled[request] in request.stop
                 if stopped or len(request.new_ids) == request.max_new_tokens:
                     self.finish(request, End.STOP if stopped else End.LENGTH)
