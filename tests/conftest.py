@@ -1,4 +1,7 @@
-"""While tests run, every shape that a signature of `labutils` states is checked; outside them it costs nothing."""
+"""While tests run, every shape that a signature of `labutils` states is checked; outside them it costs nothing.
+
+LABUTILS_CHECK_SHAPES=0 leaves that out: whole chapters then run at a learner's speed.
+"""
 
 import importlib
 import importlib.util
@@ -9,9 +12,10 @@ import pytest
 from aside import install_aside
 from jaxtyping import install_import_hook
 
-install_import_hook("labutils", "shapes.checked")
+if os.environ.get("LABUTILS_CHECK_SHAPES") != "0":
+    install_import_hook("labutils", "shapes.checked")
 
-from labutils.paths import tool_cache_dir  # noqa: E402  (after the hook)
+from labutils.paths import tool_cache_dir
 
 # The FPGA tools are compiled once, whatever folder a test calls the learner's.
 os.environ.setdefault("YOWASP_CACHE_DIR", str(tool_cache_dir().resolve()))

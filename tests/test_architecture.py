@@ -29,6 +29,7 @@ FLOORS = [
 NEIGHBOURS = {
     ("measurement", "paths"),
     ("layers", "paths"),
+    ("training", "paths"),
     ("measurement", "layers"),  # what a model is, is read in one place: layers/architecture.py
     ("decoding", "generation"),  # chapter 10 speeds up the verbs of chapter 01
     ("serving", "generation"),  # chapter 11 serves many with the decoder and the samplers of chapter 01

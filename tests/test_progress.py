@@ -138,9 +138,3 @@ def test_begin_twice_listens_once():
     module.begin("97_name")
     module.begin("97_name")
     assert len(core.LISTENERS) == 1
-
-
-def test_home_is_beside_labutils_by_default(monkeypatch):
-    monkeypatch.delenv("LABUTILS_HOME")
-    assert module.home().name == "learner"
-    assert (module.home().parent / "labutils").is_dir()

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from labutils.models import students, training
     from labutils.models.checkpoint import save_checkpoint
     from labutils.models.load import load_model
+    from labutils.paths import written_whole
 
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
         out = args.out or state / "checkpoint"
         save_checkpoint(current.model, current.tokenizer, out)
         lines = (json.dumps(record) for record in current.curve)
-        (out / "training_curve.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with written_whole(out / "training_curve.jsonl") as new:
+            new.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"wrote {out}")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -26,6 +26,7 @@ from pathlib import Path
 from labutils.course import verdicts
 from labutils.course.contained import Limits, run_contained
 from labutils.course.hand_in import SIZE_LIMIT_BYTES, reference_folder
+from labutils.paths import written_whole
 
 COLUMNS = ("hand_in", "chapter", "exercise", "verdict", "points", "hint", "note", "seconds")
 UNUSABLE = "unusable"
@@ -176,13 +177,10 @@ def rows(name: str, result: dict) -> list[dict]:
 
 def write_csv(path: Path, table: list[dict]) -> None:
     """The table for a spreadsheet: UTF-8 with a mark that Excel needs, and no cell that it would run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    with open(new, "w", encoding="utf-8-sig", newline="") as file:
+    with written_whole(path) as new, open(new, "w", encoding="utf-8-sig", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows({key: _harmless(value) for key, value in row.items()} for row in table)
-    os.replace(new, path)
 
 
 def _harmless(value):
@@ -232,6 +230,5 @@ def _one_line(result: dict) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    with written_whole(path) as new:
+        new.write_text(text, encoding="utf-8")

@@ -4,23 +4,15 @@ import contextlib
 import datetime
 import importlib
 import json
-import os
 import pkgutil
 import re
 import sys
-import tempfile
-from pathlib import Path
 
 from labutils import checks
+from labutils.paths import learner_dir, written_whole
 
 _CHAPTER = {"number": ""}  # of the notebook that this kernel runs; set by `begin`
 _VIEWS: list = []  # functions that draw the newest state again
-
-
-def home() -> Path:
-    """The learner's own folder: ``$LABUTILS_HOME``, else ``learner`` in the course's folder."""
-    chosen = os.environ.get("LABUTILS_HOME")
-    return Path(chosen) if chosen else Path(__file__).resolve().parents[2] / "learner"
 
 
 def begin(stem: str) -> None:
@@ -41,7 +33,7 @@ def _on_result(name: str, is_right: bool) -> None:
 def load() -> dict[str, dict]:
     """The kept state: ``{"0.1 tokens_per_second": {"passed": true, "at": "2026-01-31T12:00:00"}}``."""
     try:
-        state = json.loads((home() / "progress.json").read_text(encoding="utf-8"))
+        state = json.loads((learner_dir() / "progress.json").read_text(encoding="utf-8"))
         return {name: entry for name, entry in state.items() if isinstance(entry["passed"], bool)}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
@@ -54,17 +46,8 @@ def _store(name: str, is_right: bool) -> None:
         return
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     state[name] = {"passed": is_right, "at": now}
-    with contextlib.suppress(OSError):
-        _write(home() / "progress.json", json.dumps(state, indent=1, ensure_ascii=False, sort_keys=True))
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that two kernels never leave half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".progress-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(name, path)
+    with contextlib.suppress(OSError), written_whole(learner_dir() / "progress.json") as new:
+        new.write_text(json.dumps(state, indent=1, ensure_ascii=False, sort_keys=True), encoding="utf-8")
 
 
 def standing(chapter: str = "") -> dict[str, bool | None]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from labutils.distillation.sparse import SparseTargets, top_k
+from labutils.paths import written_whole
 
 ID_BYTES, PROB_BYTES = 4, 2  # int32 and float16
 
@@ -49,7 +49,8 @@ class TeacherCache:
         owner, path = {"teacher": fingerprint(teacher), "k": k}, folder / "owner.json"
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != owner:
             raise ValueError(f"a folder holds one teacher's answers at one k; got {owner} in {folder.name}")
-        path.write_text(json.dumps(owner), encoding="utf-8")
+        with written_whole(path) as new:
+            new.write_text(json.dumps(owner), encoding="utf-8")
 
     def __call__(self, ids: Int[Tensor, "sequences tokens"]) -> SparseTargets:
         """Targets at every place but the last."""
@@ -63,8 +64,8 @@ class TeacherCache:
     @torch.no_grad()
     def _ask(self, ids: Tensor, path: Path) -> None:
         targets = top_k(self.teacher(input_ids=ids, use_cache=False).logits[:, :-1], self.k).to("cpu")
-        torch.save({"ids": targets.ids.int(), "probs": targets.probs.half()}, path.with_suffix(".new"))
-        os.replace(path.with_suffix(".new"), path)
+        with written_whole(path) as new:
+            torch.save({"ids": targets.ids.int(), "probs": targets.probs.half()}, new)
 
     @property
     def used_bytes(self) -> int:

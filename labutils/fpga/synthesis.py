@@ -5,8 +5,6 @@ Nothing runs on a board. Areas count the cells of the netlist; Fmax is nextpnr's
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from labutils.fpga.simulate import Array
 from labutils.fpga.tools import ToolError, run_tool, version
-from labutils.paths import tool_cache_dir
+from labutils.paths import tool_cache_dir, written_whole
 
 if TYPE_CHECKING:
     from amaranth.hdl import Module, Signal
@@ -188,11 +186,8 @@ def kept(key: str, run: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     path = tool_cache_dir() / "runs" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if path.is_file():
         return _read(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        written = Path(folder) / "result.json"  # renamed when whole: another process sees all of it or nothing
-        written.write_text(json.dumps(run(Path(folder))), encoding="utf-8")
-        os.replace(written, path)
+    with written_whole(path) as new:
+        new.write_text(json.dumps(run(new.parent)), encoding="utf-8")
     return _read(path)
 
 

@@ -67,6 +67,10 @@ def is_ours(module: nn.Module) -> bool:
     return type(module).__module__.startswith("labutils.")
 
 
+def _holds_codes(module: nn.Module) -> bool:
+    return is_ours(module) and hasattr(module, "dequantize")
+
+
 def _is_around_linear(module: nn.Module) -> bool:
     return is_ours(module) and any(isinstance(child, (nn.Linear, Conv1D)) for child in module.children())
 
@@ -76,7 +80,7 @@ def compressed_weights(model: nn.Module) -> Iterator[Weight]:
     head = output_head(model)
     in_head = set(head.modules()) if head is not None else set()
     for module in model.modules():
-        if is_ours(module) and hasattr(module, "dequantize") and module not in in_head:
+        if _holds_codes(module) and module not in in_head:
             yield module.dequantize()
 
 
@@ -128,7 +132,12 @@ def change_weights_(model: nn.Module, change: Callable[[str, Weight], Weight], *
         model: any Hugging Face model.
         change: gets (out_features, in_features), whatever the layer stores.
         with_head: also the layer that makes logits; where it is tied to the embedding, both change.
+
+    Raises:
+        ValueError: naming a layer that holds codes, not floats: what changed would be a part. Nothing is changed then.
     """
+    if packed := next((name for name, module in model.named_modules() if _holds_codes(module)), None):
+        raise ValueError(f"weights to be changed must be floats; got codes in {packed}")
     for name, layer in linear_layers(model, with_head=with_head):
         set_weight_(layer, change(name, weight_of(layer).clone()))
     return model

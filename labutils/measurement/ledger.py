@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from labutils.measurement.limits import available_cores
 from labutils.measurement.timing import MIN_REPEATS, bootstrap_interval
 from labutils.paths import learner_dir
 
@@ -228,7 +229,7 @@ def host_description() -> dict:
     """Returns the machine and the libraries, as far as a number depends on them."""
     return {
         "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "python": platform.python_version(),

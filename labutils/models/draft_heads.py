@@ -14,7 +14,7 @@ from labutils.models.load import LoadError, load_model
 from labutils.models.mixture import code_batch, dialogue_batch, padded, read_streams
 from labutils.models.tokenizer import role_ids
 from labutils.models.training import prepare
-from labutils.paths import DATA
+from labutils.paths import DATA, written_whole
 from labutils.training.loop import FitPlan, Part, fit_
 from labutils.training.losses import LossOf
 
@@ -57,9 +57,9 @@ def train_head(
 
 def save_head(head: nn.Module, name: str, folder: Path = FOLDER) -> None:
     """Writes a head in bfloat16, and the checksums of all heads in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in head.state_dict().items()}
-    save_file(state, folder / f"{name}.safetensors")
+    with written_whole(folder / f"{name}.safetensors") as new:
+        save_file(state, new)
     write_checksums(folder)
 
 

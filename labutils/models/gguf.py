@@ -10,7 +10,6 @@ so a weight (out_features, in_features) is listed as [in_features, out_features]
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and, for the blocks, ggml-quants.c.
 """
 
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import nn
 from labutils.layers.architecture import is_tied, require_layer, require_llama, require_norm
 from labutils.models.gguf_blocks import BLOCK, FORMATS, PackedRows, encoded, format_of
 from labutils.models.gguf_tokenizer import tokenizer_metadata
+from labutils.paths import written_whole
 from labutils.quantization.packed import PackedEmbedding, PackedLinear
 
 ALIGNMENT = 32
@@ -60,14 +60,8 @@ def export_gguf(model: nn.Module, tokenizer, path: Path, *, format: str = "F32",
     for tensor_name, tensor in tensors:
         if tensor.ndim == 2 and tensor.shape[1] % BLOCK:
             raise ValueError(f"rows must be a multiple of {BLOCK} weights; got {tensor.shape[1]} in {tensor_name}")
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            _write(file, metadata, tensors, format)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_whole(Path(path)) as new, open(new, "wb") as file:
+        _write(file, metadata, tensors, format)
 
 
 def _write(

@@ -1,6 +1,5 @@
 """LabLM's opinion of customers' intents, for small classifiers to learn from: asked once, kept in `data/results`."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from labutils.data import service
 from labutils.distillation.classifiers import choice_log_probs
 from labutils.models.load import LanguageModel, load_model
 from labutils.models.tokenizer import chat_ids, text_ids
-from labutils.paths import DATA
+from labutils.paths import DATA, written_whole
 
 OPINIONS = DATA / "results" / "intent_opinions.safetensors"
 COUNTS = {"train": 2000, "test": 200}  # queries of each split that LabLM was asked about
@@ -56,6 +55,6 @@ def recorded_opinions(path: Path = OPINIONS) -> dict[str, Float[Tensor, "queries
     if not path.is_file():
         loaded = load_model("lablm")
         asked = {s: torch.stack([intent_opinion(loaded, c) for c in intent_queries(s).chats]).half() for s in COUNTS}
-        save_file(asked, path.with_suffix(".new"))  # a kill must not leave half of it under its name
-        os.replace(path.with_suffix(".new"), path)
+        with written_whole(path) as new:
+            save_file(asked, new)
     return {split: opinions.float() for split, opinions in load_file(path).items()}

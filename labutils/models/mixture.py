@@ -1,6 +1,5 @@
 """What LabLM reads: code and service dialogues as token streams, and a batch that depends on nothing but the step."""
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from labutils.data import corpus, service
 from labutils.models.tokenizer import END_OF_TEXT, SPECIAL_TOKENS
+from labutils.paths import written_whole
 
 # The source of each code sequence, again and again.
 PATTERN = ("stdlib", "stdlib", "stdlib", "stdlib-tests", "stdlib", "stdlib", "stdlib", "packages")
@@ -78,8 +78,8 @@ def write_streams(texts: dict[str, list[str]], tokenizer: PreTrainedTokenizerFas
         shuffled = [documents[i] for i in order.permutation(len(documents))]
         stream = encode_stream(tokenizer, shuffled, is_chat=name == "service")
         for array, path in zip((stream.ids, stream.starts), _stream_paths(folder, name), strict=True):
-            np.save(folder / "unfinished.npy", array)
-            os.replace(folder / "unfinished.npy", path)
+            with written_whole(path) as new:
+                np.save(new, array)
 
 
 def read_streams(folder: Path) -> dict[str, Stream]:

@@ -22,7 +22,7 @@ from labutils.models.compare import bits_by_document, held_out_documents
 from labutils.models.evaluate_service import score_task
 from labutils.models.load import LanguageModel, load_model
 from labutils.models.training import Run, TrainingPlan, train
-from labutils.paths import DATA, ROOT
+from labutils.paths import DATA, ROOT, written_whole
 from labutils.pruning.structured import keep_layers, keep_neurons, neuron_scores, strongest
 from labutils.training.losses import LossOf, teacher_loss
 
@@ -272,5 +272,6 @@ def reference_scores(path: Path = REFERENCES, *, items: int = 100) -> dict[str, 
             name: scores(load_model(name), items=items) | {"weights": sha256(DATA / name / "model.safetensors")}
             for name in ("lablm", "lablm-small")
         }
-        path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        with written_whole(path) as new:
+            new.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))

@@ -5,7 +5,6 @@ What a step reads must depend on the step's number alone; then a run that was ki
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from labutils.paths import written_whole
 from labutils.training.losses import LossOf, counted, text_first
 
 # Ids, labels and, where rows are padded on the left, the tokenizer's attention mask; each (sequences, tokens).
@@ -50,9 +50,8 @@ class TrainingState:
             "curve": self.curve,
             "random": torch.get_rng_state(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".new"))
-        os.replace(path.with_suffix(".new"), path)
+        with written_whole(path) as new:
+            torch.save(state, new)
 
     def restore_(self, saved: dict) -> None:
         """Takes over what `torch.load` read of such a file, torch's own random state included (dropout needs it)."""
