@@ -27,6 +27,9 @@ ASIDE = {
     "llguidance": "llguidance==1.9.1",
     "xgrammar": "xgrammar==0.2.9",
     "tvm_ffi": "apache-tvm-ffi==0.1.15.post2",  # xgrammar needs it
+    "openai": "openai==3.57.0",
+    "jiter": "jiter==0.19.0",  # openai needs it, and sniffio
+    "sniffio": "sniffio==1.3.1",
 }
 
 

@@ -29,6 +29,7 @@ COMMANDS = (
     "distil",
     "evaluate",
     "export",
+    "serve",
 )
 OVERVIEW = (
     (("lab",), "open the course in JupyterLab; the first call sets everything up"),
@@ -39,7 +40,7 @@ OVERVIEW = (
     (("build", "rebadge"), "regenerate the notebooks; point their badges at your own copy, OWNER/NAME"),
     (("bench", "plot"), "measure and compare; draw a ledger on the one speed-quality plot"),
     (("train", "distil"), "train the course's own models, and chapter 05's students"),
-    (("evaluate", "export"), "measure a model; write it out for other programs"),
+    (("evaluate", "export", "serve"), "measure a model; write it out for other programs; serve it to OpenAI's clients"),
 )
 
 
