@@ -54,7 +54,7 @@ def _unscattered(hidden, head, counts, keep):
     return (head[_kept(counts, keep)] @ hidden).softmax(-1)
 
 
-@exercise("10.6")
+@exercise("10.7")
 def trimmed_probs(answer):
     """Probabilities of a draft whose head has only the most frequent tokens."""
     generator = torch.Generator().manual_seed(0)
@@ -108,7 +108,7 @@ def _unweighted(target_probs, draft_probs, drawn_from):
     return _law(target_probs, draft_probs, torch.ones_like(drawn_from))
 
 
-@exercise("10.7")
+@exercise("10.3")
 def output_law(answer):
     """The exact law of the token that comes out when a draft is drawn from one law and judged by another."""
     p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.6, 0.1, 0.3])

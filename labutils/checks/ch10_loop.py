@@ -33,7 +33,7 @@ def _most_tokens(acceptance, step_s, draft_s):
     return len(gains) - 1, gains[-1]
 
 
-@exercise("10.3")
+@exercise("10.4")
 def best_draft_tokens(answer):
     """The γ with the highest predicted speed-up, and that speed-up."""
     flat, linear = [1.0] * 9, [1.0 + 0.5 * i for i in range(9)]
@@ -91,7 +91,7 @@ def _only_longest(token_ids, count, longest):
     return token_ids[found[-1] + longest :][:count] if found else []
 
 
-@exercise("10.4")
+@exercise("10.5")
 def prompt_lookup(answer):
     """What followed the longest suffix where it last occurred."""
     expect_function(
@@ -167,7 +167,7 @@ class ToyDraft:
 
 
 def loop_with(*, forget=lambda target, drafted, accepted: target.rewind(drafted - accepted), first_free=False):
-    """The speculative loop of exercise 10.5, right or with one bug."""
+    """The speculative loop of exercise 10.6, right or with one bug."""
 
     def loop(target, draft, token_ids, new_tokens, draft_tokens):
         text = list(token_ids)
@@ -193,7 +193,7 @@ def _watched(loop):
     return run
 
 
-@exercise("10.5")
+@exercise("10.6")
 def repaired_loop(answer):
     """The target's own text, and no token read twice."""
 
