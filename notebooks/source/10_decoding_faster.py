@@ -1836,8 +1836,8 @@ print(
 #
 # The chapter's proposers meet again on the same texts, with the same verifier, in interleaved rounds. The **predicted** speed-up comes from the
 # acceptance, the step curve of section 1 and the measured cost of a guess, by the formula of exercise 10.4. The **measured** one comes from
-# the clock. The formula takes every guess as equally likely to stand. A copy from the prompt is right in long runs or not at all, and there the two
-# part. (Trees and forced text have their own tables in sections 5 and 8.)
+# the clock. The formula takes every guess as equally likely to stand, and it leaves out the verifier's own work in Python between two
+# steps: compare the two columns. (Trees and forced text have their own tables in sections 5 and 8.)
 #
 # **Predict:** does a proposer that owns a model beat those that own nothing, and on which text?
 
