@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from labutils.data import corpus, service
+from labutils.models.tokenizer import chat_ids
 
 KINDS = ("code", "chat", "translation", "qa")
 CODE_TOKENS, CODE_STRIDE, FAQ_TURNS, SEED = 256, 512, 5, 10
@@ -32,8 +33,7 @@ def text_prompts(kind: str, tokenizer, count: int) -> list[Int[Tensor, "1 _"]]:
     if kind == "code":
         return _code(tokenizer, count)
     chats = {"chat": _chats, "translation": _translations, "qa": _faqs}[kind](count)
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    return [tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids for text in texts]
+    return [torch.tensor([chat_ids(tokenizer, chat, add_generation_prompt=True)]) for chat in chats]
 
 
 def _code(tokenizer, count: int) -> list[Tensor]:
