@@ -25,7 +25,7 @@ def fits(value, hint) -> bool:
     if origin is tuple and Ellipsis not in arguments:
         return isinstance(value, tuple) and len(value) == len(arguments) and all(map(fits, value, arguments))
     if origin is list:
-        return all(fits(item, arguments[0]) for item in value)
+        return value is not None and all(fits(item, arguments[0]) for item in value)
     return True
 
 

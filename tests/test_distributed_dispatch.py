@@ -1,18 +1,23 @@
 """`dispatch` on an engine of plain objects, whose faults come when a test says so; Dask's own are elsewhere."""
 
 import os
+import pickle
 import subprocess
 import sys
+import threading
+import time
 from collections import deque
 from itertools import count
 
 import psutil
 import pytest
 
-from labutils.distributed import dispatch as module
 from labutils.distributed.dispatch import Report, Settings, dispatch
-from labutils.distributed.work import answer_batch, current_node
+from labutils.distributed.work import NodeGone, answer_batch, current_node
 from labutils.measurement.resources import peak_memory
+from labutils.widgets.dispatch import dispatch_widget, print_progress, show_progress
+
+looks = [0.0]
 
 
 class PlainEngine:
@@ -29,14 +34,18 @@ class PlainEngine:
     def nodes(self):
         return dict(self.addresses)
 
+    def session(self):
+        return self
+
     def submit(self, node, address, function, payloads):
-        handle = next(self.handles)
+        handle, payloads = next(self.handles), [pickle.loads(payload) for payload in payloads]
         if self.addresses.get(node) == address:
             self.queues[node].append((handle, function, payloads))
         self.most_held = max(self.most_held, sum(len(p) for q in self.queues.values() for *_, p in q))
         return handle
 
     def finished(self, timeout_s):
+        looks[0] += 1
         found = []
         for node, queue in self.queues.items():
             self.worked[node] += 1
@@ -49,7 +58,7 @@ class PlainEngine:
                 self.stopped.add(node)
             else:
                 queue.popleft()
-                found.append((handle, answer_batch(function, payloads, node)))
+                found.append((handle, answer_batch(function, [pickle.dumps(payload) for payload in payloads], node)))
         return found
 
     def kill(self, node):
@@ -64,9 +73,8 @@ class PlainEngine:
 
 @pytest.fixture(autouse=True)
 def time_by_looks(monkeypatch):
-    """A second passes at every look at the clock: timeouts come after a number of steps, not of seconds."""
-    ticks = count()
-    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(ticks)))
+    """A second passes whenever somebody waits for outcomes: timeouts come after a number of steps."""
+    monkeypatch.setattr(time, "monotonic", lambda: looks[0])
 
 
 def doubled(batch):
@@ -104,7 +112,7 @@ def test_policies_share_out_as_they_say():
 def test_a_raising_request_is_one_named_error_and_spoils_no_other():
     answers, report = run([1, "bad", 3, 4], PlainEngine(), Settings(max_requests=4))
     assert [(a.value, a.error) for a in answers] == [(2, None), (None, "KeyError: 'bad'"), (6, None), (8, None)]
-    assert (report.answers, report.errors, report.retries) == (3, 1, 0)
+    assert (report.answers, report.errors, report.retries) == (3, 1, 4)  # each of the four ran again by itself
 
 
 def test_a_function_that_loses_answers_is_an_error_of_each_request():
@@ -195,6 +203,122 @@ def test_what_is_in_flight_is_forgotten_when_nobody_listens_any_more():
     assert len(engine.forgotten) >= 2
 
 
+@pytest.mark.parametrize(("problem", "errors"), [(NodeGone("b has ended"), 0), (OSError("too large"), 1)])
+def test_a_batch_that_is_never_sent_is_blamed_only_if_its_node_was_there(problem, errors):
+    class Refusing(PlainEngine):
+        refusals = 5
+
+        def submit(self, node, address, function, payloads):
+            if pickle.loads(payloads[0]) == 3 and self.refusals:
+                self.refusals -= 1
+                raise problem
+            return super().submit(node, address, function, payloads)
+
+    answers, report = run(range(6), Refusing())
+    assert [a.value for a in answers if not a.error] == [2 * i for i in range(6) if i != 3 or not errors]
+    assert (report.errors, bool(report.retries)) == (errors, bool(errors))
+    assert not errors or answers[3].error == "OSError: too large (request 3 was alone on 2 nodes that failed)"
+
+
+class Unsendable:
+    def __reduce__(self):
+        raise TypeError("stays here")
+
+
+class Unreadable:
+    def __reduce__(self):
+        return int, ("x",)
+
+
+@pytest.mark.parametrize("bad", [Unsendable(), "long", "unmeasured", "unreadable", "exits"])
+def test_a_bad_request_is_a_named_error_and_the_others_are_answered(bad):
+    def work(batch):
+        if "exits" in batch:
+            sys.exit("bye")
+        return [Unreadable() if request == "unreadable" else request for request in batch]
+
+    settings = Settings(max_requests=3, max_tokens=9, length=lambda r: {"long": 10, "unmeasured": "?"}.get(r, 1))
+    answers, report = run([0, 1, bad, 3, 4], PlainEngine(), settings, work)
+    assert [a.value for a in answers] == [0, 1, None, 3, 4] and report.errors == 1
+    expected = {
+        "long": "NotSent: ValueError: a request must fit max_tokens=9; got 10",
+        "unmeasured": "NotSent: ValueError: invalid literal for int() with base 10: '?'",
+        "unreadable": "Unreadable answer: ValueError: invalid literal for int() with base 10: 'x'",
+        "exits": "SystemExit: bye",
+    }
+    assert answers[2].error == expected.get(bad, "NotSent: TypeError: stays here")
+
+
+def test_a_function_that_cannot_be_sent_is_refused_before_anything_is_read():
+    read = iter(range(3))
+    with pytest.raises(ValueError, match="a function must be picklable to reach the nodes; got TypeError"):
+        run(read, PlainEngine(), function=Unsendable())
+    assert next(read) == 0
+
+
+def test_a_source_that_raises_is_answered_as_far_as_it_was_read():
+    def broken():
+        yield from range(5)
+        raise OSError("the file ended early")
+
+    answers = dispatch(broken(), doubled, PlainEngine())
+    assert [next(answers).value for _ in range(5)] == [0, 2, 4, 6, 8]
+    with pytest.raises(OSError, match="the file ended early"):
+        next(answers)
+
+
+def test_a_live_source_gets_its_answers_before_its_next_request_comes():
+    answered = threading.Event()
+
+    def users():
+        yield 1
+        assert answered.wait(30), "the first user was never answered"
+        yield 2
+
+    answers = dispatch(users(), doubled, PlainEngine(), Settings(live=True, timeout_s=10**9))
+    assert next(answers).value == 2
+    answered.set()
+    assert [a.value for a in answers] == [4]
+
+
+def test_a_live_source_that_raises_and_one_that_nobody_reads_to_its_end():
+    def broken():
+        yield 1
+        raise OSError("no more users")
+
+    answers = dispatch(broken(), doubled, PlainEngine(), Settings(live=True, timeout_s=10**9))
+    assert next(answers).value == 2
+    with pytest.raises(OSError, match="no more users"):
+        next(answers)
+    before = threading.active_count()
+    answers = dispatch(count(), doubled, PlainEngine(), Settings(live=True, timeout_s=10**9))
+    assert next(answers).value == 0
+    answers.close()
+    limit = time.perf_counter() + 30
+    while threading.active_count() > before:
+        assert time.perf_counter() < limit, "the thread outlives its run"
+
+
+def test_memory_is_bounded_in_bytes():
+    sent, engine = [], PlainEngine(speeds={"a": 5, "b": 5})
+    requests = (sent.append(i) or bytes(1000) for i in range(100))
+    for answer in dispatch(requests, lambda batch: batch, engine, Settings(window_bytes=10_000)):
+        assert len(sent) <= answer.id + 11  # the tenth reaches 10,000 bytes, for a pickle is longer than its content
+    assert len(sent) == 100
+
+
+def test_progress_ends_at_n_of_n_in_print_and_box(capsys):
+    box = dispatch_widget(9)
+    shows = [show_progress(9, box), print_progress(9, steps=3)]
+    answers = dispatch(
+        ["bad", *range(8)], doubled, PlainEngine(), on_progress=lambda report: [show(report) for show in shows]
+    )
+    assert [next(answers).id for _ in range(9)] == list(range(9))  # nobody asks for more
+    line = box.children[0].value
+    assert line.startswith("9 of 9 answered, 1 with an error") and sum(b.value for b in box.children[1:]) == 9
+    assert capsys.readouterr().out.splitlines()[-1] == line
+
+
 def pass_a_million():
     """Prints how far the memory's peak rose, in bytes; run as a process of its own, where no shape is checked."""
     settings, report, before = Settings(max_requests=500, window=8000), Report(), psutil.Process().memory_info().rss
@@ -241,8 +365,10 @@ def test_progress_is_told_after_every_step_and_the_node_knows_its_name():
         ({"policy": "random"}, "policy must be one of"),
         ({"policy": "weighted"}, "needs a positive rate for every node"),
         ({"policy": "weighted", "rates": {"a": 0.0}}, "needs a positive rate for every node"),
-        ({"window": 0}, "must be positive"),
-        ({"timeout_s": 0}, "must be positive"),
+        ({"window": 0}, "window must be at least 1; got 0"),
+        ({"window_bytes": 0}, "window_bytes must be at least 1; got 0"),
+        ({"timeout_s": 0}, "timeout_s must be positive; got 0"),
+        ({"timeout_s": float("nan")}, "timeout_s must be positive; got nan"),
     ],
 )
 def test_settings_refuse_what_cannot_be(settings, words):

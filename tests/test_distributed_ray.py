@@ -47,7 +47,7 @@ def ray_stands(tmp_path_factory):
         yield
         return
     if sys.platform != "linux" or sys.version_info[:2] > (3, 13):
-        pytest.skip("Ray's own build for this system was never tried here: pip install 'labutils[cluster]'")
+        pytest.skip("Ray's own build for this system was never tried here: pip install 'ray>=2.60'")
     folder = tmp_path_factory.mktemp("ray")
     install_aside(folder, ["ray==2.60.0", "protobuf==7.36.2"])
     with pytest.MonkeyPatch.context() as patch:

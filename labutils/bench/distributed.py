@@ -87,7 +87,7 @@ class _OnlyNode:
     """An engine that shows a single node of another."""
 
     def __init__(self, engine: Engine, name: str, address: str) -> None:
-        self.submit, self.finished, self.forget = engine.submit, engine.finished, engine.forget
+        self.session = engine.session
         self.nodes = lambda: {name: address}
 
 

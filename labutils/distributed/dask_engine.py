@@ -1,5 +1,6 @@
 """Dask distributed as the engine: a cluster of processes on this machine, loopback only, or any cluster by address."""
 
+import asyncio
 import contextlib
 import logging
 import queue
@@ -12,47 +13,61 @@ from pathlib import Path
 from labutils.distributed.launch import is_loopback
 from labutils.distributed.work import AnswerBatch, Outcome, answer_batch
 
-FETCH_S = 30.0
-MISSING = 'Dask distributed is needed here: pip install "labutils[lab]"'
+LOOK_S = 2.0
+MISSING = 'Dask distributed is needed here: pip install "distributed>=2025.7"'
 
 
 class DaskEngine:
-    """A Dask client as `dispatch` sees it: batches pinned to named nodes, outcomes in a queue."""
+    """A Dask client as `dispatch` sees it."""
+
+    def __init__(self, client) -> None:
+        self.client = client
+
+    def nodes(self) -> Mapping[str, str]:
+        """Returns the workers' names and addresses.
+
+        Raises:
+            Exception: Where the scheduler does not answer within `LOOK_S`; a broken connection has a dozen names.
+        """
+        workers = self.client.sync(self.client.scheduler.identity, n_workers=-1, callback_timeout=LOOK_S)["workers"]
+        return {str(worker["name"]): address for address, worker in workers.items()}
+
+    def session(self) -> "DaskSession":
+        """Opens a session for one run."""
+        return DaskSession(self.client)
+
+
+class DaskSession:
+    """Batches pinned to named nodes; outcomes are fetched in Dask's own thread and come in a queue."""
 
     def __init__(self, client) -> None:
         self.client = client
         self.done: queue.SimpleQueue = queue.SimpleQueue()
 
-    def nodes(self) -> Mapping[str, str]:
-        """Returns the workers' names and addresses; none where the scheduler does not answer."""
-        try:
-            workers = self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"]
-        except Exception:  # its connection is broken in one of a dozen ways
-            return {}
-        return {str(worker["name"]): address for address, worker in workers.items()}
-
-    def submit(self, node: str, address: str, function: AnswerBatch, payloads: list) -> object:
+    def submit(self, node: str, address: str, function: AnswerBatch, payloads: list[bytes]) -> object:
         """Pins a batch to one worker: Dask's own stealing and retrying would blur whose fault a loss is."""
         future = self.client.submit(
             answer_batch, function, payloads, node, workers=[address], allow_other_workers=False, pure=False
         )
-        future.add_done_callback(self.done.put)
+        self.client.loop.add_callback(self._fetch, future)
         return future
 
-    def finished(self, timeout_s: float) -> list[tuple[object, Sequence[Outcome] | Exception]]:
+    async def _fetch(self, future) -> None:
+        """Waits for an outcome. It lives on its node: if that dies first, this waits until the batch is forgotten."""
+        try:
+            outcome = await self.client.gather(future, asynchronous=True)
+        except (Exception, asyncio.CancelledError) as error:
+            outcome = error if isinstance(error, Exception) else RuntimeError("cancelled")
+        self.done.put((future, outcome))
+
+    def finished(self, timeout_s: float) -> list[tuple[object, Sequence[Outcome] | Exception | None]]:
         """Waits for the first finished batch and takes all others that are there."""
         found = []
         with contextlib.suppress(queue.Empty):
             found.append(self.done.get(timeout=timeout_s))
             while True:
                 found.append(self.done.get_nowait())
-        return [(future, self._outcome(future)) for future in found]
-
-    def _outcome(self, future) -> Sequence[Outcome] | Exception:
-        try:
-            return future.result(timeout=FETCH_S)
-        except Exception as error:
-            return error
+        return found
 
     def forget(self, handles: Iterable[object]) -> None:
         """Cancels batches; a broken connection has none left to cancel."""
@@ -122,7 +137,8 @@ def tls_security(certificates: Path):
 def make_certificates(folder: Path) -> Path:
     """Writes an authority of its own and one certificate for all nodes, with the `openssl` program; returns the folder.
 
-    Who holds key.pem is a member of the cluster: copy the folder to the nodes over a safe way, and to nobody else.
+    The folder is made where it is missing. Anyone who holds key.pem is a member of the cluster: copy the folder to the
+    nodes over a secure connection, and to nobody else.
 
     Raises:
         ValueError: Where the `openssl` program is missing.
@@ -130,6 +146,7 @@ def make_certificates(folder: Path) -> Path:
     if shutil.which("openssl") is None:
         raise ValueError("the program openssl is needed to make certificates; got none on this machine")
     new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=labutils"]
+    folder.mkdir(parents=True, exist_ok=True)
     files = ["-keyout", "key.pem", "-out", "cert.pem"]
     subprocess.run([*new, *files], cwd=folder, check=True, capture_output=True)
     (folder / "key.pem").chmod(0o600)

@@ -2,18 +2,19 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from labutils.distributed.launch import is_loopback
-from labutils.distributed.work import AnswerBatch, Outcome, answer_batch
+from labutils.distributed.work import AnswerBatch, NodeGone, Outcome, answer_batch
 
-MISSING = 'Ray is needed here: pip install "labutils[cluster]"'
+MISSING = 'Ray is needed here: pip install "ray>=2.60"'
 
 
 class Worker:
     """What runs in an actor."""
 
-    def answer(self, function: AnswerBatch, payloads: list, node: str) -> list[Outcome]:
+    def answer(self, function: AnswerBatch, payloads: list[bytes], node: str) -> list[Outcome] | None:
         """Answers a batch."""
         return answer_batch(function, payloads, node)
 
@@ -21,24 +22,50 @@ class Worker:
 class RayEngine:
     """Ray actors as `dispatch` sees them; a dead actor is replaced, under its old name and a new address."""
 
-    def __init__(self, ray, nodes: int) -> None:
-        self.ray, self.make = ray, ray.remote(num_cpus=1, max_restarts=0)(Worker).remote
+    def __init__(self, ray, nodes: int, gpus_per_node: float = 0) -> None:
+        self.ray = ray
+        spread = {"scheduling_strategy": "SPREAD", "num_cpus": 1, "num_gpus": gpus_per_node, "max_restarts": 0}
+        self.make = ray.remote(**spread)(Worker).remote
         self.actors = {f"node-{i}": self.make() for i in range(nodes)}
-        self.waiting: list = []
 
     def nodes(self) -> Mapping[str, str]:
         """Returns the actors by name; one whose last answer was its death has been replaced by then."""
         return {name: actor._actor_id.hex() for name, actor in self.actors.items()}
 
-    def submit(self, node: str, address: str, function: AnswerBatch, payloads: list) -> object:
-        """Queues a batch in an actor, which works on one at a time."""
-        handle = self.actors[node].answer.remote(function, payloads, node)
+    def session(self) -> "RaySession":
+        """Opens a session for one run."""
+        return RaySession(self)
+
+    def replace(self, actor_id: str) -> None:
+        """Starts a new actor in the place of a dead one."""
+        for name, actor in self.actors.items():
+            if actor._actor_id.hex() == actor_id:
+                self.actors[name] = self.make()
+
+
+class RaySession:
+    """The batches of one run in the engine's actors."""
+
+    def __init__(self, engine: RayEngine) -> None:
+        self.engine, self.ray = engine, engine.ray
+        self.waiting: list = []
+
+    def submit(self, node: str, address: str, function: AnswerBatch, payloads: list[bytes]) -> object:
+        """Queues a batch in an actor, which works on one at a time.
+
+        Raises:
+            NodeGone: If the actor at this address has been replaced.
+        """
+        if self.engine.nodes()[node] != address:
+            raise NodeGone(f"{node} has been replaced")
+        handle = self.engine.actors[node].answer.remote(function, payloads, node)
         self.waiting.append(handle)
         return handle
 
-    def finished(self, timeout_s: float) -> list[tuple[object, Sequence[Outcome] | Exception]]:
+    def finished(self, timeout_s: float) -> list[tuple[object, Sequence[Outcome] | Exception | None]]:
         """Waits for a batch; those of a dead actor are left to `dispatch`, which sees the new address."""
         if not self.waiting:
+            time.sleep(timeout_s)
             return []
         done, self.waiting = self.ray.wait(self.waiting, timeout=timeout_s)
         found = []
@@ -46,15 +73,10 @@ class RayEngine:
             try:
                 found.append((handle, self.ray.get(handle)))
             except self.ray.exceptions.RayActorError as error:
-                self._replace(error.actor_id)
+                self.engine.replace(error.actor_id)
             except Exception as error:
                 found.append((handle, error))
         return found
-
-    def _replace(self, actor_id: str) -> None:
-        for name, actor in self.actors.items():
-            if actor._actor_id.hex() == actor_id:
-                self.actors[name] = self.make()
 
     def forget(self, handles: Iterable[object]) -> None:
         """Stops waiting for batches and cancels those that have not begun."""
@@ -65,12 +87,13 @@ class RayEngine:
 
 
 @contextlib.contextmanager
-def ray_cluster(nodes: int, *, address: str | None = None) -> Iterator[RayEngine]:
-    """Starts Ray on this machine, or joins a running cluster at "host:port", with `nodes` actors.
+def ray_cluster(nodes: int, *, address: str | None = None, gpus_per_node: float = 0) -> Iterator[RayEngine]:
+    """Starts Ray on this machine, or joins a running cluster at "host:port", with `nodes` actors spread over it.
 
     Ray's processes listen on every interface, whatever they are told (seen with 2.60): its token authentication, on by
     default there, has to stay on. Beyond this machine set RAY_USE_TLS=1 and its certificates on every node as well.
 
+    Each actor takes one CPU and `gpus_per_node` GPUs; an actor for which the cluster has no room never starts.
     Whatever Ray has started is stopped at the end, after a start that failed too.
 
     Raises:
@@ -90,6 +113,6 @@ def ray_cluster(nodes: int, *, address: str | None = None) -> Iterator[RayEngine
     here = {"num_cpus": nodes, "_node_ip_address": "127.0.0.1", "include_dashboard": False}
     try:
         ray.init(address=address, log_to_driver=False, **({} if address else here))
-        yield RayEngine(ray, nodes)
+        yield RayEngine(ray, nodes, gpus_per_node)
     finally:
         ray.shutdown()

@@ -1,11 +1,17 @@
 """What runs on a node: a batch of requests, each answered or failing on its own."""
 
+import contextlib
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 
 AnswerBatch = Callable[[list], list]
+MOST_WORDS = 2000
 _current = {"node": ""}
+
+
+class NodeGone(Exception):
+    """An engine's word that the node at this address has ended, so that a batch was never sent."""
 
 
 @dataclass(frozen=True)
@@ -21,20 +27,54 @@ def current_node() -> str:
     return _current["node"]
 
 
-def answer_batch(function: AnswerBatch, payloads: list, node: str) -> list[Outcome]:
-    """Answers a batch at once; if that raises, one by one, so that a bad request spoils no other.
+def describe(error: BaseException) -> str:
+    """Returns an error's name and its message, cut to a length that fits into a report.
 
-    >>> outcomes = answer_batch(lambda batch: [1 / x for x in batch], [1, 0], "here")
+    >>> describe(KeyError("bad"))
+    "KeyError: 'bad'"
+    """
+    try:
+        return f"{type(error).__name__}: {error}"[:MOST_WORDS]
+    except Exception:  # its own __str__ raises
+        return type(error).__name__
+
+
+def dumps(value: object) -> bytes:
+    """Pickles a value; what only this program's own cells define goes by value, if cloudpickle is installed.
+
+    Raises:
+        Exception: Whatever `pickle` raises for a value that cannot be pickled.
+    """
+    with contextlib.suppress(Exception):
+        data = pickle.dumps(value)
+        if b"__main__" not in data:
+            return data
+    try:
+        from cloudpickle import dumps as by_value
+    except ModuleNotFoundError:
+        by_value = pickle.dumps
+    return by_value(value)
+
+
+def answer_batch(function: AnswerBatch, payloads: list[bytes], node: str) -> list[Outcome] | None:
+    """Answers a batch of pickled requests. None says that the batch failed and its requests have to run one by one.
+
+    >>> outcomes = answer_batch(lambda batch: [1 / x for x in batch], [pickle.dumps(0)], "here")
     >>> [outcome.error for outcome in outcomes]
-    [None, 'ZeroDivisionError: division by zero']
+    ['ZeroDivisionError: division by zero']
     """
     _current["node"] = node
     try:
-        values = function(payloads)
+        values = function([pickle.loads(payload) for payload in payloads])
         if len(values) != len(payloads):
             raise ValueError(f"the function must answer each request of a batch; {len(values)} for {len(payloads)}")
-        return [Outcome(pickle.dumps(value), None) for value in values]
+        return [_outcome(value) for value in values]
+    except BaseException as error:  # a function that calls sys.exit must not take the node along
+        return [Outcome(None, describe(error))] if len(payloads) == 1 else None
+
+
+def _outcome(value: object) -> Outcome:
+    try:
+        return Outcome(pickle.dumps(value), None)
     except Exception as error:
-        if len(payloads) == 1:
-            return [Outcome(None, f"{type(error).__name__}: {error}")]
-    return [answer_batch(function, [payload], node)[0] for payload in payloads]
+        return Outcome(None, f"Unsendable answer: {describe(error)}")

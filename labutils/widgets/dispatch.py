@@ -8,17 +8,17 @@ from typing import TextIO
 
 import ipywidgets as widgets
 
-from labutils.distributed.dispatch import Report
+from labutils.distributed.settings import Report
 
 
 def progress_line(report: Report, total: int) -> str:
     """Returns where a run stands, in one line.
 
-    >>> progress_line(Report(answers=3, retries=1), 10)
-    '3 of 10 answered, 0 errors, 1 retries, 0 nodes lost'
+    >>> progress_line(Report(answers=3, errors=2, retries=1), 10)
+    '5 of 10 answered, 2 with an error, 1 retries, 0 nodes lost'
     """
     shares = "".join(f"; {node} {count}" for node, count in sorted(report.per_node.items()))
-    done = f"{report.answers} of {total} answered, {report.errors} errors"
+    done = f"{report.answers + report.errors} of {total} answered, {report.errors} with an error"
     return f"{done}, {report.retries} retries, {report.lost_nodes} nodes lost{shares}"
 
 
