@@ -9,17 +9,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from labutils.distributed.work import AnswerBatch, Outcome, answer_batch, describe, dumps
-
-
-def take_all(done: queue.SimpleQueue, timeout_s: float) -> list:
-    """Waits for the first entry of a queue and takes all others that are there; none after the timeout."""
-    found = []
-    with contextlib.suppress(queue.Empty):
-        found.append(done.get(timeout=timeout_s))
-        while True:
-            found.append(done.get_nowait())
-    return found
+from labutils.distributed.work import AnswerBatch, Outcome, answer_batch, describe, dumps, take_all
 
 
 def serve(connection, node: str) -> None:

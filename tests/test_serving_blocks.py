@@ -123,3 +123,12 @@ def test_the_checker_sees_each_kind_of_damage(damage, rule):
     damage(pool)
     with pytest.raises(AssertionError, match=rule):
         check_blocks(pool, [table])
+
+
+def test_hashes_of_a_grown_text_go_on_from_the_known_ones():
+    text = list(range(11))
+    whole = chained_hashes(text, 3, salt="ada")
+    assert len(whole) == 3
+    for count in range(4):
+        assert chained_hashes(text, 3, salt="ada", known=whole[:count]) == whole
+    assert chained_hashes(text, 3, known=whole[:1])[1:] == whole[1:]  # the salt is in the known ones

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from labutils.distributed.launch import is_loopback
-from labutils.distributed.work import AnswerBatch, Outcome, answer_batch
+from labutils.distributed.work import AnswerBatch, Outcome, answer_batch, take_all
 
 LOOK_S = 2.0
 MISSING = 'Dask distributed is needed here: pip install "distributed>=2025.7"'
@@ -62,12 +62,7 @@ class DaskSession:
 
     def finished(self, timeout_s: float) -> list[tuple[object, Sequence[Outcome] | Exception | None]]:
         """Waits for the first finished batch and takes all others that are there."""
-        found = []
-        with contextlib.suppress(queue.Empty):
-            found.append(self.done.get(timeout=timeout_s))
-            while True:
-                found.append(self.done.get_nowait())
-        return found
+        return take_all(self.done, timeout_s)
 
     def forget(self, handles: Iterable[object]) -> None:
         """Cancels batches; a broken connection has none left to cancel."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import queue
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,6 +55,16 @@ def dumps(value: object) -> bytes:
     except ModuleNotFoundError:
         by_value = pickle.dumps
     return by_value(value)
+
+
+def take_all(done: queue.SimpleQueue, timeout_s: float) -> list:
+    """Waits for the first entry of a queue and takes all others that are there; none after the timeout."""
+    found = []
+    with contextlib.suppress(queue.Empty):
+        found.append(done.get(timeout=timeout_s))
+        while True:
+            found.append(done.get_nowait())
+    return found
 
 
 def answer_batch(function: AnswerBatch, payloads: list[bytes], node: str) -> list[Outcome] | None:

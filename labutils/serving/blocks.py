@@ -16,7 +16,9 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 
-def chained_hashes(token_ids: Sequence[int], block_size: int, *, salt: str = "") -> list[bytes]:
+def chained_hashes(
+    token_ids: Sequence[int], block_size: int, *, salt: str = "", known: Sequence[bytes] = ()
+) -> list[bytes]:
     """One hash for each full block: H_i = hash(H_{i-1}, tokens of block i), and H_{-1} = hash(salt).
 
     The same tokens behind another beginning, or under another salt, have another hash. Clients with different salts
@@ -25,9 +27,16 @@ def chained_hashes(token_ids: Sequence[int], block_size: int, *, salt: str = "")
     >>> a, b = (chained_hashes(text, 2) for text in ([1, 2, 3, 4, 5], [9, 9, 3, 4]))
     >>> len(a), len(b), a[1] == b[1]
     (2, 2, False)
+
+    Args:
+        token_ids: The text.
+        block_size: Positions of a block.
+        salt: Of the client.
+        known: The hashes of the text's first blocks, from an earlier call; only those behind them are computed.
     """
-    parent, hashes = blake2b(salt.encode(), digest_size=16).digest(), []
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
+    hashes = list(known)
+    parent = hashes[-1] if hashes else blake2b(salt.encode(), digest_size=16).digest()
+    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
         tokens = array("q", token_ids[start : start + block_size]).tobytes()
         parent = blake2b(parent + tokens, digest_size=16).digest()
         hashes.append(parent)

@@ -251,7 +251,7 @@ class Scheduler:
         is written into a copy, unless nobody else holds the block.
         """
         total = len(request.token_ids)
-        request.hashes = chained_hashes(request.token_ids, self.pool.block_size, salt=request.salt)
+        self._hash(request)
         shared = self.pool.match(request.hashes)
         whole = len(shared) * self.pool.block_size == total
         copy = whole and self.pool.references[shared[-1]] > 0
@@ -269,9 +269,14 @@ class Scheduler:
         size = self.pool.block_size
         full = request.computed // size
         if full > len(request.hashes):
-            request.hashes = chained_hashes(request.token_ids[: full * size], size, salt=request.salt)
+            self._hash(request)
         for index in range(start // size, full):
             self.pool.publish(request.table[index], request.hashes[index])
+
+    def _hash(self, request: Request) -> None:
+        """Names the full blocks of a text that has grown."""
+        size = self.pool.block_size
+        request.hashes = chained_hashes(request.token_ids, size, salt=request.salt, known=request.hashes)
 
     def _give_back(self, request: Request) -> None:
         self.pool.release(request.table)
