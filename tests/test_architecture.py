@@ -19,7 +19,7 @@ TOPICS = (
     "serving",
 )
 FLOORS = [
-    {"paths", "measurement", "layers", "training"},
+    {"paths", "hosts", "measurement", "layers", "training"},
     set(TOPICS),
     {"models", "data"},
     {"checks", "plots", "widgets", "course"},

@@ -28,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Serves until interrupted."""
     from labutils.course.extras import install_extra
-    from labutils.serving.server import is_loopback
+    from labutils.hosts import is_loopback
 
     key = os.environ.get(KEY) or None
     if not is_loopback(args.host) and key is None:

@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from labutils.distributed.launch import is_loopback
 from labutils.distributed.work import AnswerBatch, Outcome, answer_batch, take_all
+from labutils.hosts import is_loopback
 
 LOOK_S = 2.0
 MISSING = 'Dask distributed is needed here: pip install "distributed>=2025.7"'

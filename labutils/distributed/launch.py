@@ -6,7 +6,6 @@ kernel, an interrupt, a timeout and a restart of the kernel leave nothing runnin
 """
 
 import contextlib
-import ipaddress
 import os
 import pickle
 import re
@@ -18,6 +17,8 @@ import tempfile
 from pathlib import Path
 
 import psutil
+
+from labutils.hosts import is_loopback
 
 TARGET = re.compile(r"[\w.]+:\w+")
 FAILED = re.compile(r"rank +: (\d+) .*\n\s+exitcode +: (-?\d+)")  # in torchrun's closing table
@@ -123,17 +124,6 @@ def require_free_port(address: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"rdzv must name a free port of this machine; got {address!r} ({error.strerror})") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine's own loopback.
-
-    >>> is_loopback("127.0.0.1"), is_loopback("10.0.0.1")
-    (True, False)
-    """
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    return host == "localhost"
 
 
 def meeting(folder: Path, nnodes: int, node_rank: int, rdzv: str | None) -> list[str]:

@@ -5,8 +5,8 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from labutils.distributed.launch import is_loopback
 from labutils.distributed.work import AnswerBatch, NodeGone, Outcome, answer_batch
+from labutils.hosts import is_loopback
 
 MISSING = 'Ray is needed here: pip install "ray>=2.60"'
 

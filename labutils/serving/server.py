@@ -14,11 +14,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
 
 import torch
 
 from labutils.generation.sampling import Sampler
+from labutils.hosts import is_loopback
 from labutils.serving.protocol import Answer, ApiError, StopText, Wanted, parse, usage
 from labutils.serving.scheduler import End, Refusal, Request
 from labutils.serving.service import Piece, Service
@@ -56,18 +56,6 @@ class Bounds:
     body_bytes: int = 2**18
     read_s: float = 10.0
     answer_s: float = 120.0
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only.
-
-    >>> [is_loopback(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "example.org")]
-    [True, True, True, False, False]
-    """
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def make_app(service: Service, served: Served, *, key: str | None = None, bounds: Bounds | None = None):
