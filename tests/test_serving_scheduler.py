@@ -40,7 +40,7 @@ def explore(first, end):
 
 
 def test_random_schedules_keep_every_invariant_and_everybody_s_text():
-    seen = explore(0, 200)
+    seen = explore(0, 700)
     assert min(seen.values()) > 20, seen  # copies, preemptions, hits and refusals were all among them
 
 
@@ -80,6 +80,18 @@ def test_a_block_that_others_hold_is_copied_before_it_is_written():
     step = world.step()[0]
     assert again.table[0] == first.table[0] and again.table[1] != first.table[1]
     assert step.copies == ((first.table[1], again.table[1]),)
+
+
+def test_a_block_that_is_written_in_place_is_shared_by_nobody_in_that_step():
+    world = World(scheduler())
+    world.scheduler.submit(Request([1, 2, 1, 2], max_new_tokens=1))
+    run(world)
+    again, longer = (world.scheduler.submit(Request([1, 2, 1, 2, *end], max_new_tokens=1)) for end in ((), (1, 2)))
+    step = world.step()[0]  # the world verifies that each written block has one holder
+    assert spans(step) == [(3, 4), (2, 6)] and step.copies == () and (again.cached, longer.cached) == (3, 2)
+    last = world.scheduler.submit(Request([1, 2, 1, 2, 0], max_new_tokens=1))
+    world.step()
+    assert last.cached == 4  # and it is known again
 
 
 def test_prefixes_are_shared_under_one_salt_only():

@@ -107,6 +107,9 @@ class BlockPool:
     def own(self, table: list[int], index: int) -> tuple[int, int] | None:
         """Makes a table the only one that holds its block `index`, so that it may be written: copy on write.
 
+        A block that is not copied is no longer known by its hash until it is published again: nobody shares what is
+        being written.
+
         Returns:
             The block to copy from and the block to copy to, or None if nobody else held it.
 
@@ -115,6 +118,7 @@ class BlockPool:
         """
         shared = table[index]
         if self.references[shared] == 1:
+            self._forget(shared)
             return None
         (table[index],) = self.allocate([], 1)
         self.references[shared] -= 1
@@ -153,9 +157,13 @@ class BlockPool:
             block = self.free.popleft()
         else:
             block, _ = self.cached.popitem(last=False)
-            del self.block_of[self.hash_of.pop(block)]
+            self._forget(block)
         self.references[block] = 1
         return block
+
+    def _forget(self, block: int) -> None:
+        if block in self.hash_of:
+            del self.block_of[self.hash_of.pop(block)]
 
 
 def check_blocks(pool: BlockPool, tables: Iterable[Sequence[int]]) -> None:

@@ -248,7 +248,7 @@ class Scheduler:
         """Takes blocks for the whole known text, if there is room; looks before it touches anything.
 
         At least the last token is computed, since the next one is drawn from its logits. If its block is known too, it
-        is written into a copy, unless nobody else holds the block.
+        is written into a copy, or in place where nobody else holds it.
         """
         total = len(request.token_ids)
         self._hash(request)
@@ -259,7 +259,7 @@ class Scheduler:
         if not self.pool.room_for(shared, new + copy):
             return False
         request.table = self.pool.allocate(shared, new)
-        if copy and (pair := self.pool.own(request.table, len(shared) - 1)):
+        if whole and (pair := self.pool.own(request.table, len(shared) - 1)):
             copies.append(pair)
         request.computed = request.cached = min(len(shared) * self.pool.block_size, total - 1)
         return True
