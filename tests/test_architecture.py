@@ -32,6 +32,7 @@ NEIGHBOURS = {
     ("training", "paths"),
     ("measurement", "layers"),  # what a model is, is read in one place: layers/architecture.py
     ("decoding", "generation"),  # chapter 10 speeds up the verbs of chapter 01
+    ("serving", "decoding"),  # drafts for several streams
     ("serving", "generation"),  # chapter 11 serves many with the decoder and the samplers of chapter 01
     ("models", "data"),
     ("course", "checks"),
@@ -42,7 +43,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 320, 45
 TABLES = {"data/service_grammar.py"}  # data, not code
 # The design's aims were 500 lines a topic and 5,000 in all; the checks' hints and references alone take 1,400 for four
 # chapters. These bounds keep growth in sight: raise one only beside a chapter that needs it.
-MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_360, 21_900
+MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_360, 22_100
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -101,7 +101,19 @@ def test_finding_across_devices_says_so():
 
 
 def test_finding_when_the_fastest_is_also_the_best():
-    assert finding([record("a", 10, 1.5), record("b", 20, 1.4)]) == "b is fastest and loses no quality (20 tokens/s)"
+    assert finding([record("a", 10, 1.5), record("b", 20, 1.4)]) == "b is fastest, and none is better (20 tokens/s)"
+    near = finding([record("a", 1990, 1.5), record("b", 2000, 1.4)])
+    assert near == "b is fastest, and none is better (2,000 tokens/s, in speed not told apart from a)"
+
+
+def test_finding_claims_only_what_its_intervals_show():
+    assert finding([record("a", 10, 1.5), record("b", 10.1, 1.6)]) == (
+        "b and a are not told apart in speed; the former costs 0.1 bits per byte"
+    )
+    bits = [(1000.0, 100)] * 10
+    noisy = [(1000.0 + (-1) ** i * 50, 100) for i in range(9)] + [(1060.0, 100)]
+    pair = [record("a", 10, 1.25, document_bits=bits), record("b", 20, 1.26, document_bits=noisy)]
+    assert finding(pair) == "b is 2x as fast as a and differs in quality by no more than chance"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
+from labutils.bench.decoding_batches import race_batches
 from labutils.bench.decoding_rows import DraftRow, as_table, judge
 from labutils.bench.decoding_ways import (
     BATCHES,
@@ -113,7 +114,21 @@ class Bench:
             key: tuple(sum(r[1] for r in runs) / max(sum(r[2] for r in runs), 1e-9) for runs in rounds)
             for key, (_, *rounds) in records.items()  # the first warmed up
         }
-        return [self._row(way, kind, speeds, records, same) for way in self.ways for kind in KINDS]
+        rows = [self._row(way, kind, speeds, records, same) for way in self.ways for kind in KINDS]
+        return self._with_batches(rows)
+
+    def _with_batches(self, rows: list[DraftRow]) -> list[DraftRow]:
+        """Adds what drafts gain when several streams are decoded at once, for a packed target."""
+        if self.fastest == "plain float32":
+            return rows
+        self.say("  batches begin")
+        prompts = {
+            kind: [ids[0].tolist() for ids in text_prompts(kind, self.tokenizer, max(BATCHES))] for kind in KINDS
+        }
+        lengths = {way.name: way.lengths for way in self.ways if way.lengths}
+        model = pack_model_(copy.deepcopy(self.model), INT4 if "int4" in self.fastest else INT8)
+        found = race_batches(model, self.makers, lengths, prompts, self.settings, self.stop)
+        return [replace(row, measured=found.get((row.technique, row.kind))) for row in rows]
 
     def _timed(self, way: Way, kind: str) -> list[tuple[int, Tensor]]:
         return list(enumerate(self.prompts[kind][: min(way.prompts, self.settings.prompts)]))
@@ -138,11 +153,14 @@ class Bench:
         kept = frequent_tokens(rows, vocab_size=vocab, count=KEPT_TOKENS)
         trimmed = TrimmedTarget(self._packed(trim_head(self.small, kept), INT8), kept, vocab_size=vocab)
         narrow = pack_model_(copy.deepcopy(self.lablm), INT8)
-        proposers = {
-            "prompt lookup": PromptLookup(),
-            "corpus n-gram": CorpusNgram(rows, vocab_size=vocab, shortest=2),
-            "suffix automaton": SuffixAutomaton(),
-            "LabLM-small int8": ModelDraft(self._packed(self.small, INT8)),
+        counted = CorpusNgram(rows, vocab_size=vocab, shortest=2)
+        self.makers = {  # a new one for each stream of a batch
+            "prompt lookup": PromptLookup,
+            "corpus n-gram": lambda: counted,
+            "suffix automaton": SuffixAutomaton,
+            "LabLM-small int8": lambda: ModelDraft(self._packed(self.small, INT8)),
+        }
+        proposers = {name: make() for name, make in self.makers.items()} | {
             f"LabLM-small, {KEPT_TOKENS} tokens": ModelDraft(trimmed),
             "look-ahead head": LookAheadDraft(self.decoder, load_head("mtp", self.lablm), narrow),
         }

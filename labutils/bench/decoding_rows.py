@@ -18,6 +18,7 @@ class DraftRow:
         draft_tokens: γ, chosen on other prompts.
         acceptance: accepted ÷ judged with its bootstrap interval over prompts; None where nothing was judged.
         predicted: the speed-up that acceptance, the step's curve and the draft's cost foretell, by batch.
+        measured: over plain decoding of the same batch, with the interval, for batches above 1 where they were raced.
         same_text: how many prompts' greedy text equals plain decoding's, and how many part from it at a near-tie.
         exact: whether those are all.
     """
@@ -32,6 +33,7 @@ class DraftRow:
     acceptance: tuple[float, float, float] | None = None
     tokens_per_step: float | None = None
     predicted: dict[int, float] | None = None
+    measured: dict[int, str] | None = None
     same_text: str = ""
     exact: bool = True
     note: str = ""
@@ -71,7 +73,12 @@ def judge(rows: Sequence[DraftRow]) -> list[Bar]:
 def as_table(rows: Sequence[DraftRow]) -> str:
     """The rows as text."""
     head = f"{'technique':<28}{'text':<12}{'γ':>3}{'acceptance':>20}{'a step':>8}{'tokens/s':>10}  {'speed-up':<20}"
-    return "\n".join([head + f"{'predicted at batch 1, 4, 8':<28}same text", *map(_line, rows)])
+    batches = [
+        f"{row.technique}, {row.kind}, {batch} streams: {speedup} (predicted {row.predicted[batch]:.2f}x)"
+        for row in rows
+        for batch, speedup in (row.measured or {}).items()
+    ]
+    return "\n".join([head + f"{'predicted at batch 1, 4, 8':<28}same text", *map(_line, rows), *batches])
 
 
 def _line(row: DraftRow) -> str:

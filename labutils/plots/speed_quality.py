@@ -86,16 +86,27 @@ def drawable_records(records: Sequence[Record], quality: Quality = BITS_PER_BYTE
 
 
 def finding(records: Sequence[Record], quality: Quality = BITS_PER_BYTE) -> str:
-    """Returns the sentence that the plot shows: its title."""
+    """Returns the sentence that the plot shows: its title. What the intervals cannot tell apart, it calls so."""
     front = [records[i] for i in front_of(records, quality)]
     fastest, best = front[0], front[-1]
     if fastest is best:
-        return f"{fastest.technique} is fastest and loses no quality ({fastest.tokens_per_s:.3g} tokens/s)"
+        rivals = [r.technique for r in records if r is not best and not difference_is_sure(r.samples, best.samples)]
+        near = f", in speed not told apart from {' and '.join(rivals)}" if rivals else ""
+        return f"{best.technique} is fastest, and none is better ({_rounded(best.tokens_per_s)} tokens/s{near})"
     ratio = fastest.tokens_per_s / best.tokens_per_s
-    cost = abs(quality.of(fastest) - quality.of(best))
-    unit = "bits per byte" if quality.lower_is_better else "score"
     where = "" if fastest.device == best.device else f" ({fastest.device} against {best.device})"
-    return f"{fastest.technique} is {ratio:.2g}x as fast as {best.technique}{where} and costs {cost:.2g} {unit}"
+    unit = "bits per byte" if quality.lower_is_better else "score"
+    cost = f"costs {abs(quality.of(fastest) - quality.of(best)):.2g} {unit}"
+    if not quality_is_sure(fastest, best, quality):
+        cost = "differs in quality by no more than chance"
+    if difference_is_sure(fastest.samples, best.samples):
+        return f"{fastest.technique} is {_rounded(ratio, 2)}x as fast as {best.technique}{where} and {cost}"
+    return f"{fastest.technique} and {best.technique}{where} are not told apart in speed; the former {cost}"
+
+
+def _rounded(value: float, digits: int = 3) -> str:
+    """A number with so many digits, and never as a power of ten."""
+    return f"{value:,.0f}" if value >= 10**digits else f"{value:.{digits}g}"
 
 
 def front_of(records: Sequence[Record], quality: Quality = BITS_PER_BYTE) -> list[int]:

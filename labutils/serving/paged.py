@@ -50,6 +50,13 @@ class PagedLlama:
 
     def __call__(self, step: Step) -> Float[Tensor, "sampled vocab"]:
         """The logits after each chunk that samples, in the step's order."""
+        hidden = self.read(step)
+        ends = np.cumsum([c.end - c.start for c in step.chunks]) - 1
+        last = [end for end, chunk in zip(ends, step.chunks, strict=True) if chunk.samples]
+        return self.logits(hidden[last]) if last else torch.zeros(0, 0)
+
+    def read(self, step: Step) -> Float[np.ndarray, "tokens hidden"]:
+        """Copies the step's blocks, takes in the tokens of its chunks and returns the last layer's output for each."""
         decoder, chunks = self.decoder, step.chunks
         for source, target in step.copies:
             old, new = (slice(b * self.block_size, (b + 1) * self.block_size) for b in (source, target))
@@ -58,11 +65,12 @@ class PagedLlama:
         with np.errstate(over="ignore"), torch.inference_mode():
             hidden = decoder.embedding(torch.tensor(token_ids)).float().numpy()
             self._through_layers(hidden, chunks)
-            ends = np.cumsum([c.end - c.start for c in chunks]) - 1
-            last = hidden[[end for end, chunk in zip(ends, chunks, strict=True) if chunk.samples]]
-            if not len(last):
-                return torch.zeros(0, 0)
-            return torch.from_numpy(decoder.head(rms_norm(last, decoder.final_gain, decoder.eps), decoder.matvec))
+        return hidden
+
+    def logits(self, hidden: Float[np.ndarray, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
+        """What the head makes of the last layer's output."""
+        decoder = self.decoder
+        return torch.from_numpy(decoder.head(rms_norm(hidden, decoder.final_gain, decoder.eps), decoder.matvec))
 
     def _through_layers(self, hidden: np.ndarray, chunks: Sequence[Chunk]) -> None:
         decoder = self.decoder

@@ -1,0 +1,68 @@
+"""The batches of `bench decoding`: drafts for 4 and 8 streams at once, against plain decoding of as many."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from torch import nn
+
+from labutils.bench.decoding_ways import BATCHES, Settings
+from labutils.decoding.proposers import NoDraft, Proposer
+from labutils.measurement.timing import measure_interleaved, paired_ratio
+from labutils.models.served import paged_llama
+from labutils.serving.speculate import generate_speculative_batch
+
+KINDS = ("qa", "code")
+
+
+def race_batches(
+    model: nn.Module,
+    makers: Mapping[str, Callable[[], Proposer]],
+    lengths: Mapping[str, Mapping[str, int]],
+    prompts: Mapping[str, Sequence[list[int]]],
+    settings: Settings,
+    stop: Sequence[int],
+) -> dict[tuple[str, str], dict[int, str]]:
+    """The measured speed-up of each proposer, by kind of text and number of streams.
+
+    Both sides run on chapter 11's paged decoder, whose attention is NumPy; reading the prompts is not timed.
+
+    Args:
+        model: The target, packed or not.
+        makers: A new proposer for each stream.
+        lengths: γ by proposer and kind.
+        prompts: At least as many of each kind as the largest batch.
+        settings: For the new tokens and the rounds.
+        stop: Ids that end a text.
+
+    Raises:
+        RuntimeError: If a stream's text differs from plain decoding's in the same batch.
+    """
+    longest = max(len(ids) for kind in KINDS for ids in prompts[kind]) + settings.new_tokens + 16
+    target = paged_llama(model, positions=max(BATCHES) * longest)
+    ready = {name: [make() for _ in range(max(BATCHES))] for name, make in {"plain": NoDraft, **makers}.items()}
+    found: dict[tuple[str, str, int], list] = {}
+
+    def run(name: str, kind: str, batch: int) -> None:
+        made = generate_speculative_batch(
+            target,
+            ready[name][:batch],
+            prompts[kind][:batch],
+            settings.new_tokens,
+            draft_tokens=0 if name == "plain" else lengths[name][kind],
+            stop=stop,
+        )
+        found.setdefault((name, kind, batch), []).append(made)
+
+    keys = [(name, kind, batch) for kind in KINDS for batch in BATCHES[1:] for name in ready]
+    measure_interleaved(
+        {"|".join(map(str, key)): partial(run, *key) for key in keys}, repeats=settings.rounds, warmup=1
+    )
+    speedups: dict[tuple[str, str], dict[int, str]] = {}
+    for (name, kind, batch), runs in found.items():
+        plain = found["plain", kind, batch]
+        if runs[0].new_ids != plain[0].new_ids:
+            raise RuntimeError(f"drafts must not change a text; {name} did on {kind} in a batch of {batch}")
+        if name != "plain":
+            speeds = ([each.tokens_per_s for each in side[1:]] for side in (runs, plain))
+            speedups.setdefault((name, kind), {})[batch] = str(paired_ratio(*speeds))
+    return speedups
