@@ -1966,20 +1966,25 @@ for streams in (1, 4, 8):
     rounds = [(batch_of(streams, NoDraft, 0), batch_of(streams, SuffixAutomaton, COUNT)) for _ in range(5)]
     gain = paired_ratio(*([made[side].tokens_per_s for made in rounds] for side in (1, 0)))
     predicted = predicted_at(streams, alpha, COUNT, curves["LabLM int8"], guess_s)
-    alone, drafted = rounds[-1]
+    (alone, drafted), step_s = rounds[-1], curves["LabLM int8"]
+    longer = paired_ratio(*([made[side].seconds / made[side].steps for made in rounds] for side in (1, 0)))
     print(
-        f"{streams} streams, γ = {COUNT}: predicted {predicted:.2f}x, measured {gain}; {drafted.steps} steps for {alone.steps}, "
-        f"{drafted.accepted} of {drafted.drafted} guesses stood, same texts: {alone.new_ids == drafted.new_ids}"
+        f"{streams} streams, γ = {COUNT}: predicted {predicted:.2f}x, measured {gain}, same texts: {alone.new_ids == drafted.new_ids}"
     )
+    print(
+        f"    {drafted.steps} steps for {alone.steps}; {drafted.accepted} of {drafted.drafted} guesses stood;", end=" "
+    )
+    print(f"a step takes {longer} as long, by the curve {step_s[streams * (COUNT + 1) - 1] / step_s[streams - 1]:.2f}x")
 
 # %% [markdown]
-# *Five interleaved rounds, 24 tokens behind each prompt; γ is the same for all. The prediction reads section 1's curve, which one stream's
-# decoder in C has drawn, and α of two other QA prompts.*
+# *Five interleaved rounds, 24 tokens behind each prompt; γ is the same for all. The prediction takes α from section 12 and the price of more
+# rows from section 1's curve, which a decoder with attention in C has drawn.*
 #
 # <details><summary>Explain</summary>
 #
-# With 8 streams a plain step has 8 rows already, so the weights are read for all of them at once, and 24 more rows cost arithmetic. The guesses
-# stand as often as before; what they save is worth less. A busy server therefore drafts less, or stops.
+# With 8 streams a plain step has 8 rows already, so the weights are read for all of them at once, and 24 more rows cost arithmetic: compare how
+# much longer a step takes at 1 and at 8 streams. Two things part the prediction from the clock: α, which belongs to other prompts, and the
+# price of a step, printed last on each line. A busy server drafts less, or stops.
 # </details>
 
 # %% [markdown]
