@@ -27,6 +27,15 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(Path(folder) / path.name, path)
 
 
+def readable(path: Path) -> str:
+    r"""A path as text that can be printed and written: bytes of a name that are no UTF-8 become escapes.
+
+    >>> readable(Path(os.fsdecode(b"group/jos\xe9.ipynb")))
+    'group/jos\\xe9.ipynb'
+    """
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
 def tool_cache_dir() -> Path:
     """Where compiled FPGA tools and their results are kept: $YOWASP_CACHE_DIR if set, else `fpga` in `learner_dir`."""
     return Path(os.environ.get("YOWASP_CACHE_DIR") or learner_dir() / "fpga")

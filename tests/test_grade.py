@@ -30,6 +30,7 @@ from labutils.cli import grade as command
 from labutils.course import grade as module
 from labutils.course.contained import Limits, folder_bytes, run_contained
 from labutils.course.grade import COLUMNS, Options, find_hand_ins, grade, rows, summary, write_csv
+from labutils.course.hand_in import UnusableError, read_hand_in
 
 LIMITS = Limits(time_s=1200, memory_bytes=1 << 30, processes=20, disk_bytes=100_000_000)
 
@@ -178,6 +179,22 @@ def test_grade_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch):
     ran.clear()
     grade(tmp_path / "class", tmp_path / "out", options, say=lambda _: None)
     assert ran == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_names_that_are_no_utf_8_are_graded_and_told(root, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "class"
+    for name in (b"jos\xe9.ipynb", b"ren\xe9e/a.ipynb", "好.ipynb".encode()):
+        save(learner(root), folder / os.fsdecode(name))
+    monkeypatch.setattr(module, "check_contained", fake_result)
+    names = {row["hand_in"] for row in grade(folder, tmp_path / "out", Options(root))}
+    assert names == {r"jos\xe9.ipynb", r"ren\xe9e/a.ipynb", "好.ipynb"}
+    assert {row["hand_in"] for row in read_csv(tmp_path / "out" / "grades.csv")} == names
+    assert r"jos\xe9.ipynb: 1 of 1 right" in capsys.readouterr().out
+    broken = folder / os.fsdecode(b"\xff.ipynb")
+    broken.write_bytes(b"{")
+    with pytest.raises(UnusableError, match=r"^\\xff\.ipynb: not a notebook"):
+        read_hand_in(broken)
 
 
 def test_grade_runs_again_what_changed(root, tmp_path, monkeypatch):

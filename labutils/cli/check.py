@@ -24,12 +24,14 @@ def run(args: Namespace) -> int:
     """Returns 0, 1 or 2, as the help says."""
     from labutils.course.check import as_text, check_notebook
     from labutils.course.hand_in import UnusableError
+    from labutils.paths import readable
 
-    print(f"checking {args.notebook.name}: runs the whole chapter with your answers ...", flush=True)
+    name = readable(Path(args.notebook.name))
+    print(f"checking {name}: runs the whole chapter with your answers ...", flush=True)
     try:
         report = check_notebook(args.notebook, args.root.resolve(), timeout_s=args.timeout)
     except UnusableError as error:
         print(f"labutils: {error}", file=sys.stderr)
         return 2
-    print(as_text(report, args.notebook.name))
+    print(as_text(report, name))
     return 0 if report.is_right else 1

@@ -26,7 +26,7 @@ from pathlib import Path
 from labutils.course import verdicts
 from labutils.course.contained import Limits, run_contained
 from labutils.course.hand_in import SIZE_LIMIT_BYTES, reference_folder
-from labutils.paths import written_whole
+from labutils.paths import readable, written_whole
 
 COLUMNS = ("hand_in", "chapter", "exercise", "verdict", "points", "hint", "note", "seconds")
 UNUSABLE = "unusable"
@@ -58,7 +58,7 @@ def grade(folder: Path, out: Path, options: Options, say=print) -> list[dict]:
     fingerprint = course_fingerprint(options)
 
     def graded(path: Path) -> list[dict]:
-        name = path.relative_to(folder).as_posix()
+        name = readable(path.relative_to(folder))
         result = _stored_or_new(path, hand_ins[path], out / "results", fingerprint, options)
         say(f"{name}: {_one_line(result)}")
         return rows(name, result)
@@ -68,7 +68,8 @@ def grade(folder: Path, out: Path, options: Options, say=print) -> list[dict]:
     write_csv(out / "grades.csv", table)
     _write(out / "summary.md", summary(table))
     for path in [path for path, content in hand_ins.items() if _content(path) != content]:
-        say(f"warning: {path.relative_to(folder)} was changed while grading; its grade is of what it was before")
+        said = "was changed while grading; its grade is of what it was before"
+        say(f"warning: {readable(path.relative_to(folder))} {said}")
     return table
 
 
@@ -104,7 +105,7 @@ def _content(path: Path) -> bytes | str:
 def _stored_or_new(path: Path, content: bytes | str, results: Path, fingerprint: str, options: Options) -> dict:
     if isinstance(content, str):
         return {UNUSABLE: content, "seconds": 0.0}
-    key = hashlib.sha256(fingerprint.encode() + path.name.encode() + b"\0" + content).hexdigest()
+    key = hashlib.sha256(fingerprint.encode() + os.fsencode(path.name) + b"\0" + content).hexdigest()
     store = results / f"{key[:32]}.json"
     try:
         stored = json.loads(store.read_text(encoding="utf-8"))

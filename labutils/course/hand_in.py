@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labutils.course.exercises import chapter_number, exercises, find
+from labutils.paths import readable
 
 SIZE_LIMIT_BYTES = 50_000_000
 LINE_ENDS = tuple("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")  # where `str.splitlines` cuts, and so nbformat
@@ -34,19 +35,20 @@ def read_hand_in(path: Path) -> list[dict]:
     Raises:
         UnusableError: When the file is none, is too large, is not UTF-8, or is not a notebook of format 4.
     """
+    name = readable(Path(path.name))
     try:
         if not path.is_file():
-            raise UnusableError(f"{path.name}: there is no such file")
+            raise UnusableError(f"{name}: there is no such file")
         if path.stat().st_size > SIZE_LIMIT_BYTES:
-            raise UnusableError(f"{path.name}: a notebook has at most {SIZE_LIMIT_BYTES // 10**6} MB")
-        content = _parsed(path.name, path.read_bytes())
+            raise UnusableError(f"{name}: a notebook has at most {SIZE_LIMIT_BYTES // 10**6} MB")
+        content = _parsed(name, path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UnusableError):
             raise
-        raise UnusableError(f"{path.name}: not a notebook ({type(error).__name__}: {str(error)[:80]})") from None
+        raise UnusableError(f"{name}: not a notebook ({type(error).__name__}: {str(error)[:80]})") from None
     cells = content.get("cells") if isinstance(content, dict) else None
     if not isinstance(cells, list):
-        raise UnusableError(f"{path.name}: a notebook of format 4 has a list of cells; this file has none")
+        raise UnusableError(f"{name}: a notebook of format 4 has a list of cells; this file has none")
     return [_plain(cell) for cell in cells if isinstance(cell, dict)]
 
 
