@@ -3,11 +3,14 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from labutils.bench import llama_server
+from labutils.bench.decoding_batches import RememberingPaged, race_batches
 from labutils.bench.decoding_rows import DraftRow, as_table, judge
 from labutils.bench.decoding_ways import Remembering, Settings, draft_way, near_tie, plain_way, predicted_at, step_curve
-from labutils.decoding.proposers import ModelDraft, PromptLookup
+from labutils.decoding.proposers import ModelDraft, NoDraft, PromptLookup
 from labutils.generation.decode import generate_cached
 from labutils.generation.fast_llama import FastLlama
+from labutils.serving.paged import PagedLlama
+from labutils.serving.speculate import generate_speculative_batch
 
 
 def decoder(model=None):
@@ -63,6 +66,30 @@ def test_step_curve_covers_every_row_that_is_asked_for():
         Remembering(FastLlama(tiny_model("llama-gqa-tied", max_position_embeddings=512), max_length=400))
     )
     assert len(curve) == 8 * 17 and min(curve) > 0
+
+
+def test_batches_are_raced_with_the_texts_of_plain_decoding():
+    model, draft = tiny_model("llama-gqa-tied", max_position_embeddings=64), tiny_model("llama-gqa-tied")
+    prompts = {kind: [random_ids(6 + i, seed=i)[0].tolist() for i in range(8)] for kind in ("qa", "code")}
+    makers = {"copies": PromptLookup, "drafts": lambda: ModelDraft(FastLlama(draft, max_length=64, matvec="numpy"))}
+    lengths = {name: {"qa": 2, "code": 3} for name in makers}
+    found = race_batches(model, makers, lengths, prompts, Settings(new_tokens=6), stop=())
+    assert set(found) == {(name, kind) for name in makers for kind in ("qa", "code")}
+    assert all(set(gains) == {4, 8} and all("x [" in gain for gain in gains.values()) for gains in found.values())
+
+
+def test_remembered_prompts_of_a_paged_decoder_are_put_back():
+    plain, ids = (
+        PagedLlama(FastLlama(tiny_model("llama-gqa-tied"), max_length=64, matvec="numpy"), block_size=4),
+        [3, 1, 4],
+    )
+    remembering, texts = RememberingPaged(plain), []
+    for other in ([9] * 11, [7] * 5):
+        for prompts in ([ids], [other, ids]):
+            made = generate_speculative_batch(remembering, [NoDraft()] * len(prompts), prompts, 5, draft_tokens=0)
+            texts.append(made.new_ids[-1])
+    assert texts == [generate_speculative_batch(plain, [NoDraft()], [ids], 5, draft_tokens=0).new_ids[0]] * 4
+    assert len(remembering.known) == 3
 
 
 def row(technique, kind, speed, **more):

@@ -153,14 +153,14 @@ class Bench:
         kept = frequent_tokens(rows, vocab_size=vocab, count=KEPT_TOKENS)
         trimmed = TrimmedTarget(self._packed(trim_head(self.small, kept), INT8), kept, vocab_size=vocab)
         narrow = pack_model_(copy.deepcopy(self.lablm), INT8)
-        counted = CorpusNgram(rows, vocab_size=vocab, shortest=2)
         self.makers = {  # a new one for each stream of a batch
-            "prompt lookup": PromptLookup,
-            "corpus n-gram": lambda: counted,
             "suffix automaton": SuffixAutomaton,
             "LabLM-small int8": lambda: ModelDraft(self._packed(self.small, INT8)),
         }
-        proposers = {name: make() for name, make in self.makers.items()} | {
+        proposers = {
+            "prompt lookup": PromptLookup(),
+            "corpus n-gram": CorpusNgram(rows, vocab_size=vocab, shortest=2),
+            **{name: make() for name, make in self.makers.items()},
             f"LabLM-small, {KEPT_TOKENS} tokens": ModelDraft(trimmed),
             "look-ahead head": LookAheadDraft(self.decoder, load_head("mtp", self.lablm), narrow),
         }
