@@ -75,7 +75,10 @@ def test_batches_are_raced_with_the_texts_of_plain_decoding():
     lengths = {name: {"qa": 2, "code": 3} for name in makers}
     found = race_batches(model, makers, lengths, prompts, Settings(new_tokens=6), stop=())
     assert set(found) == {(name, kind) for name in makers for kind in ("qa", "code")}
-    assert all(set(gains) == {4, 8} and all("x [" in gain for gain in gains.values()) for gains in found.values())
+    assert all(
+        set(gains) == {4, 8} and all(f"same text {n}/{n}" in gain for n, gain in gains.items())
+        for gains in found.values()
+    )
 
 
 def test_remembered_prompts_of_a_paged_decoder_are_put_back():

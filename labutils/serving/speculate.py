@@ -50,7 +50,9 @@ def generate_speculative_batch(
     choose: Callable[[Tensor], Tensor] = greedy,
     stop: Collection[int] = (),
 ) -> BatchSpeculation:
-    """Generates what the target alone would write behind each prompt; a stream that has ended leaves the batch.
+    """Generates what the target alone would write behind each prompt, but for near-ties: see `PagedLlama`.
+
+    A stream that has ended leaves the batch.
 
     Args:
         model: The target; what its memory holds is lost.
