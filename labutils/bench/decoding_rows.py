@@ -18,7 +18,7 @@ class DraftRow:
         draft_tokens: γ, chosen on other prompts.
         acceptance: accepted ÷ judged with its bootstrap interval over prompts; None where nothing was judged.
         predicted: the speed-up that acceptance, the step's curve and the draft's cost foretell, by batch.
-        measured: over plain decoding of the same batch, with the interval and the texts that are equal, for batches above 1.
+        measured: over plain decoding of the same batch, with its interval and the equal texts, for batches above 1.
         same_text: how many prompts' greedy text equals plain decoding's, and how many part from it at a near-tie.
         exact: whether those are all.
     """

@@ -31,10 +31,10 @@ def slots(table: Sequence[int], count: int, block_size: int) -> Int[np.ndarray, 
 class PagedLlama:
     """Computes a scheduler's steps with a `FastLlama`, whose cache becomes the memory of the blocks.
 
-    Packed matrices give a row the same bits alone and among others. Float32 matrices, and attention, which is NumPy here,
-    may differ in the last bits, since they choose the order of sums by the number of rows of an input or of a chunk. A
-    difference of bits becomes another token only where two logits nearly tie; activations that are rounded to int8 make
-    such a gap wider (0.007 on LabLM, seen once in 16 texts of 40 tokens).
+    Packed matrices give a row the same bits alone and among others. Float32 matrices, and attention, which is NumPy
+    here, may differ in the last bits, since they choose the order of sums by the number of rows of an input or of a
+    chunk. Such a difference becomes another token only where two logits nearly tie; activations that are rounded to
+    int8 make it larger (seen on LabLM: one of 8 texts parted, at a gap of 0.007).
 
     Args:
         decoder: Its `max_length` is the number of positions in all blocks together.
