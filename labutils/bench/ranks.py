@@ -9,19 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from labutils.distributed.collectives import Comm, Link, broadcast_weights_, checksum
+from labutils.distributed.collectives import Comm, Link, broadcast_weights_, checksum, rank_device
 from labutils.distributed.experts import expert_parallel
 from labutils.distributed.pipeline import Stage, gpipe_forward, pipeline_generate
 from labutils.distributed.ring_attention import ring_attention
 from labutils.distributed.tensor_parallel import tensor_parallel_
+from labutils.measurement.timing import synchronize
 
 
 def hello() -> dict[str, object]:
     """Adds up the ranks' numbers, then gives all of them rank 0's weights: checksums before and after."""
-    total = torch.tensor([dist.get_rank() + 1])
+    total = torch.tensor([dist.get_rank() + 1], device=rank_device())
     dist.all_reduce(total)
     torch.manual_seed(dist.get_rank())
-    layer = torch.nn.Linear(4, 4)
+    layer = torch.nn.Linear(4, 4).to(rank_device())
     before = checksum(layer)
     after = broadcast_weights_(layer)
     return {"rank": dist.get_rank(), "sum": int(total), "before": before, "after": after}
@@ -29,7 +30,7 @@ def hello() -> dict[str, object]:
 
 def divides(dividend: float, divisors: Sequence[float]) -> float:
     """Divides by the rank's own divisor and adds up: with a zero among them one rank fails, the others wait for it."""
-    quotient = torch.tensor([dividend / divisors[dist.get_rank()]])
+    quotient = torch.tensor([dividend / divisors[dist.get_rank()]], device=rank_device())
     dist.all_reduce(quotient)
     return float(quotient)
 
@@ -44,7 +45,7 @@ def paced_pipeline(pace_s: float, counts: Sequence[int]) -> dict[int, list[tuple
 
     for count in counts:
         dist.barrier()
-        pieces = [torch.zeros(1, 1)] * count
+        pieces = [torch.zeros(1, 1, device=comm.device)] * count
         _, found[count] = gpipe_forward(forward, comm, pieces, shape=lambda piece: tuple(piece.shape))
     return found
 
@@ -53,19 +54,19 @@ def four_ranks(pace_s: float, counts: Sequence[int]) -> dict[str, object]:
     """The paced pipeline, a text longer than one rank holds, and experts that live on different ranks."""
     comm, generator = Comm(), torch.Generator().manual_seed(0)
     times = paced_pipeline(pace_s, counts)
-    text = torch.randn(3, 2, 16 * comm.size, 8, generator=generator)
+    text = torch.randn(3, 2, 16 * comm.size, 8, generator=generator).to(comm.device)
     mine = text[:, :, 16 * comm.rank : 16 * (comm.rank + 1)]
     attended = ring_attention(*mine, comm)
     ring = dict(comm.sent_bytes)
     comm.reset()
-    weight = torch.randn(comm.size, 8, 8, generator=generator)
-    x, expert_ids = mine[0, 0], torch.arange(16) * 7 % comm.size
+    weight = torch.randn(comm.size, 8, 8, generator=generator).to(comm.device)
+    x, expert_ids = mine[0, 0], torch.arange(16, device=comm.device) * 7 % comm.size
     y = expert_parallel(x, expert_ids, [lambda rows: rows @ weight[comm.rank]], comm)
     off = (y - torch.einsum("ti,tij->tj", x, weight[expert_ids])).abs().max().item()
     return {
         "times": times,
-        "text": text,
-        "attended": attended,
+        "text": text.cpu(),
+        "attended": attended.cpu(),
         "ring": ring,
         "expert_off": off,
         "moved": comm.sent_bytes,
@@ -94,15 +95,17 @@ def over_links(name: str, token_ids: Tensor, new_tokens: int, links: Mapping[str
     from labutils.models.load import load_model
 
     comm = Comm()
-    sliced = tensor_parallel_(load_model(name).model, comm)
+    sliced = tensor_parallel_(load_model(name).model, comm).to(comm.device)
     staged = Comm()
-    stage = Stage(load_model(name).model, staged)
+    stage = Stage(load_model(name).model.to(comm.device), staged)
+    token_ids = token_ids.to(comm.device)
     groups = list(token_ids.chunk(staged.size))
     ways: dict[str, Callable[[], object]] = {
         "tensor": lambda: greedy(sliced, token_ids, new_tokens),
         "pipeline": lambda: pipeline_generate(stage, groups, new_tokens),
     }
     tokens = {way: run() for way, run in ways.items()}  # the warm-up
+    tokens = {"tensor": tokens["tensor"].cpu(), "pipeline": [group.cpu() for group in tokens["pipeline"]]}
     comm.reset()
     greedy(sliced, token_ids[:, :1], 1)
     sent = dict(comm.calls), dict(comm.sent_bytes)
@@ -114,9 +117,15 @@ def over_links(name: str, token_ids: Tensor, new_tokens: int, links: Mapping[str
                 dist.barrier()
                 began = time.monotonic()
                 run()
+                synchronize(comm.device)
                 dist.barrier()
                 seconds[way, link_name].append(time.monotonic() - began)
     return {"tokens": tokens, "seconds": seconds, "sent": sent}
+
+
+def logits_of(model: torch.nn.Module, token_ids: Tensor) -> Tensor:
+    """Returns a model's logits on the CPU, without a cache."""
+    return model(token_ids, use_cache=False).logits.cpu()
 
 
 def library_logits(name: str, token_ids: Tensor) -> dict[str, object]:
@@ -128,14 +137,14 @@ def library_logits(name: str, token_ids: Tensor) -> dict[str, object]:
     from labutils.models.load import load_model
     from labutils.paths import DATA
 
-    ranks, found = dist.get_world_size(), {}
+    ranks, found, token_ids = dist.get_world_size(), {}, token_ids.to(rank_device())
     with torch.no_grad():
-        found["parallelize_module"] = parallelize_by_torch_(load_model(name).model)(token_ids, use_cache=False).logits
+        found["parallelize_module"] = logits_of(parallelize_by_torch_(load_model(name).model), token_ids)
         if importlib.util.find_spec("accelerate") is None:
             return found | {"skipped": "transformers' own way needs `pip install accelerate`"}
-        found["tp_plan='auto'"] = load_by_transformers(DATA / name, tp_size=ranks)(token_ids, use_cache=False).logits
+        found["tp_plan='auto'"] = logits_of(load_by_transformers(DATA / name, tp_size=ranks), token_ids)
         piped = load_by_transformers(DATA / name, pp_size=ranks)
-        found["pp_size"] = piped.generate(token_ids, max_new_tokens=4, do_sample=False, pad_token_id=1)
+        found["pp_size"] = piped.generate(token_ids, max_new_tokens=4, do_sample=False, pad_token_id=1).cpu()
     return found
 
 
@@ -144,7 +153,8 @@ def two_ranks(name: str, token_ids: Tensor, new_tokens: int, links: Mapping[str,
     with torch.no_grad():
         from labutils.models.load import load_model
 
-        logits = tensor_parallel_(load_model(name).model, Comm())(token_ids, use_cache=False).logits
+        sliced = tensor_parallel_(load_model(name).model, Comm()).to(rank_device())
+        logits = logits_of(sliced, token_ids.to(rank_device()))
     over = over_links(name, token_ids, new_tokens, links, repeats)
     counted = loopback_bytes(megabytes=8, rounds=4)
     return {"by hand": logits, **library_logits(name, token_ids), "over": over, "loopback": counted}

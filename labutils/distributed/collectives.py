@@ -46,14 +46,21 @@ def all_reduce_bytes(nbytes: float, ranks: int) -> float:
     return 2 * (ranks - 1) * nbytes / ranks
 
 
+def rank_device() -> torch.device:
+    """Returns where this rank's tensors belong: on its GPU in a group that has NCCL, else on the CPU."""
+    nccl = "nccl" in dist.get_backend_config()
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
 class Comm:
     """A process group with a meter: `calls` by kind, and `sent_bytes` by kind as a ring sends them.
 
+    Tensors are expected on `device`, where those that arrive are made.
     With a `link`, every message takes at least that link's time: a simulation, on top of what it really takes.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, link: Link | None = None) -> None:
-        self.group, self.link = group, link
+        self.group, self.link, self.device = group, link, rank_device()
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.calls: Counter[str] = Counter()
         self.sent_bytes: Counter[str] = Counter()
@@ -106,7 +113,7 @@ class Comm:
         sent_at = torch.zeros(1, dtype=torch.float64)
         if self.link:
             dist.recv(sent_at, group_src=source, group=self.group)
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(shape, dtype=dtype, device=self.device)
         dist.recv(tensor, group_src=source, group=self.group)
         if self.link:
             time.sleep(max(0.0, sent_at.item() + self.link.send_s(tensor.nbytes) - time.monotonic()))

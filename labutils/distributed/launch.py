@@ -14,7 +14,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -23,6 +25,8 @@ from labutils.hosts import is_loopback
 TARGET = re.compile(r"[\w.]+:\w+")
 FAILED = re.compile(r"rank +: (\d+) .*\n\s+exitcode +: (-?\d+)")  # in torchrun's closing table
 GRACE_S = 5.0
+TAIL_BYTES = 2**16  # of what all ranks print
+SIGNALS = {int(number): number.name for number in signal.Signals}  # real-time signals have no name
 
 
 class RankError(RuntimeError):
@@ -53,30 +57,33 @@ def launch(
         nproc: Ranks on this machine.
         args: Keyword arguments, the same for every rank; pickled.
         timeout_s: Seconds after which all ranks are ended.
-        device: "cpu" (gloo), "cuda" (NCCL, one GPU a rank) or "auto": cuda where there are GPUs enough.
+        device: "cpu" (gloo), "cuda" (NCCL, one GPU a rank, and gloo for tensors on the CPU) or "auto": cuda where
+            there are GPUs enough. Several machines must name it, for each would choose by its own GPUs.
         restarts: How often a failed group starts again from the beginning.
         nnodes: Machines. Each runs `launch` with the same `rdzv`, and gets the results of its own ranks.
         node_rank: This machine's number; number 0 holds the meeting point.
-        rdzv: "host:port" of the meeting point, for several machines. Its port is open to whoever reaches the host:
-            only for a private network, whose interface the variable GLOO_SOCKET_IFNAME names. On one machine ranks
-            meet through a file and talk over the loopback alone.
+        rdzv: "host:port" of the meeting point, for several machines. This port and those that the ranks choose are
+            open to whoever reaches the host: only for a private network, whose interface the variables
+            GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name. On one machine ranks meet through a file and talk over
+            the loopback alone.
+
+    The end of what the ranks print, 64 kB of it, is printed when they have ended.
 
     Raises:
         ValueError: For a target, count or device that cannot be, or a busy port.
-        RankError: When a rank raised or was killed; the first one's traceback.
+        RankError: When a rank raised, was killed, or ended without a result; the first one's traceback.
         TimeoutError: With the place where each unfinished rank stood.
     """
     backend = check_launch(target, nproc, device, nnodes, node_rank, rdzv)
-    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+    with tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         (folder / "args").write_bytes(pickle.dumps(args or {}))
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", f"--nnodes={nnodes}"]
         command += ["--monitor-interval=0.1", f"--max-restarts={restarts}", *meeting(folder, nnodes, node_rank, rdzv)]
         command += ["-m", "labutils.distributed.rank", target, name, backend]
-        with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
-            agent = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=out, stderr=err, env=environment(rdzv), start_new_session=True
-            )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        agent = subprocess.Popen(command, **pipes, env=environment(rdzv), start_new_session=True)
+        printed, log = Tail(agent.stdout), Tail(agent.stderr)
         try:
             agent.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -84,8 +91,30 @@ def launch(
             raise TimeoutError(timeout_report(folder, nproc, timeout_s)) from None
         finally:  # also at KeyboardInterrupt
             end(agent, folder)
-            print(text(folder / "out"), end="")
-        return results(folder, agent.returncode)
+            print(printed.text(), end="")
+        return results(folder, agent.returncode, log.text())
+
+
+class Tail:
+    """Reads a stream to its end in a thread of its own, and keeps the last `TAIL_BYTES` of it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.kept, self.left_out = stream, b"", 0
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        with self.stream:
+            while block := self.stream.read1(TAIL_BYTES):
+                self.kept += block
+                self.left_out += max(0, len(self.kept) - TAIL_BYTES)
+                self.kept = self.kept[-TAIL_BYTES:]
+
+    def text(self) -> str:
+        """Returns what was kept, after a line that says how much was not."""
+        self.thread.join(GRACE_S)
+        note = f"[{self.left_out} bytes of output left out]\n" if self.left_out else ""
+        return note + self.kept.decode("utf-8", errors="replace")
 
 
 def check_launch(target: str, nproc: int, device: str, nnodes: int, node_rank: int, rdzv: str | None) -> str:
@@ -107,18 +136,24 @@ def check_launch(target: str, nproc: int, device: str, nnodes: int, node_rank: i
         raise ValueError(f"device='cuda' needs a GPU for each of nproc={nproc} ranks; got {gpus} GPUs: use 'cpu'")
     if (nnodes > 1) != (rdzv is not None):
         raise ValueError(f"rdzv='host:port' goes with nnodes > 1, and only with it; got nnodes={nnodes}, rdzv={rdzv!r}")
-    if rdzv and node_rank == 0:
-        require_free_port(rdzv)
-    return "gloo" if device == "cpu" or gpus < nproc else "nccl"
+    if nnodes > 1 and device == "auto":
+        raise ValueError("with nnodes > 1 all machines must name the same device, cpu or cuda; got 'auto'")
+    if rdzv:
+        require_address(rdzv, free=node_rank == 0)
+    return "gloo" if device == "cpu" or gpus < nproc else "cpu:gloo,cuda:nccl"
 
 
-def require_free_port(address: str) -> None:
-    """Refuses a "host:port" that somebody listens on already.
+def require_address(address: str, *, free: bool) -> None:
+    """Refuses what is no "host:port" and, if it must be `free`, a port that somebody listens on already.
 
     Raises:
-        ValueError: If the port is busy, or the address is no address of this machine.
+        ValueError: For another form, a busy port, or an address that must be free and is none of this machine's.
     """
     host, _, port = address.rpartition(":")
+    if not (host and re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 2**16):
+        raise ValueError(f"rdzv must read 'host:port', such as '10.0.0.1:29500'; got {address!r}")
+    if not free:
+        return
     try:
         with socket.create_server((host, int(port))):
             pass
@@ -135,7 +170,10 @@ def meeting(folder: Path, nnodes: int, node_rank: int, rdzv: str | None) -> list
     if is_loopback(rdzv.rpartition(":")[0]):
         options.append("--local-addr=127.0.0.1")
     elif interface:  # otherwise torchrun tells the others this machine's name, which they may not know
-        addresses = [a.address for a in psutil.net_if_addrs()[interface] if a.family == socket.AF_INET]
+        found = psutil.net_if_addrs()
+        addresses = [a.address for a in found.get(interface, ()) if a.family == socket.AF_INET]
+        if not addresses:
+            raise ValueError(f"GLOO_SOCKET_IFNAME must name one of {', '.join(found)}; got {interface!r}")
         options.append(f"--local-addr={addresses[0]}")
     return [*options, f"--rdzv-conf=is_host={int(node_rank == 0)}"]
 
@@ -150,27 +188,35 @@ def environment(rdzv: str | None) -> dict[str, str]:
     if sys.platform == "win32":
         environ["USE_LIBUV"] = "0"
     elif rdzv is None or is_loopback(rdzv.rpartition(":")[0]):
-        environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     return environ
 
 
 def end(agent: subprocess.Popen, folder: Path) -> None:
-    """Ends the agent and every rank: asks by closing stdin, then kills what is stopped or stuck."""
+    """Ends the agent and every rank: asks by closing stdin, then kills what is stopped or stuck.
+
+    It runs while other errors are on their way, so what cannot be ended hides none of them.
+    """
     family = {}
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = {p.pid: p for p in [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]}
+    with contextlib.suppress(OSError):
+        (folder / "ended").touch()  # ranks whose stdin closes without it have lost their caller
+    with contextlib.suppress(psutil.Error):
+        family[agent.pid] = psutil.Process(agent.pid)
+        family |= {child.pid: child for child in family[agent.pid].children(recursive=True)}
     for file in folder.glob("*.pid"):  # ranks whose agent is dead have another parent now
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             rank = psutil.Process(int(file.read_text()))
             if str(folder) in rank.cmdline():
                 family.setdefault(rank.pid, rank)
     agent.stdin.close()
     _, alive = psutil.wait_procs(family.values(), timeout=GRACE_S)
     for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(alive, timeout=GRACE_S)
-    agent.wait(GRACE_S)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        agent.wait(GRACE_S)
 
 
 def text(path: Path) -> str:
@@ -183,21 +229,30 @@ def rank_of(path: Path) -> int:
     return int(path.stem)
 
 
-def results(folder: Path, returncode: int) -> list:
+def results(folder: Path, returncode: int | None, log: str) -> list:
     """Returns what the ranks returned.
+
+    Args:
+        folder: Where they left it.
+        returncode: The agent's.
+        log: What the agent wrote to stderr.
 
     Raises:
         RankError: If one of them did not.
     """
     if returncode == 0:
-        return [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("*.result"), key=rank_of)]
-    log = text(folder / "err")
+        found = {rank_of(path): pickle.loads(path.read_bytes()) for path in folder.glob("*.result")}
+        for rank in sorted({rank_of(path) for path in folder.glob("*.pid")} - set(found)):
+            raise RankError(rank, f"rank {rank} ended with exit code 0 before it sent a result")
+        return [found[rank] for rank in sorted(found)]
     for rank, code in [(int(rank), int(code)) for rank, code in FAILED.findall(log)]:
         if code < 0 and -code != signal.SIGTERM:  # SIGTERM is how the agent ends the others
-            raise RankError(rank, f"rank {rank} was killed by {signal.Signals(-code).name}; it left no traceback")
+            raise RankError(
+                rank, f"rank {rank} was killed by {SIGNALS.get(-code, f'signal {-code}')}; it left no traceback"
+            )
     errors = [(*pickle.loads(path.read_bytes()), rank_of(path)) for path in folder.glob("*.error")]
     if errors:
-        _, trace, rank = min(errors)
+        *_, trace, rank = min(errors)
         raise RankError(rank, f"rank {rank} failed first:\n{trace}")
     raise RankError(None, f"torch.distributed.run ended with exit code {returncode}:\n{log[-2000:]}")
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 
+from labutils.distributed.collectives import rank_device
+
 
 def parallelize_by_torch_(model: nn.Module) -> nn.Module:
     """Cuts a Llama-like model over all ranks with torch's own plan styles, in place: the weights become DTensors."""
@@ -18,8 +20,8 @@ def parallelize_by_torch_(model: nn.Module) -> nn.Module:
     plan = {f"model.layers.*.{name}": style for name, style in layer.items()}
     plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate())
     plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return parallelize_module(model, init_device_mesh(device, (dist.get_world_size(),)), plan)
+    mesh = init_device_mesh(rank_device().type, (dist.get_world_size(),))
+    return parallelize_module(model.to(rank_device()), mesh, plan)
 
 
 def load_by_transformers(folder: str | Path, **sizes: int) -> nn.Module:

@@ -27,7 +27,8 @@ def partial_attention(
             A query that sees no key gets output 0 and log denominator -inf.
     """
     scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
-    ahead = torch.arange(key.shape[1]) > torch.arange(query.shape[1])[:, None] + offset
+    positions = [torch.arange(length, device=query.device) for length in (key.shape[1], query.shape[1])]
+    ahead = positions[0] > positions[1][:, None] + offset
     scores = scores.masked_fill(ahead, -torch.inf)
     return scores.softmax(dim=-1).nan_to_num(0.0) @ value, scores.logsumexp(dim=-1)
 
