@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import random_ids, tiny_model
@@ -111,6 +113,11 @@ def test_judge_takes_the_best_of_each_side():
     bars = judge(rows)
     assert [bar.holds for bar in bars] == [True, False, False, True]
     assert "b at least 1.8 times plain int8" in str(bars[0]) and "1.06x" in bars[1].measured
+    profiled = replace(rows[3], shares=(0.1, 0.6, 0.3))
+    profile = "2.00 tokens a step; time: 10% drafting, 60% rows, 30% verifier and Python"
+    assert judge([*rows[:3], profiled, *rows[4:]])[0].measured.endswith(profile)
+    whole_text = DraftRow(technique="all at once", model="m", kind="qa", threads=1, note="nothing to time")
+    assert as_table([whole_text]).endswith("nothing to time") and judge([*rows, whole_text])[0].holds
     assert "0.50 [0.40, 0.60]" in as_table(rows) and "2.00x, 1.00x, 0.50x" in as_table(rows)
 
 

@@ -229,7 +229,15 @@ class Bench:
         return said, equal + ties == len(timed)
 
     def _row(self, way: Way, kind: str, speeds: dict, records: dict, same: dict) -> DraftRow:
-        made = [run[3] for run in records[way.name, kind][0] if run[3] is not None]
+        if not max(speeds[way.name, kind]):  # a library that hands over a whole text at once
+            return DraftRow(
+                technique=way.name,
+                model=self.name,
+                kind=kind,
+                threads=self.settings.threads,
+                note="all its tokens came with the first step",
+            )
+        made = [run[3] for run in records[way.name, kind][-1] if run[3] is not None]
         ours = self.fastest if way.plain not in ("transformers", "llama.cpp") else way.plain
         if way.lengths and way.plain == "plain float32":  # a draft for float32 is compared with float32
             ours = way.plain
@@ -251,6 +259,7 @@ class Bench:
         columns["tokens_per_step"] = sum(s.made for m in made for s in m.steps) / sum(m.target_steps for m in made)
         if not judged:
             return columns
+        columns["shares"] = self._shares(made)
         pairs = [(each.accepted, each.judged) for each in made]
         share = sum(a for a, _ in pairs) / judged
         low, high = bootstrap_interval(pairs, statistic=_share)
@@ -259,6 +268,13 @@ class Bench:
         if way.plain == self.fastest:
             columns["predicted"] = {b: predicted_at(b, share, length, self.curve, draft_s) for b in BATCHES}
         return columns
+
+    def _shares(self, made: list[Speculation]) -> tuple[float, float, float]:
+        """Of the time of all runs: drafting, the target's rows by the step curve, and the rest (verifier, Python)."""
+        draft_s, target_s = sum(each.draft_s for each in made), sum(each.target_s for each in made)
+        rows_s = min(sum(self.curve[step.drafted] for each in made for step in each.steps), target_s)
+        whole = draft_s + target_s
+        return draft_s / whole, rows_s / whole, (target_s - rows_s) / whole
 
 
 def _share(pairs: Sequence[tuple[int, int]]) -> float:

@@ -17,6 +17,7 @@ class DraftRow:
         speedup: over our fastest plain decoding, with its interval, paired by round.
         draft_tokens: γ, chosen on other prompts.
         acceptance: accepted ÷ judged with its bootstrap interval over prompts; None where nothing was judged.
+        shares: of its time, drafting, the target's rows by the step curve, and the rest (verifier and Python).
         predicted: the speed-up that acceptance, the step's curve and the draft's cost foretell, by batch.
         measured: over plain decoding of the same batch, with its interval and the equal texts, for batches above 1.
         same_text: how many prompts' greedy text equals plain decoding's, and how many part from it at a near-tie.
@@ -32,6 +33,7 @@ class DraftRow:
     draft_tokens: int | None = None
     acceptance: tuple[float, float, float] | None = None
     tokens_per_step: float | None = None
+    shares: tuple[float, float, float] | None = None
     predicted: dict[int, float] | None = None
     measured: dict[int, str] | None = None
     same_text: str = ""
@@ -60,7 +62,7 @@ def judge(rows: Sequence[DraftRow]) -> list[Bar]:
         best = max(lossless or [plain], key=lambda r: r.tokens_per_s)
         ratio = paired_ratio(best.samples, plain.samples)
         claim = f"{best.model}, {kind}: {best.technique} at least {factor} times {plain.technique}"
-        bars.append(Bar(claim, str(ratio), ratio.value >= factor))
+        bars.append(Bar(claim, f"{ratio}{_profile(best)}", ratio.value >= factor))
         peers = [r for r in found if r.technique.startswith("llama.cpp,")]
         if peers:
             peer = max(peers, key=lambda r: r.tokens_per_s)
@@ -68,6 +70,15 @@ def judge(rows: Sequence[DraftRow]) -> list[Bar]:
             claim = f"{best.model}, {kind}: {best.technique} at least 1.2 times {peer.technique}"
             bars.append(Bar(claim, str(ratio), ratio.value >= 1.2))
     return bars
+
+
+def _profile(row: DraftRow) -> str:
+    """Where the time of a drafted text goes."""
+    if row.shares is None or row.tokens_per_step is None:
+        return ""
+    draft, rows, rest = row.shares
+    spent = f"{draft:.0%} drafting, {rows:.0%} rows, {rest:.0%} verifier and Python"
+    return f"; {row.tokens_per_step:.2f} tokens a step; time: {spent}"
 
 
 def as_table(rows: Sequence[DraftRow]) -> str:
@@ -86,4 +97,6 @@ def _line(row: DraftRow) -> str:
     step = "-" if row.tokens_per_step is None else f"{row.tokens_per_step:.2f}"
     foretold = "-" if row.predicted is None else ", ".join(f"{gain:.2f}x" for gain in row.predicted.values())
     line = f"{row.technique:<28}{row.kind:<12}{row.draft_tokens or '-':>3}{accepted:>20}{step:>8}"
+    if not row.samples:
+        return f"{line}  {row.note}"
     return line + f"{row.tokens_per_s:>10.1f}  {row.speedup:<20}{foretold:<28}{row.same_text}"
