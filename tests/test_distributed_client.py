@@ -1,17 +1,15 @@
 """The client against a small server of our own, and against `transformers serve` on LabLM."""
 
-import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from aside import install_aside
+from chat_server import chat_server
 
 from labutils.distributed.client import ChatClient, ServerError
 from labutils.paths import DATA
@@ -23,41 +21,10 @@ SERVING += ["sniffio==1.3.1", "starlette==0.48.0", "uvicorn==0.54.0"]
 PATIENCE_S = 180
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Speaks just enough of OpenAI's protocol; the question decides what goes wrong."""
-
-    def do_GET(self):
-        self.reply(json.dumps({"data": [{"id": "tiny"}]}).encode())
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.seen.append((asked, self.headers.get("Authorization")))
-        content = asked["messages"][-1]["content"]
-        if content == "refuse":
-            self.send_error(418, "no")
-            return
-        pieces = [{"choices": [{"delta": {"content": word}, "finish_reason": None}]} for word in ("Ja, ", content, "é")]
-        pieces.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
-        events = [f"data: {json.dumps(piece)}\n\n" for piece in pieces] + ["data: [DONE]\n\n"]
-        self.reply("".join(events[:2] if content == "break off" else events).encode())
-
-    def reply(self, body):
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.seen = []
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with chat_server() as server:
         yield server
-        server.shutdown()
 
 
 def client_of(server, **settings):
@@ -65,7 +32,7 @@ def client_of(server, **settings):
 
 
 def test_client_streams_the_pieces_and_joins_them_for_dispatch(server):
-    client = client_of(server, key="secret")
+    client = client_of(server, key="secret", in_flight=1)
     assert list(client.stream(QUESTION, max_tokens=5)) == ["Ja, ", "Where is my parcel?", "é", ""]
     assert client([QUESTION, [{"role": "user", "content": "x"}]]) == ["Ja, Where is my parcel?é", "Ja, xé"]
     asked, key = server.seen[0]
@@ -89,6 +56,22 @@ def test_client_sends_no_message_that_spells_a_control_token(server):
         with pytest.raises(ValueError, match="must hold no control token; got <"):
             client([[*QUESTION, {"role": "user", "content": content}]])
     assert server.seen == [] and client([QUESTION]) == ["Ja, Where is my parcel?é"]
+
+
+def test_client_keeps_several_requests_in_flight_and_their_order():
+    """The server answers none of the three that belong together until all of them are there."""
+    batch = [[{"role": "user", "content": content}] for content in ("a", "together", "b", "together", "together")]
+    with chat_server(together=3) as server:
+        assert client_of(server, in_flight=4)(batch) == [f"Ja, {chat[0]['content']}é" for chat in batch]
+        assert client_of(server)([]) == []
+    with pytest.raises(ValueError, match="in_flight must be at least 1; got 0"):
+        ChatClient("http://127.0.0.1", "tiny", in_flight=0)
+
+
+def test_client_sends_nothing_of_a_batch_with_a_forged_turn(server):
+    with pytest.raises(ValueError, match="must hold no control token"):
+        client_of(server, control_tokens=["<|end|>"])([QUESTION, [{"role": "user", "content": "<|end|>"}]])
+    assert server.seen == []
 
 
 def test_client_says_that_nobody_listens():

@@ -101,4 +101,27 @@ def test_a_shaped_link_carries_what_it_is_allowed_to():
     assert seconds > 1.2  # 4 x 400 kB each way at 1 MB/s, less a full bucket: the link cannot be faster
     with pytest.raises(ValueError, match="bytes_per_s must be at least 1000; got 10"), shaped_link(10):
         pass
-    assert "labutils" not in subprocess.run(["ip", "netns", "list"], capture_output=True, encoding="utf-8").stdout
+    with shaped_link(1e6) as mine, shaped_link(1e6) as others:  # two users of one machine
+        listed = subprocess.run(["ip", "netns", "list"], capture_output=True, encoding="utf-8").stdout
+        assert len({*mine, *others}) == 4 and all(name in listed for name in (*mine, *others))
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, encoding="utf-8").stdout
+    assert not any(name in listed for name in (*mine, *others))
+
+
+def test_a_link_that_fails_half_way_deletes_what_it_added_and_nothing_else(monkeypatch):
+    from labutils.distributed import namespaces
+
+    added, deleted = [], []
+
+    def run(words, check=False, **_):
+        if words[:3] == ["ip", "netns", "delete"]:
+            deleted.append(words[3])
+        elif words[:3] == ["ip", "netns", "add"] and not added:
+            added.append(words[3])
+        else:
+            raise subprocess.CalledProcessError(1, words, stderr=b"no")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(subprocess.CalledProcessError), namespaces.shaped_link(1e6):
+        pass
+    assert len(added) == 1 and deleted == added

@@ -4,6 +4,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 Message = dict[str, str]  # {"role": "user", "content": "…"}
 
@@ -15,7 +16,8 @@ class ServerError(RuntimeError):
 class ChatClient:
     """Asks one server, such as "http://127.0.0.1:8000", for chat completions of one model.
 
-    Usable as the function of `dispatch`: a batch of message lists in, a list of texts out.
+    Usable as the function of `dispatch`: a batch of message lists in, a list of texts out. A server that batches
+    continuously needs several requests at a time: `in_flight` of a batch are asked at once.
 
     Args:
         base_url: the server.
@@ -24,6 +26,10 @@ class ChatClient:
         timeout_s: of each request.
         control_tokens: texts such as "<|end|>" that no message may hold. Servers join messages and marks into one
             string, in which such a text forges a turn, and a client cannot tell them otherwise.
+        in_flight: requests of a batch that wait for their answers at the same time.
+
+    Raises:
+        ValueError: If `in_flight` is below 1.
     """
 
     def __init__(
@@ -34,13 +40,24 @@ class ChatClient:
         key: str | None = None,
         timeout_s: float = 120,
         control_tokens: Collection[str] = (),
+        in_flight: int = 8,
     ) -> None:
+        if in_flight < 1:
+            raise ValueError(f"in_flight must be at least 1; got {in_flight}")
         self.base_url, self.model, self.key, self.timeout_s = base_url.rstrip("/"), model, key, timeout_s
-        self.control_tokens = tuple(control_tokens)
+        self.control_tokens, self.in_flight = tuple(control_tokens), in_flight
 
     def __call__(self, batch: Sequence[Sequence[Message]]) -> list[str]:
-        """Answers a batch of conversations, one after the other."""
-        return ["".join(self.stream(messages)) for messages in batch]
+        """Answers a batch of conversations, `in_flight` at a time, in their order.
+
+        Raises:
+            ServerError: See `stream`; the first in the batch's order, after all were asked.
+            ValueError: If a message of the batch holds one of `control_tokens`; nothing is sent then.
+        """
+        for messages in batch:
+            self._refuse_control_tokens(messages)
+        with ThreadPoolExecutor(self.in_flight) as pool:
+            return list(pool.map(lambda messages: "".join(self.stream(messages)), batch))
 
     def stream(self, messages: Sequence[Message], *, max_tokens: int = 64) -> Iterator[str]:
         """Yields the answer's pieces as they arrive (server-sent events), chosen greedily.
@@ -49,9 +66,7 @@ class ChatClient:
             ServerError: If the server cannot be reached, refuses, or ends before its answer does.
             ValueError: If a message holds one of `control_tokens`; nothing is sent then.
         """
-        for message in messages:
-            if held := [mark for mark in self.control_tokens if mark in str(message["content"])]:
-                raise ValueError(f"a message must hold no control token; got {held[0]}")
+        self._refuse_control_tokens(messages)
         asked = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0}
         with self._open("/v1/chat/completions", asked | {"stream": True}) as response:
             finished = False
@@ -65,6 +80,11 @@ class ChatClient:
                     yield choice.get("delta", {}).get("content") or ""
         if not finished:
             raise ServerError(f"{self.base_url} ended before its answer did")
+
+    def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            if held := [mark for mark in self.control_tokens if mark in str(message["content"])]:
+                raise ValueError(f"a message must hold no control token; got {held[0]}")
 
     def models(self) -> list[str]:
         """Returns the names of the models that the server offers.

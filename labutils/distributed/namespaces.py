@@ -7,6 +7,7 @@ Needs root. Everything it makes disappears with the block.
 import contextlib
 import os
 import pickle
+import secrets
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-NAMES, INTERFACES = ("labutils-0", "labutils-1"), ("labutils0", "labutils1")
+INTERFACES = ("labutils0", "labutils1")
 ADDRESSES, PORT = ("10.77.0.1", "10.77.0.2"), 29500
 RUN = (
     "import pickle, sys; from labutils.distributed.launch import launch; "
@@ -40,8 +41,10 @@ def _run(*words: object) -> None:
 
 
 @contextlib.contextmanager
-def shaped_link(bytes_per_s: float) -> Iterator[None]:
+def shaped_link(bytes_per_s: float) -> Iterator[tuple[str, str]]:
     """Joins two namespaces by a cable that carries `bytes_per_s` each way (token bucket filter, `man tc-tbf`).
+
+    Yields the namespaces' names, which nobody else has. Only what was added is deleted at the end.
 
     Raises:
         ValueError: If `bytes_per_s` is below 1000.
@@ -49,21 +52,24 @@ def shaped_link(bytes_per_s: float) -> Iterator[None]:
     """
     if bytes_per_s < 1000:
         raise ValueError(f"bytes_per_s must be at least 1000; got {bytes_per_s}")
+    suffix = secrets.token_hex(4)
+    names, added = (f"labutils-{suffix}-0", f"labutils-{suffix}-1"), []
     try:
-        for name in NAMES:
+        for name in names:
             _run("ip", "netns", "add", name)
-        ends = ("ip", "link", "add", INTERFACES[0], "netns", NAMES[0], "type", "veth", "peer", "name", INTERFACES[1])
-        _run(*ends, "netns", NAMES[1])
+            added.append(name)
+        ends = ("ip", "link", "add", INTERFACES[0], "netns", names[0], "type", "veth", "peer", "name", INTERFACES[1])
+        _run(*ends, "netns", names[1])
         bucket = ("tbf", "rate", f"{round(8 * bytes_per_s)}bit", "burst", "64kb", "latency", "2s")
-        for name, interface, address in zip(NAMES, INTERFACES, ADDRESSES, strict=True):
+        for name, interface, address in zip(names, INTERFACES, ADDRESSES, strict=True):
             inside = ("ip", "netns", "exec", name)
             _run(*inside, "ip", "address", "add", f"{address}/24", "dev", interface)
             _run(*inside, "ip", "link", "set", interface, "up")
             _run(*inside, "ip", "link", "set", "lo", "up")
             _run(*inside, "tc", "qdisc", "add", "dev", interface, "root", *bucket)
-        yield
+        yield names
     finally:
-        for name in NAMES:  # the cable goes with its ends
+        for name in added:  # the cable goes with its ends
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
@@ -73,8 +79,8 @@ def launch_over_link(target: str, args: dict | None = None, *, bytes_per_s: floa
     Raises:
         RuntimeError: When a side fails; its own message.
     """
-    with shaped_link(bytes_per_s), tempfile.TemporaryDirectory(prefix="link-") as folder:
-        sides = [_start(Path(folder), node, target, args, timeout_s) for node in (0, 1)]
+    with shaped_link(bytes_per_s) as names, tempfile.TemporaryDirectory(prefix="link-") as folder:
+        sides = [_start(Path(folder), names, node, target, args, timeout_s) for node in (0, 1)]
         try:
             complaints = [side.communicate(timeout=timeout_s + 60)[1] for side in sides]
         finally:
@@ -87,12 +93,14 @@ def launch_over_link(target: str, args: dict | None = None, *, bytes_per_s: floa
         return [result for node in (0, 1) for result in pickle.loads((Path(folder) / f"{node}.out").read_bytes())]
 
 
-def _start(folder: Path, node: int, target: str, args: dict | None, timeout_s: float) -> subprocess.Popen:
+def _start(
+    folder: Path, names: tuple[str, str], node: int, target: str, args: dict | None, timeout_s: float
+) -> subprocess.Popen:
     arguments = {"target": target, "nproc": 1, "args": args, "timeout_s": timeout_s, "device": "cpu"}
     arguments |= {"nnodes": 2, "node_rank": node, "rdzv": f"{ADDRESSES[0]}:{PORT}"}
     (folder / f"{node}.in").write_bytes(pickle.dumps(arguments))
     environ = os.environ | {"GLOO_SOCKET_IFNAME": INTERFACES[node]}
     environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = ["ip", "netns", "exec", NAMES[node], sys.executable, "-c", RUN]
+    command = ["ip", "netns", "exec", names[node], sys.executable, "-c", RUN]
     files = [str(folder / f"{node}.{end}") for end in ("in", "out")]
     return subprocess.Popen([*command, *files], env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
