@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from labutils.course.handout import handout
 from labutils.course.source import read_chapter
 
 ROOT = Path(__file__).resolve().parents[1]
+ANSWERS = (ROOT / "notebooks" / "ANSWERS.md").read_text(encoding="utf-8")
 TEACHING = (ROOT / "notebooks" / "TEACHING.md").read_text(encoding="utf-8")
 SOURCES = sorted((ROOT / "notebooks" / "source").glob("[0-9][0-9]_*.py"))
 
@@ -31,6 +33,46 @@ def test_teaching_has_a_chapter_s_row_and_a_model_answer(source):
     assert any("**Open question" in cell.source for cell in chapter.cells)
     answer = re.search(rf"(?ms)^### {source.stem[:2]} · .+?\?\n\n(.+?)(?=^#|\Z)", TEACHING)
     assert answer and len(answer[1].split()) > 60
+
+
+def said(text):
+    """A text's words, without the marks of comments and line ends."""
+    return " ".join(text.replace("\n#", "\n").split())
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_answers_have_a_row_for_each_predict_and_explain(source):
+    """A row begins with words of its cell, so that a cell moved, added or rewritten is noticed."""
+    table = re.search(rf"(?ms)^## {source.stem[:2]}\n(.+?)(?=^## |\Z)", ANSWERS)[1]
+    rows = re.findall(r'(?m)^\| ([PE])(\d+) \| "(.+?)" \| (.+?) \| (.+?) \|$', table)
+    assert len(rows) == len(re.findall(r"(?m)^\| [PE]", table)), "a row has five cells"
+    cells = [said(cell.source) for cell in read_chapter(source).cells if cell.cell_type == "markdown"]
+    for kind, word in (("P", r"\*\*Predict"), ("E", r"\*\*Explain|<summary>Explain")):
+        asked = [cell for cell in cells if re.search(word, cell)]
+        mine = [(int(number), words) for letter, number, words, *_ in rows if letter == kind]
+        assert [number for number, _ in mine] == list(range(1, len(asked) + 1)), f"{kind} rows of {source.stem}"
+        strange = [words for (_, words), cell in zip(mine, asked, strict=True) if words not in cell]
+        assert not strange, f"words that their cells lack in {source.stem}: {strange}"
+
+
+def test_answers_stay_out_of_the_learners_kit(tmp_path):
+    handout(ROOT, tmp_path / "kit", only="00")
+    names = {path.name for path in (tmp_path / "kit").rglob("*.md")}
+    assert "README.md" in names and not names & {"ANSWERS.md", "TEACHING.md"}
+
+
+def test_the_plan_s_core_paths_fit_a_session():
+    plan = re.findall(r"(?m)^\| \d+ \| (\d\d)[^|]* \| ([\d., ]+) \|$", TEACHING)
+    assert {chapter for chapter, _ in plan} == {source.stem[:2] for source in SOURCES}
+    minutes = {}
+    for source in SOURCES:
+        text = said("\n".join(c.source for c in read_chapter(source).cells if c.cell_type == "markdown"))
+        found = re.findall(r"Exercise (\d+\.\d+): .+?(\d+) minutes?, difficulty", text)
+        minutes |= {name: int(number) for name, number in found}
+    for chapter, names in plan:
+        needed = [minutes[name] for name in names.split(", ")]
+        assert all(name.startswith(f"{int(chapter)}.") for name in names.split(", "))
+        assert sum(needed) <= 80, f"week of chapter {chapter}: {sum(needed)} minutes"
 
 
 def test_each_exercise_of_a_chapter_states_its_minutes():
