@@ -28,7 +28,7 @@ def server():
 
 
 def client_of(server, **settings):
-    return ChatClient(f"http://127.0.0.1:{server.server_port}/", "tiny", **settings)
+    return ChatClient(f"http://127.0.0.1:{server.server_port}/", "tiny", **{"control_tokens": ()} | settings)
 
 
 def test_client_streams_the_pieces_and_joins_them_for_dispatch(server):
@@ -65,7 +65,7 @@ def test_client_keeps_several_requests_in_flight_and_their_order():
         assert client_of(server, in_flight=4)(batch) == [f"Ja, {chat[0]['content']}é" for chat in batch]
         assert client_of(server)([]) == []
     with pytest.raises(ValueError, match="in_flight must be at least 1; got 0"):
-        ChatClient("http://127.0.0.1", "tiny", in_flight=0)
+        ChatClient("http://127.0.0.1", "tiny", control_tokens=(), in_flight=0)
 
 
 def test_client_sends_nothing_of_a_batch_with_a_forged_turn(server):
@@ -76,7 +76,7 @@ def test_client_sends_nothing_of_a_batch_with_a_forged_turn(server):
 
 def test_client_says_that_nobody_listens():
     with pytest.raises(ServerError, match="cannot be reached"):
-        ChatClient(f"http://127.0.0.1:{free_port()}", "tiny").models()
+        ChatClient(f"http://127.0.0.1:{free_port()}", "tiny", control_tokens=()).models()
 
 
 def free_port():
@@ -107,7 +107,7 @@ def answer_of_serve(folder, environ, options):
     port, log = free_port(), folder / "log"
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(DATA / "lablm"), *options]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    client = ChatClient(f"http://127.0.0.1:{port}", str(DATA / "lablm"))
+    client = ChatClient(f"http://127.0.0.1:{port}", str(DATA / "lablm"), control_tokens=("<|end|>",))
     with log.open("wb") as out:
         server = subprocess.Popen(command, env=environ, stdout=out, stderr=out, cwd=folder)
     try:

@@ -25,7 +25,9 @@ class ChatClient:
         key: sent as a bearer token.
         timeout_s: of each request.
         control_tokens: texts such as "<|end|>" that no message may hold. Servers join messages and marks into one
-            string, in which such a text forges a turn, and a client cannot tell them otherwise.
+            string, in which such a text forges a turn, and a client cannot tell them otherwise. With the tokenizer at
+            hand: `labutils.models.tokenizer.control_tokens(tokenizer)`. Empty for a server that keeps users' text
+            apart itself, as `labutils serve` does.
         in_flight: requests of a batch that wait for their answers at the same time.
 
     Raises:
@@ -37,9 +39,9 @@ class ChatClient:
         base_url: str,
         model: str,
         *,
+        control_tokens: Collection[str],
         key: str | None = None,
         timeout_s: float = 120,
-        control_tokens: Collection[str] = (),
         in_flight: int = 8,
     ) -> None:
         if in_flight < 1:
