@@ -55,10 +55,18 @@ def test_answers_have_a_row_for_each_predict_and_explain(source):
         assert not strange, f"words that their cells lack in {source.stem}: {strange}"
 
 
-def test_answers_stay_out_of_the_learners_kit(tmp_path):
-    handout(ROOT, tmp_path / "kit", only="00")
-    names = {path.name for path in (tmp_path / "kit").rglob("*.md")}
-    assert "README.md" in names and not names & {"ANSWERS.md", "TEACHING.md"}
+def test_the_kit_carries_each_file_it_refers_to_and_no_answers(tmp_path):
+    kit = tmp_path / "kit"
+    written = handout(ROOT, kit)
+    pages = {page.relative_to(kit).as_posix(): page.read_text(encoding="utf-8") for page in kit.rglob("*.md")}
+    assert {"README.md", "CONTRIBUTING.md", "notebooks/RENTED_GPUS.md"} <= set(pages)
+    assert not {"notebooks/ANSWERS.md", "notebooks/TEACHING.md"} & set(pages)
+    for page, text in pages.items():
+        links = re.findall(r"\]\((?!\w+:|#)([^)#]+)[^)]*\)", text)
+        missing = [link for link in links if not ((kit / page).parent / link).exists()]
+        assert not missing, f"{page} links to {missing}"
+    named = {name for path in written for name in re.findall(r"notebooks/\w+\.md", path.read_text(encoding="utf-8"))}
+    assert named and all((kit / name).is_file() for name in named)
 
 
 def test_the_plan_s_core_paths_fit_a_session():

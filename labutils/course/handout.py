@@ -1,5 +1,6 @@
 """The kit that a teacher gives a class: the learner's notebooks and what they need, without solutions."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from labutils.course.source import examine, read_chapter, sources
 
 FOLDERS = ("labutils", "data")
 FILES = ("pyproject.toml", "constraints.txt", "environment.yml", "README.md", "LICENSE", "CITATION.cff")
+FILES += ("CONTRIBUTING.md", "notebooks/RENTED_GPUS.md")
+LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#]+)[^)]*\)")  # to a file
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", ".ipynb_checkpoints", "*.egg-info")
 
 
@@ -35,7 +38,9 @@ def handout(root: Path, target: Path, *, only: str = "") -> list[Path]:
     if errors:
         raise ValueError("\n".join(errors))
     _copy_course(root, target)
-    return [path for chapter in chapters for path in _write_notebooks(root, target, chapter)]
+    written = [path for chapter in chapters for path in _write_notebooks(root, target, chapter)]
+    _unlink_missing(target)
+    return written
 
 
 def _copy_course(root: Path, target: Path) -> None:
@@ -45,7 +50,17 @@ def _copy_course(root: Path, target: Path) -> None:
             shutil.copytree(root / name, target / name, ignore=LEFT_OUT)
     for name in FILES:
         if (root / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, target / name)
+
+
+def _unlink_missing(target: Path) -> None:
+    """Leaves of each link to a file that the kit has not its words alone, such as those to the solutions."""
+    for page in (target / name for name in FILES if name.endswith(".md")):
+        if page.is_file():
+            text = page.read_text(encoding="utf-8")
+            kept = LINK.sub(lambda link, page=page: link[0] if (page.parent / link[2]).exists() else link[1], text)
+            page.write_text(kept, encoding="utf-8", newline="\n")
 
 
 def _write_notebooks(root: Path, target: Path, chapter) -> list[Path]:
