@@ -23,7 +23,7 @@ from labutils.serving.protocol import Answer, ApiError, StopText, Wanted, parse,
 from labutils.serving.scheduler import End, Refusal, Request
 from labutils.serving.service import Piece, Service
 
-MISSING = 'FastAPI and uvicorn are needed here: pip install "labutils[serve]"'
+MISSING = "FastAPI and uvicorn are needed here: pip install fastapi uvicorn"
 POLL_S = 0.2
 STATUS = {"queue_full": 429, "context_length_exceeded": 400, "empty": 400}
 

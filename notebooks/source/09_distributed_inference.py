@@ -28,11 +28,12 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from labutils.distributed.launch import RankError, launch
+from labutils.measurement.limits import available_cores
 from labutils.models.load import load_model
 from labutils.plots import distributed as plots
 
 transformers_logging.disable_progress_bar()
-cores = os.cpu_count()
+cores = available_cores()
 print(f"{cores} cores, {torch.cuda.device_count()} GPUs; ranks run on the CPU over gloo, one thread each")
 
 # %% [markdown]
@@ -110,7 +111,7 @@ ch09.all_answers(all_answers)
 # Nodes are processes. PyTorch calls each member of a group a **rank**; `torchrun` starts them and tells each its number. `launch`
 # does that from a notebook and brings the results back. Its ranks run functions from an importable module, never forked from this kernel
 # (a fork of a process that has used torch's threads hangs). They meet through a file and talk over the loopback: no port is open to
-# others. (With NCCL on GPUs set `NCCL_SOCKET_IFNAME=lo` for that; NCCL was not run here.) And each watches its standard input, which
+# others. (It tells NCCL the same, which was not run here.) And each watches its standard input, which
 # closes however this kernel ends, so nothing is left running.
 #
 # The first **synchronisation**: every rank draws its own weights, then all take rank 0's. A checksum proves it.
@@ -281,7 +282,7 @@ plt.show()
 # time (dashed).*
 #
 # **Explain.** Static waits for the slowest node while the others stand idle. Weighted is best when rates are known and stay as they are; pull
-# needs no rates and follows a node that slows down, for a last request that may start late on the slow node.
+# needs no rates and follows a node that slows down, at the price that the last request may start late on the slow node.
 
 # %% [markdown]
 # ## 5 · Merge: did all come back?
@@ -390,9 +391,9 @@ os.kill(stopped[0], signal.SIGCONT)
 print(*[f"{name}: {words}" for name, words in faults.items()], sep="\n")
 
 # %% [markdown]
-# The *number* of requests in memory is bounded too, though not their bytes: they may come from a generator, which is read only `window`
-# requests ahead of the oldest unanswered one (the test suite passes a million through). This is **backpressure**: a slow cluster slows
-# the reader instead of filling the memory.
+# Memory is bounded too, in number and in bytes: requests may come from a generator, which is read only `window` requests and about
+# `window_bytes` bytes ahead of the oldest unanswered one (the test suite passes a million through). This is **backpressure**: a slow
+# cluster slows the reader instead of filling the memory. Two single points of failure remain: this notebook and the cluster's scheduler.
 #
 # Real answers, live: which node does most of the work on LabLM's queries, and is every answer what a single process says? The box
 # fills as answers come; the line below it says the same in text.
@@ -627,7 +628,7 @@ with thread_count(1):
 print(
     f"4 requests, float32, ms a token: one process {alone.median_s / NEW * 1e3:.1f} (median of 5, 1 thread);", end=" "
 )
-print({way: round(times["this machine's loopback"], 1) for way, times in per_token.items()}, "(two ranks, of 3)")
+print({way: round(times["this machine's loopback"], 1) for way, times in per_token.items()}, "(two ranks, median of 3)")
 
 # %% [markdown]
 # **Explain.** LabLM is tiny: its matrices take little time beside the messages, so both tensor and pipeline parallelism *lose* to one process
@@ -675,7 +676,7 @@ else:
     real = launch_over_link("labutils.bench.ranks:over_links", over, bytes_per_s=RATE, timeout_s=240)[0]
     for way in ("tensor", "pipeline"):
         milliseconds = statistics.median(real["seconds"][way, "real"]) / NEW * 1e3
-        print(f"{way} over a real cable of 2 MB/s: {milliseconds:.1f} ms a token, prompt included")
+        print(f"{way} over a shaped virtual link of 2 MB/s: {milliseconds:.1f} ms a token, prompt included")
 
 # %% [markdown]
 # ## 10 · Longer texts, more experts
@@ -806,20 +807,40 @@ if shutil.which("openssl"):
         print(squares, "over", {address.partition(":")[0] for address in safe.nodes().values()})
 
 # %% [markdown]
+# Where Ray is installed, the next cell gives its actors the raising and the killing request of section 6. The promise is `dispatch`'s own, so it
+# must hold on any engine.
+
+# %%
+from importlib.util import find_spec
+
+from labutils.distributed.ray_engine import ray_cluster
+
+if find_spec("ray") is None:
+    print('skipped: Ray is not installed here; pip install "ray>=2.60"')
+else:
+    with ray_cluster(2) as actors:
+        report = Report()
+        answers = list(dispatch(range(60), careless, actors, Settings(max_requests=4), report=report))
+    print(report)
+    print(*[f"request {a.id}: {a.error}" for a in answers if a.error], sep="\n")
+
+# %% [markdown]
 # Most teams run a **serving engine** instead: vLLM, or `transformers serve`. They speak OpenAI's protocol, batch requests continuously, and hold
-# tensor parallelism behind a flag. Our client needs only the standard library, and is a function for `dispatch`: name servers in `SERVERS`, one
-# per node or several, to try it. With vLLM on a machine with two GPUs: `vllm serve MODEL --tensor-parallel-size 2 --host 127.0.0.1`. **We did not
+# tensor parallelism behind a flag. Our client needs only the standard library, and is a function for `dispatch` that keeps several requests of a
+# batch in flight; `notebooks/RENTED_GPUS.md` gives each node a client of its own. Name servers in `SERVERS` to try it. With vLLM on a machine with two GPUs: `vllm serve MODEL --tensor-parallel-size 2 --host 127.0.0.1`. **We did not
 # run vLLM here**; it also has a CPU backend. Where its packages can be installed, the test suite runs `transformers serve
 # --continuous-batching` on LabLM and holds the client against it.
 
 # %%
 from labutils.distributed.client import ChatClient, ServerError
+from labutils.models.tokenizer import control_tokens
 
 SERVERS = os.environ.get("LABUTILS_SERVERS", "").split()  # such as "http://127.0.0.1:8000 http://127.0.0.1:8001"
 if not SERVERS:
     print("skipped: no server named in LABUTILS_SERVERS; this cell needs `vllm serve` or `transformers serve`")
 for url in SERVERS:
-    client = ChatClient(url, model=os.environ.get("LABUTILS_SERVED_MODEL", "lablm"))
+    name = os.environ.get("LABUTILS_SERVED_MODEL", "lablm")
+    client = ChatClient(url, name, control_tokens=control_tokens(load_model("lablm").tokenizer))  # take your model's
     try:
         print(url, client([[{"role": "user", "content": "Where is my parcel?"}]]))
     except ServerError as error:
@@ -836,7 +857,7 @@ print("\nFAULTS (real signals)", *[f"{name}: {words}" for name, words in faults.
 print("\nLINKS, ms a token (simulated but for the first, and the last where it ran)")
 rows = {link: tuple(per_token[way][link] for way in ("tensor", "pipeline")) for link in LINKS}
 if real:
-    rows["real cable, 2 MB/s"] = tuple(
+    rows["shaped virtual link, 2 MB/s"] = tuple(
         statistics.median(real["seconds"][way, "real"]) / NEW * 1e3 for way in ("tensor", "pipeline")
     )
 print(*[f"  {link:<26} tensor {t:7.1f}   pipeline {p:7.1f}" for link, (t, p) in rows.items()], sep="\n")

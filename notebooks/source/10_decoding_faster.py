@@ -1974,17 +1974,23 @@ for streams in (1, 4, 8):
     print(
         f"    {drafted.steps} steps for {alone.steps}; {drafted.accepted} of {drafted.drafted} guesses stood;", end=" "
     )
-    print(f"a step takes {longer} as long, by the curve {step_s[streams * (COUNT + 1) - 1] / step_s[streams - 1]:.2f}x")
+    print(
+        f"a step takes {longer} as long, by the curve {step_s[streams * (COUNT + 1) - 1] / step_s[streams - 1]:.2f}x;",
+        end=" ",
+    )
+    print(f"a plain step {1e3 * alone.seconds / alone.steps:.1f} ms, by the curve {1e3 * step_s[streams - 1]:.1f} ms")
 
 # %% [markdown]
 # *Five interleaved rounds, 24 tokens behind each prompt; γ is the same for all. The prediction takes α from section 12 and the price of more
-# rows from section 1's curve, which a decoder with attention in C has drawn.*
+# rows from section 1's curve, which a decoder with attention in C has drawn. NumPy adds up a chunk of four rows in another order than a
+# single one, so at a near-tie (section 10) the texts may part.*
 #
 # <details><summary>Explain</summary>
 #
-# With 8 streams a plain step has 8 rows already, so the weights are read for all of them at once, and 24 more rows cost arithmetic: compare how
-# much longer a step takes at 1 and at 8 streams. Two things part the prediction from the clock: α, which belongs to other prompts, and the
-# price of a step, printed last on each line. A busy server drafts less, or stops.
+# By the curve, a plain step of 8 streams has 8 rows already, 24 more cost nearly in proportion, and little of the gain is left. The paged decoder
+# need not agree: compare its plain step with the curve's in the last column. What it takes beyond the curve goes to attention and bookkeeping
+# in Python, once for each stream, however many rows a stream has; drafts share that time out among more tokens. Whether a busy server should
+# draft is a question to its own step, not to a rule.
 # </details>
 
 # %% [markdown]

@@ -1061,7 +1061,7 @@ plt.show()
 #
 # `labutils.serving.server` puts the engine behind the addresses that OpenAI's clients use. From a terminal it is `python -m labutils serve lablm --bits 8`. Here it
 # runs in a thread, so that we can look inside; client and server then share one process and its time. Without FastAPI and uvicorn
-# (`pip install "labutils[serve]"`) this section and the next print one sentence.
+# (`pip install fastapi uvicorn`) this section and the next print one sentence.
 
 # %%
 import json
