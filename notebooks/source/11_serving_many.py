@@ -1334,7 +1334,7 @@ for name in ("in turn", "by prefix"):
 
 # %% [markdown]
 # Each memory has room for some of the documents. In turn, both replicas read nearly all of them, and each evicts what it will need again. Routed by prefix, each document stays in
-# one place. The slack keeps a popular document from burying one replica while the other is idle.
+# one place. The share depends on the order of requests alone; the seconds are those of one run each, and on two small replicas they may go either way. The slack keeps a popular document from burying one replica while the other is idle.
 #
 # ## 13 · Points for the ledger
 #
