@@ -16,7 +16,7 @@ from torch import Tensor
 
 from labutils.decoding.proposers import Proposer
 from labutils.decoding.target import Target
-from labutils.decoding.verify import verify
+from labutils.decoding.verify import up_to_stop, verify
 from labutils.generation.sampling import greedy
 
 
@@ -134,9 +134,7 @@ def _step(target: Target, proposer: Proposer, text: list[int], count: int, choos
     logits = target.extend([text[-1], *drafted])
     verdict = verify(logits, drafted, proposal.probs, choose=choose)
     target.rewind(len(drafted) - verdict.accepted)
-    new = [*drafted[: verdict.accepted], verdict.token]
-    if stop:
-        new = new[: next((i + 1 for i, token in enumerate(new) if token in stop), len(new))]
+    new = up_to_stop([*drafted[: verdict.accepted], verdict.token], stop)
     text += new
     return Step(len(drafted), verdict.accepted, len(new), proposed - began, time.perf_counter() - proposed)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from labutils.decoding.heads import LookAhead
 from labutils.decoding.speculate import Speculation, Step
+from labutils.decoding.verify import up_to_stop
 from labutils.generation.cache import KVCache
 
 
@@ -131,8 +132,7 @@ def generate_tree(
         logits, hidden = target.read(tree)
         path, token = verify_tree(logits, tree)
         target.keep(path, of=len(tree.parents))
-        new = [*(tree.token_ids[node] for node in path[1:]), token][: end - len(text)]
-        new = new[: next((i + 1 for i, each in enumerate(new) if each in stop), len(new))]
+        new = up_to_stop([*(tree.token_ids[node] for node in path[1:]), token][: end - len(text)], stop)
         text += new
         drafted = len(tree.parents) - 1
         steps.append(Step(drafted, len(path) - 1, len(new), grown - began, time.perf_counter() - grown))

@@ -15,7 +15,7 @@ sum to p(x).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,15 @@ class Verdict:
 
     accepted: int
     token: int
+
+
+def up_to_stop(token_ids: list[int], stop: Collection[int]) -> list[int]:
+    """The tokens up to the first that ends a text, which is kept; all of them where none does.
+
+    >>> up_to_stop([5, 7, 2, 9], [2, 9]), up_to_stop([5, 7], [2])
+    ([5, 7, 2], [5, 7])
+    """
+    return token_ids[: next((i + 1 for i, token in enumerate(token_ids) if token in stop), len(token_ids))]
 
 
 def verify(

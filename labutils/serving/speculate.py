@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from labutils.decoding.proposers import Proposer
-from labutils.decoding.verify import verify
+from labutils.decoding.verify import up_to_stop, verify
 from labutils.generation.sampling import greedy
 from labutils.serving.blocks import BlockPool
 from labutils.serving.paged import PagedLlama
@@ -71,10 +71,8 @@ def generate_speculative_batch(
         shape = f"{[len(ids) for ids in prompts]}, {len(proposers)}, {max_new_tokens} and {draft_tokens}"
         rule = "each stream needs a prompt and a proposer, max_new_tokens at least 1 and draft_tokens at least 0"
         raise ValueError(f"{rule}; got lengths {shape}")
-    streams, pool = (
-        [Request(list(ids), max_new_tokens) for ids in prompts],
-        BlockPool(model.blocks, block_size=model.block_size),
-    )
+    streams = [Request(list(ids), max_new_tokens) for ids in prompts]
+    pool = BlockPool(model.blocks, block_size=model.block_size)
     for stream, proposer in zip(streams, proposers, strict=True):
         stream.table = pool.allocate([], -(-(stream.prompt + max_new_tokens) // pool.block_size))
         logits = model(Step((Chunk(stream, 0, stream.prompt),), (), ()))
@@ -105,7 +103,6 @@ def _step(model: PagedLlama, alive, draft_tokens: int, choose, stop: Collection[
     for chunk, proposal, rows in zip(chunks, proposals, logits.split([c.end - c.start for c in chunks]), strict=True):
         verdict = verify(rows, proposal.token_ids, proposal.probs, choose=choose)
         new = [*proposal.token_ids[: verdict.accepted], verdict.token]
-        ends = next((i + 1 for i, token in enumerate(new) if token in stop), len(new))
-        chunk.request.token_ids[chunk.start + 1 :] = new[:ends]
+        chunk.request.token_ids[chunk.start + 1 :] = up_to_stop(new, stop)
         accepted += verdict.accepted
     return sum(len(proposal.token_ids) for proposal in proposals), accepted

@@ -1,29 +1,16 @@
 """A slider over the cycles of a systolic array. Works with ipywidgets 7.7 and 8."""
 
-import io
-
 import ipywidgets as widgets
-from matplotlib.figure import Figure
 
 from labutils.fpga.simulate import March
 from labutils.plots.fpga import draw_cycle, march_table
+from labutils.widgets.slider import picture_slider
 
 
 def march_widget(march: March) -> widgets.VBox:
     """Returns a slider and the picture of one cycle; `print_march` is the plain alternative."""
-    cycle = widgets.IntSlider(value=0, min=0, max=len(march.weights) - 1, description="cycle")
-    picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
-
-    def redraw(_change=None) -> None:
-        figure = Figure(figsize=(4, 4.2), layout="constrained")
-        draw_cycle(figure.subplots(), march, cycle.value)
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=90)
-        picture.value = image.getvalue()
-
-    cycle.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([cycle, picture])
+    count = len(march.weights)
+    return picture_slider("cycle", count, lambda axes, cycle: draw_cycle(axes, march, cycle), figsize=(4, 4.2))
 
 
 def print_march(march: March, cycles: range | None = None) -> None:

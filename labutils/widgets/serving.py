@@ -1,29 +1,16 @@
 """A slider over the steps of an engine's memory. Works with ipywidgets 7.7 and 8."""
 
-import io
 from collections.abc import Sequence
 
 import ipywidgets as widgets
-from matplotlib.figure import Figure
 
 from labutils.plots.serving import draw_blocks
+from labutils.widgets.slider import picture_slider
 
 
 def blocks_widget(frames: Sequence[Sequence[str]]) -> widgets.VBox:
     """Returns a slider and the block map after one step; `print_blocks` is the plain alternative."""
-    step = widgets.IntSlider(value=0, min=0, max=len(frames) - 1, description="step")
-    picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
-
-    def redraw(_change=None) -> None:
-        figure = Figure(figsize=(7, 2.2), layout="constrained")
-        draw_blocks(figure.subplots(), frames[step.value])
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=90)
-        picture.value = image.getvalue()
-
-    step.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([step, picture])
+    return picture_slider("step", len(frames), lambda axes, step: draw_blocks(axes, frames[step]), figsize=(7, 2.2))
 
 
 def print_blocks(frames: Sequence[Sequence[str]], steps: Sequence[int]) -> None:
