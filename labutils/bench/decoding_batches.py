@@ -46,6 +46,8 @@ def race_batches(
     """The measured speed-up of each proposer, by kind of text and number of streams.
 
     Both sides run on chapter 11's paged decoder, whose attention is NumPy; reading the prompts is not timed.
+    Each speed-up is followed by how many streams got plain decoding's text: attention in NumPy adds up in another order
+    for several rows than for one, which parts texts at near-ties, more so where activations are rounded to int8.
 
     Args:
         model: The target, packed or not.
@@ -54,9 +56,6 @@ def race_batches(
         prompts: At least as many of each kind as the largest batch.
         settings: For the new tokens and the rounds.
         stop: Ids that end a text.
-
-    Each speed-up is followed by how many streams got plain decoding's text: attention in NumPy adds up in another order
-    for several rows than for one, which parts texts at near-ties, more so where activations are rounded to int8.
     """
     longest = max(len(ids) for kind in KINDS for ids in prompts[kind]) + settings.new_tokens + 16
     target = RememberingPaged(paged_llama(model, positions=max(BATCHES) * longest))

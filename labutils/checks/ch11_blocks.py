@@ -51,11 +51,12 @@ def block_names(answer):
     )
 
 
-def _leading(names, known):
+def leading(names, known):
+    """How many of the first names are known, up to the first that is not."""
     return next((i for i, name in enumerate(names) if name not in known), len(names))
 
 
-def _cached(names, known, block_size, prompt, *, count=_leading, end=lambda found, prompt: min(found, prompt - 1)):
+def _cached(names, known, block_size, prompt, *, count=leading, end=lambda found, prompt: min(found, prompt - 1)):
     return end(count(names, known) * block_size, prompt)
 
 
@@ -91,7 +92,7 @@ def cached_tokens(answer):
                 "blocks behind a gap do not help: count from the beginning, up to the first unknown name",
             ),
             (
-                lambda names, known, block_size, prompt: min(_leading(names, known), prompt - 1),
+                lambda names, known, block_size, prompt: min(leading(names, known), prompt - 1),
                 "that counts blocks: times block_size",
             ),
         ],

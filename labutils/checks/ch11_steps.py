@@ -3,6 +3,7 @@
 import json
 
 from labutils.checks import cases_of, exercise, expect_function
+from labutils.checks.ch11_blocks import leading
 
 
 def _plan(left, budget, *, decode_first=True, whole=False, even=False):
@@ -159,11 +160,7 @@ def preempted(answer):
     )
 
 
-def _prefix(names, known):
-    return next((i for i, name in enumerate(names) if name not in known), len(names))
-
-
-def _route(names, replicas, slack, *, measure=_prefix, balanced=True, ties=True):
+def _route(names, replicas, slack, *, measure=leading, balanced=True, ties=True):
     shortest = min(queue for _, queue in replicas)
     open_ones = [i for i, (_, queue) in enumerate(replicas) if not balanced or queue <= shortest + slack]
     return max(open_ones, key=lambda i: (measure(names, replicas[i][0]), -replicas[i][1] * ties, -i))
