@@ -77,9 +77,27 @@ def test_packed_weights_serve_many_with_the_tokens_of_each_alone(bits):
     done = run(engine(bits=bits), mixed_requests(1))
     for request in done:
         lone = decoder(64, bits=bits)
-        lone.few_tokens = None  # NumPy between the matrices, as in the paged decoder
         text = lone.generate(torch.tensor([request.token_ids[: request.prompt]]), request.max_new_tokens)
         assert request.token_ids == text[0].tolist()
+
+
+@pytest.mark.skipif(LIBRARY is None, reason=REASON)
+@pytest.mark.parametrize(("block_size", "budget"), [(3, 60), (16, 7), (64, 41)])
+def test_packed_weights_give_a_token_the_same_bits_in_any_blocks_and_chunks(block_size, budget):
+    lone, prompt = decoder(64, bits=8), random.Random(4).choices(range(97), k=45)
+    expected = [lone.extend([token]).clone() for token in prompt][-1]
+    paged, seen = PagedLlama(decoder(192, bits=8), block_size=block_size), {}
+    serving = Engine(paged, Limits(budget, 4, 64, 60))
+
+    def watched(step):
+        rows = paged(step)
+        seen.update(zip([id(c.request) for c in step.chunks if c.samples], rows, strict=True))
+        return rows
+
+    serving.model = watched
+    request = Request(prompt, max_new_tokens=1)
+    run(serving, [*(Request([7, token], max_new_tokens=9) for token in prompt[:3]), request])
+    assert torch.equal(seen[id(request)], expected[0])
 
 
 def test_texts_survive_preemption_and_copies():

@@ -45,9 +45,8 @@ def race_batches(
 ) -> dict[tuple[str, str], dict[int, str]]:
     """The measured speed-up of each proposer, by kind of text and number of streams.
 
-    Both sides run on chapter 11's paged decoder, whose attention is NumPy; reading the prompts is not timed.
-    Each speed-up is followed by how many streams got plain decoding's text: attention in NumPy adds up in another order
-    for several rows than for one, which parts texts at near-ties, more so where activations are rounded to int8.
+    Both sides run on chapter 11's paged decoder; reading the prompts is not timed. Each speed-up is followed by how
+    many streams got plain decoding's text.
 
     Args:
         model: The target, packed or not.

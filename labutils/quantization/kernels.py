@@ -31,7 +31,7 @@ class Shape(ctypes.Structure):
     """`Shape` of steps.c: a decoder's sizes and its scratch memory, each for so many rows."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("layers", "heads", "kv_heads", "dim", "max_length")),
+        *((name, ctypes.c_int64) for name in ("layers", "heads", "kv_heads", "dim", "max_length", "block")),
         *((name, ctypes.c_void_p) for name in ("narrow", "wide", "inner", "scores")),
         ("eps", ctypes.c_float),
     ]
@@ -50,7 +50,7 @@ def load_library(path: Path) -> ctypes.CDLL:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.packed_linear.argtypes = (ctypes.POINTER(Weight), pointer, pointer, count, count)
-    library.decode_layers.argtypes = (pointer, ctypes.POINTER(Shape), *[pointer] * 3, *[count] * 3)
+    library.decode_layers.argtypes = (pointer, ctypes.POINTER(Shape), *[pointer] * 4, *[count] * 2)
     return library
 
 

@@ -7,10 +7,11 @@ call.
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from labutils.quantization.kernels import Layer, Shape, Weight, call_packed_linear
@@ -112,8 +113,10 @@ class FewTokens:
             "scores": max_length,
         }
         self.scratch = {name: np.empty(self.max_tokens * size, np.float32) for name, size in sizes.items()}
+        self.one_block, self.count = np.zeros(1, np.int64), np.arange(self.max_tokens)
+        self.rows = np.full((self.max_tokens, 2), self.one_block.ctypes.data, np.int64)  # (block table, position) each
         rooms = (array.ctypes.data for array in self.scratch.values())
-        self.shape = Shape(len(made), heads, kv_heads, dim, max_length, *rooms, decoder.eps)
+        self.shape = Shape(len(made), heads, kv_heads, dim, max_length, max_length, *rooms, decoder.eps)
 
     @staticmethod
     def fits(decoder: object) -> bool:
@@ -129,9 +132,34 @@ class FewTokens:
         Raises:
             MemoryError: when there is no room for the tokens' codes.
         """
-        cos, sin = (table[position].ctypes.data for table in (self.decoder.cos, self.decoder.sin))
-        x, threads = hidden.ctypes.data, torch.get_num_threads()
-        if self.library.decode_layers(self.layers, self.shape, x, cos, sin, position, len(hidden), threads):
+        self.shape.block = self.shape.max_length
+        np.add(self.count[: len(hidden)], position, out=self.rows[: len(hidden), 1])
+        self._run(hidden, self.decoder.cos[position], self.decoder.sin[position], self.rows)
+
+    def paged(
+        self,
+        hidden: Float[np.ndarray, "tokens width"],
+        positions: Int64[np.ndarray, " tokens"],
+        tables: Sequence[Int64[np.ndarray, "..."]],
+        block_size: int,
+    ) -> None:
+        """The same for any number of tokens of many sequences, whose cache lies in blocks; each token has its table.
+
+        Raises:
+            MemoryError: when there is no room for the tokens' codes.
+        """
+        self.shape.block = block_size
+        rows = np.stack([np.array([table.ctypes.data for table in tables], np.int64), positions], axis=1)
+        cos, sin = self.decoder.cos[positions], self.decoder.sin[positions]
+        for start in range(
+            0, len(hidden), self.max_tokens
+        ):  # tokens of one sequence ascend, so earlier ones are stored
+            part = slice(start, start + self.max_tokens)
+            self._run(hidden[part], cos[part], sin[part], rows[part])
+
+    def _run(self, hidden: np.ndarray, cos: np.ndarray, sin: np.ndarray, rows: np.ndarray) -> None:
+        addresses = (array.ctypes.data for array in (hidden, cos, sin, rows))
+        if self.library.decode_layers(self.layers, self.shape, *addresses, len(hidden), torch.get_num_threads()):
             raise MemoryError("no memory for the tokens' codes")
 
 

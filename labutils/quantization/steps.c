@@ -1,5 +1,6 @@
-// All decoder layers for a few tokens of one stream: between the matrices of kernels.c a dozen small steps a layer. Called from Python
-// one by one, they cost as much as a third of an int4 model's matrices. Compiled together with kernels.c.
+// All decoder layers for a few tokens of one or several sequences: between the matrices of kernels.c a dozen small steps
+// a layer. Called from Python one by one, they cost as much as a third of an int4 model's matrices. Compiled together
+// with kernels.c.
 
 static inline f32x8 load8(const float *x, int64_t n, float rest) {  // n numbers, then `rest`
     f32x8 v = (f32x8){0} + rest;
@@ -48,14 +49,23 @@ static void rotate(float *x, const float *cosine, const float *sine, int64_t dim
     }
 }
 
-static void attend_head(const float *q, const float *keys, const float *values, float *out, float *scores, int64_t dim,
-                        int64_t length) {
+typedef struct {
+    const int64_t *blocks;  // the token's block table: blocks[j] holds positions j * block and up
+    int64_t position;
+} Row;
+
+static void attend_head(const float *q, const float *keys, const float *values, float *out, float *scores, const Row *row,
+                        int64_t block, int64_t dim) {
+    int64_t length = row->position + 1;
     float largest = -INFINITY, scale = 1 / sqrtf((float)dim);
-    for (int64_t j = 0; j < length; j++) {
-        f32x8 dot = {0};
-        for (int64_t i = 0; i < dim; i += 8) dot += load8(q + i, 8, 0) * load8(keys + j * dim + i, 8, 0);
-        scores[j] = sum8(dot) * scale;
-        largest = scores[j] > largest ? scores[j] : largest;
+    for (int64_t start = 0; start < length; start += block) {
+        const float *near = keys + row->blocks[start / block] * block * dim;
+        for (int64_t j = start; j < length && j < start + block; j++, near += dim) {
+            f32x8 dot = {0};
+            for (int64_t i = 0; i < dim; i += 8) dot += load8(q + i, 8, 0) * load8(near + i, 8, 0);
+            scores[j] = sum8(dot) * scale;
+            largest = scores[j] > largest ? scores[j] : largest;
+        }
     }
     f32x8 sums = {0};
     for (int64_t j = 0; j < length; j += 8) {
@@ -67,13 +77,19 @@ static void attend_head(const float *q, const float *keys, const float *values, 
     int64_t i = 0;
     for (; i + 32 <= dim; i += 32) {  // four sums at a time: an addition takes a few cycles, and one sum waits for each
         f32x8 mixed[4] = {0};
-        for (int64_t j = 0; j < length; j++)
-            for (int n = 0; n < 4; n++) mixed[n] += scores[j] * load8(values + j * dim + i + 8 * n, 8, 0);
+        for (int64_t start = 0; start < length; start += block) {
+            const float *near = values + row->blocks[start / block] * block * dim + i;
+            for (int64_t j = start; j < length && j < start + block; j++, near += dim)
+                for (int n = 0; n < 4; n++) mixed[n] += scores[j] * load8(near + 8 * n, 8, 0);
+        }
         for (int n = 0; n < 4; n++) store8(out + i + 8 * n, mixed[n] / total, 8);
     }
     for (; i < dim; i += 8) {
         f32x8 mixed = {0};
-        for (int64_t j = 0; j < length; j++) mixed += scores[j] * load8(values + j * dim + i, 8, 0);
+        for (int64_t start = 0; start < length; start += block) {
+            const float *near = values + row->blocks[start / block] * block * dim + i;
+            for (int64_t j = start; j < length && j < start + block; j++, near += dim) mixed += scores[j] * load8(near, 8, 0);
+        }
         store8(out + i, mixed / total, 8);
     }
 }
@@ -85,36 +101,37 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int64_t layers, heads, kv_heads, dim, max_length;
+    int64_t layers, heads, kv_heads, dim, max_length, block;  // one stream: a block of max_length positions
     float *narrow, *wide, *inner, *scores;  // a row each: hidden; qkv or gate_up; heads * dim or the MLP; max_length
     float eps;
 } Shape;
 
-// Rotates queries and keys of one token (in place) and stores key and value at `position`.
+// Rotates queries and keys of one token (in place) and stores key and value at its position.
 // qkv (heads + 2 kv_heads, dim); keys, values (kv_heads, max_length, dim); dim a multiple of 8.
 static void store_token(float *qkv, const float *cosine, const float *sine, float *keys, float *values, const Shape *s,
-                        int64_t position) {
+                        const Row *row) {
     int64_t dim = s->dim, rotated = s->heads + s->kv_heads;
+    int64_t slot = row->blocks[row->position / s->block] * s->block + row->position % s->block;
     for (int64_t head = 0; head < rotated; head++) rotate(qkv + head * dim, cosine, sine, dim);
     for (int64_t kv = 0; kv < s->kv_heads; kv++) {
-        int64_t at = (kv * s->max_length + position) * dim;
+        int64_t at = (kv * s->max_length + slot) * dim;
         memcpy(keys + at, qkv + (s->heads + kv) * dim, dim * sizeof(float));
         memcpy(values + at, qkv + (rotated + kv) * dim, dim * sizeof(float));
     }
 }
 
-// Tokens at consecutive positions, each attending to all before it and to itself. qkv (rows, heads + 2 kv_heads, dim).
+// Tokens of one or several sequences, each attending to all of its own up to itself. qkv (rows, heads + 2 kv_heads, dim).
 static void attend(float *qkv, const float *cosine, const float *sine, float *keys, float *values, const Shape *s,
-                   int64_t position, int64_t rows, int64_t threads) {
+                   const Row *row, int64_t rows, int64_t threads) {
     int64_t dim = s->dim, width = (s->heads + 2 * s->kv_heads) * dim;
     for (int64_t r = 0; r < rows; r++)
-        store_token(qkv + r * width, cosine + r * dim, sine + r * dim, keys, values, s, position + r);
+        store_token(qkv + r * width, cosine + r * dim, sine + r * dim, keys, values, s, row + r);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 1)
     for (int64_t r = 0; r < rows; r++)
         for (int64_t head = 0; head < s->heads; head++) {
             int64_t at = head * s->kv_heads / s->heads * s->max_length * dim;
             attend_head(qkv + r * width + head * dim, keys + at, values + at, s->inner + (r * s->heads + head) * dim,
-                        s->scores + r * s->max_length, dim, position + r + 1);
+                        s->scores + r * s->max_length, row + r, s->block, dim);
         }
 }
 
@@ -122,17 +139,17 @@ static void add(float *x, const float *y, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] += y[i];
 }
 
-// hidden += attention(norm(hidden)); hidden += mlp(norm(hidden)); layer by layer, for `rows` tokens from `position` on.
+// hidden += attention(norm(hidden)); hidden += mlp(norm(hidden)); layer by layer, for `rows` tokens, each in its sequence.
 // hidden (rows, width); cosine, sine (rows, dim). A row's bits do not depend on the others. 0, or 1 without memory.
 int decode_layers(const Layer *layer, const Shape *s, float *hidden, const float *cosine, const float *sine,
-                  int64_t position, int64_t rows, int64_t threads) {
+                  const Row *row, int64_t rows, int64_t threads) {
     int failed = 0;
     for (const Layer *end = layer + s->layers; layer < end; layer++) {
         int64_t width = layer->qkv.in, inner = layer->down.in;
         for (int64_t r = 0; r < rows; r++)
             rms_norm(hidden + r * width, layer->attention_gain, s->narrow + r * width, width, s->eps);
         failed |= packed_linear(&layer->qkv, s->narrow, s->wide, rows, threads);
-        attend(s->wide, cosine, sine, layer->keys, layer->values, s, position, rows, threads);
+        attend(s->wide, cosine, sine, layer->keys, layer->values, s, row, rows, threads);
         failed |= packed_linear(&layer->output, s->inner, s->narrow, rows, threads);
         add(hidden, s->narrow, rows * width);
         for (int64_t r = 0; r < rows; r++)

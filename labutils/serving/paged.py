@@ -2,7 +2,7 @@
 
 The matrices see the tokens of all requests as rows of one input, so a step reads the weights once; attention is
 computed request by request, over the blocks of its table (Orca's selective batching). The matrices may be float32 or
-packed.
+packed; packed ones take the tokens through all layers in C.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def slots(table: Sequence[int], count: int, block_size: int) -> Int[np.ndarray, 
 class PagedLlama:
     """Computes a scheduler's steps with a `FastLlama`, whose cache becomes the memory of the blocks.
 
-    Packed matrices give a row the same bits alone and among others. Float32 matrices, and attention, which is NumPy
-    here, may differ in the last bits, since they choose the order of sums by the number of rows of an input or of a
-    chunk. Such a difference becomes another token only where two logits nearly tie; activations that are rounded to
-    int8 make it larger (seen on LabLM: one of 8 texts parted, at a gap of 0.007).
+    Packed weights go through all layers in one call into C, which gives a token the same bits alone and among others,
+    in chunks of any length. With float32 matrices, and with packed layers of several schemes, NumPy computes attention
+    and may differ in the last bits, since it chooses the order of sums by the number of rows. Such a difference becomes
+    another token only where two logits nearly tie; activations that are rounded to int8 make it larger.
 
     Args:
         decoder: Its `max_length` is the number of positions in all blocks together.
@@ -76,6 +76,12 @@ class PagedLlama:
 
     def _through_layers(self, hidden: np.ndarray, chunks: Sequence[Chunk]) -> None:
         decoder = self.decoder
+        if decoder.few_tokens:
+            tables = [np.array(c.request.table, np.int64) for c in chunks]
+            spans = [np.arange(c.start, c.end) for c in chunks]
+            each = [table for table, span in zip(tables, spans, strict=True) for _ in span]
+            decoder.few_tokens.paged(hidden, np.concatenate(spans), each, self.block_size)
+            return
         places = [slots(c.request.table, c.end, self.block_size) for c in chunks]
         for index, layer in enumerate(decoder.layers):
             qkv = layer.qkv(rms_norm(hidden, layer.attention_gain, decoder.eps), decoder.matvec)

@@ -1940,8 +1940,8 @@ large_speedups = table(large_table, large_runs, large_seconds, curves["0.24B int
 # ### And with several customers?
 #
 # So far there was one stream. With a batch of b streams a step has b (γ + 1) rows, and other people's tokens already take the rows that were
-# cheap. `generate_speculative_batch` checks the guesses of all streams in one step, on the paged decoder of chapter 11. Its attention is
-# NumPy, stream by stream, for the drafts as for plain decoding.
+# cheap. `generate_speculative_batch` checks the guesses of all streams in one step, on the paged decoder of chapter 11: the tokens of all
+# streams pass through the matrices together, and each attends to its own stream.
 #
 # **Predict:** at 8 streams, what is left of the suffix automaton's gain on QA?
 
@@ -1982,15 +1982,14 @@ for streams in (1, 4, 8):
 
 # %% [markdown]
 # *Five interleaved rounds, 24 tokens behind each prompt; γ is the same for all. The prediction takes α from section 12 and the price of more
-# rows from section 1's curve, which a decoder with attention in C has drawn. NumPy adds up a chunk of four rows in another order than a
-# single one, so at a near-tie (section 10) the texts may part.*
+# rows from section 1's curve, which one stream has drawn.*
 #
 # <details><summary>Explain</summary>
 #
-# By the curve, a plain step of 8 streams has 8 rows already, 24 more cost nearly in proportion, and little of the gain is left. The paged decoder
-# need not agree: compare its plain step with the curve's in the last column. What it takes beyond the curve goes to attention and bookkeeping
-# in Python, once for each stream, however many rows a stream has; drafts share that time out among more tokens. Whether a busy server should
-# draft is a question to its own step, not to a rule.
+# By the curve, a plain step of 8 streams has 8 rows already, 24 more cost nearly in proportion, and little of the gain is left. What a plain step
+# takes beyond the curve (last column) goes to bookkeeping in Python and to attention over each stream's own text. Drafts share the bookkeeping
+# among more tokens, so they may gain more than the curve foretells. Whether a busy server should draft is a question to its own step, not to
+# a rule.
 # </details>
 
 # %% [markdown]
