@@ -827,7 +827,7 @@ for name, bits in inside_bits.items():
 # %%
 from labutils.distillation.sequences import OnPolicySchedule, on_policy_parts, written
 from labutils.distillation.student import require_same_tokens
-from labutils.models.tokenizer import train_tokenizer
+from labutils.models.tokenizer import chat_ids, train_tokenizer
 
 other = train_tokenizer(["def f(x): return x"] * 5, vocab_size=300, max_positions=64)
 try:
@@ -839,8 +839,7 @@ END = tokenizer.convert_tokens_to_ids("<|end|>")
 
 
 def prompt_of(query):
-    asked = list(query.messages[:-1])
-    return tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=False)[0]
+    return torch.tensor(chat_ids(tokenizer, query.messages[:-1], add_generation_prompt=True))
 
 
 prompts = [prompt_of(query) for query in service.evaluation_set(service.ANSWER, "train", 48, seed=3)]
@@ -1247,7 +1246,7 @@ for kind, (sizes, lr, steps) in KINDS.items():
 
 # %%
 one, chat = new.texts[:1], new.chats[0]
-ask = tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_tensors="pt", return_dict=False)
+ask = torch.tensor([chat_ids(tokenizer, chat, add_generation_prompt=True)])
 contest = {key: lambda net=net, key=key: net(rows_of(one, key[0], key[2])) for key, net in nets.items()}
 large = {
     "LabLM": lambda: intent_opinion(wisdom, chat),
