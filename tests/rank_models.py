@@ -8,6 +8,7 @@ from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache
 
 from labutils.distributed.collectives import Comm, broadcast_weights_, checksum
+from labutils.distributed.disaggregation import generate_disaggregated
 from labutils.distributed.experts import expert_parallel
 from labutils.distributed.libraries import load_by_transformers, parallelize_by_torch_
 from labutils.distributed.pipeline import Stage, gpipe_forward, pipeline_generate
@@ -70,9 +71,10 @@ def experts(per_rank=2, tokens=9):
     weights = expert_weights(per_rank * comm.size)[comm.rank * per_rank : (comm.rank + 1) * per_rank]
     generator = torch.Generator().manual_seed(10 + comm.rank)
     x = torch.randn(tokens, 6, generator=generator)
-    ids = torch.randint(per_rank * comm.size, (tokens,), generator=generator)
-    y = expert_parallel(x, ids, [lambda rows, w=w: rows @ w for w in weights], comm)
-    return x, ids, y
+    ids = torch.rand(tokens, per_rank * comm.size, generator=generator).argsort(dim=1)[:, :2]
+    gates = torch.rand(tokens, 2, generator=generator)
+    y = expert_parallel(x, ids, gates, [lambda rows, w=w: rows @ w for w in weights], comm)
+    return x, ids, gates, y, dict(comm.sent_bytes)
 
 
 def synchronised():
@@ -91,6 +93,7 @@ def everything(names=MODELS):
         "ring": ring(8),
         "experts": experts(),
         "weights": synchronised(),
+        "disaggregated": disaggregated(),
     }
 
 
@@ -129,6 +132,20 @@ def seconds_of_messages(count, nbytes):
     for _ in range(count):
         dist.all_reduce(tensor)
     return time.monotonic() - began, float(tensor[0])
+
+
+def disaggregated():
+    """One prompt of each model read by rank 0 and continued by rank 1, with the meter; or what was refused."""
+    comm = Comm()
+    try:
+        texts = {}
+        for name in MODELS:
+            comm.reset()
+            text = generate_disaggregated(tiny_model(name), random_ids(7, seed=3), 5, comm)
+            texts[name] = text, dict(comm.calls), dict(comm.sent_bytes)
+        return texts
+    except ValueError as error:
+        return str(error)
 
 
 def refusal():

@@ -12,10 +12,12 @@ from tiny_models import random_ids, tiny_model
 from torch.nn.functional import scaled_dot_product_attention
 
 from labutils.distributed.collectives import Link, all_reduce_bytes, checksum
+from labutils.distributed.disaggregation import break_even_bytes_per_s
 from labutils.distributed.launch import launch
 from labutils.distributed.pipeline import bubble, measured_bubble, stage_layers
 from labutils.distributed.ring_attention import merge_attention, partial_attention
 from labutils.distributed.tensor_parallel import heads_of, span
+from labutils.layers.architecture import Architecture
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="tried on POSIX only")
 LATER = pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)
@@ -81,6 +83,28 @@ def test_a_pipeline_sends_hidden_states_on_and_tokens_back(found):
         assert rank["pipeline"][2] == expected
 
 
+def test_one_rank_reads_the_prompt_and_another_writes_the_answer(found):
+    if len(found) != 2:
+        said = f"2 ranks and at least 1 new token are needed; got {len(found)} and 5"
+        assert [rank["disaggregated"] for rank in found] == [said] * len(found)
+        return
+    for name in MODELS:
+        model, ids = tiny_model(name), random_ids(7, seed=3)
+        expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+        (nothing, calls, sent), (text, *unsent) = (rank["disaggregated"][name] for rank in found)
+        assert nothing is None and torch.equal(text, expected) and unsent == [{}, {}]
+        known = Architecture.of(model.config)  # keys and values of 7 positions in float32, and one token as int64
+        numbers = known.layers * 2 * known.kv_heads * 7 * known.head_dim
+        assert calls == {"send": 2} and sent == {"send": 4 * numbers + 8}
+
+
+def test_break_even_bandwidth():
+    assert break_even_bytes_per_s(1000, 0.5) == 2000
+    link = Link(latency_s=0.1, bytes_per_s=break_even_bytes_per_s(1000, 0.5, latency_s=0.1))
+    assert link.send_s(1000) == pytest.approx(0.5)
+    assert break_even_bytes_per_s(1000, 0.1, latency_s=0.1) == float("inf")
+
+
 def test_ring_attention_equals_attention_over_the_whole_text(found):
     q, k, v = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1)).unbind()
     expected = scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
@@ -89,11 +113,16 @@ def test_ring_attention_equals_attention_over_the_whole_text(found):
     assert all(rank["ring"][1].get("send", 0) == len(found) - 1 for rank in found)
 
 
-def test_each_token_meets_its_own_expert(found):
-    weights = expert_weights(2 * len(found))
-    for rank in found:
-        x, ids, y = rank["experts"]
-        torch.testing.assert_close(y, torch.einsum("ti,tij->tj", x, weights[ids]), atol=1e-5, rtol=0)
+def test_each_token_meets_its_own_experts(found):
+    weights, ranks = expert_weights(2 * len(found)), len(found)
+    for index, rank in enumerate(found):
+        x, ids, gates, y, sent = rank["experts"]
+        torch.testing.assert_close(y, torch.einsum("tk,ti,tkij->tj", gates, x, weights[ids]), atol=1e-5, rtol=0)
+        elsewhere = int((ids // 2 != index).sum())  # choices of this rank's tokens that live on another rank
+        here = sum(int((other["experts"][1] // 2 == index).sum()) for other in found) - (ids.numel() - elsewhere)
+        row = x.shape[1] * 4
+        assert sent["dispatch"] == elsewhere * row and sent["combine"] == here * row
+        assert sent["expert ids"] == elsewhere * 8 and sent["counts"] == (ranks - 1) * 8
 
 
 def test_broadcast_gives_all_ranks_the_source_s_weights(found):

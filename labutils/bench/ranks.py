@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from labutils.distributed.collectives import Comm, Link, broadcast_weights_, checksum, rank_device
+from labutils.distributed.disaggregation import DECODE, generate_disaggregated
 from labutils.distributed.experts import expert_parallel
 from labutils.distributed.pipeline import Stage, gpipe_forward, pipeline_generate
 from labutils.distributed.ring_attention import ring_attention
@@ -51,7 +52,7 @@ def paced_pipeline(pace_s: float, counts: Sequence[int]) -> dict[int, list[tuple
 
 
 def four_ranks(pace_s: float, counts: Sequence[int]) -> dict[str, object]:
-    """The paced pipeline, a text longer than one rank holds, and experts that live on different ranks."""
+    """The paced pipeline, a text longer than one rank holds, and two of four experts, not equally popular, a token."""
     comm, generator = Comm(), torch.Generator().manual_seed(0)
     times = paced_pipeline(pace_s, counts)
     text = torch.randn(3, 2, 16 * comm.size, 8, generator=generator).to(comm.device)
@@ -60,15 +61,19 @@ def four_ranks(pace_s: float, counts: Sequence[int]) -> dict[str, object]:
     ring = dict(comm.sent_bytes)
     comm.reset()
     weight = torch.randn(comm.size, 8, 8, generator=generator).to(comm.device)
-    x, expert_ids = mine[0, 0], torch.arange(16, device=comm.device) * 7 % comm.size
-    y = expert_parallel(x, expert_ids, [lambda rows: rows @ weight[comm.rank]], comm)
-    off = (y - torch.einsum("ti,tij->tj", x, weight[expert_ids])).abs().max().item()
+    popularity = 1 / torch.arange(1, comm.size + 1, dtype=torch.float32).expand(16 * comm.size, -1)
+    choices = torch.multinomial(popularity, 2, generator=generator).to(comm.device)
+    gates = torch.rand(choices.shape, generator=generator).softmax(dim=1).to(comm.device)
+    x, own = mine[0, 0], slice(16 * comm.rank, 16 * (comm.rank + 1))
+    y = expert_parallel(x, choices[own], gates[own], [lambda rows: rows @ weight[comm.rank]], comm)
+    expected = torch.einsum("tk,ti,tkij->tj", gates[own], x, weight[choices[own]])
     return {
         "times": times,
         "text": text.cpu(),
         "attended": attended.cpu(),
         "ring": ring,
-        "expert_off": off,
+        "expert_off": (y - expected).abs().max().item(),
+        "rows": torch.bincount(choices.flatten(), minlength=comm.size).tolist(),
         "moved": comm.sent_bytes,
     }
 
@@ -176,3 +181,33 @@ def loopback_bytes(megabytes: float, rounds: int) -> tuple[float, int]:
     dist.barrier()
     after = psutil.net_io_counters(pernic=True)[interface].bytes_sent
     return after - before, comm.size * comm.sent_bytes["all_reduce"]
+
+
+def prefill_apart(
+    name: str, token_ids: Tensor, new_tokens: int, links: Mapping[str, Link | None], repeats: int
+) -> dict:
+    """An answer by one rank alone, and with the prompt read by the other, over each simulated link.
+
+    Returns:
+        Of rank 1: its tokens each way, seconds of every run (interleaved), and what the other rank sent for one answer.
+    """
+    from labutils.models.load import load_model
+
+    comm, seconds = Comm(), {"alone": [], **{link: [] for link in links}}
+    model, token_ids = load_model(name).model.to(comm.device), token_ids.to(comm.device)
+    tokens, sent = {}, [0, 0]
+    for round_ in range(repeats + 1):  # the first one warms up
+        for way in seconds:
+            comm.link = links.get(way)
+            comm.reset()
+            dist.barrier()
+            began = time.monotonic()
+            if way != "alone":
+                tokens[way] = generate_disaggregated(model, token_ids, new_tokens, comm)
+            elif comm.rank == DECODE:
+                tokens[way] = greedy(model, token_ids, new_tokens)
+            synchronize(comm.device)
+            if round_:
+                seconds[way].append(time.monotonic() - began)
+    dist.all_gather_object(sent, comm.sent_bytes["send"])
+    return {"tokens": tokens, "seconds": seconds, "sent": sent[0]}

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import silu
 
 from labutils.checks import cases_of, exercise, expect_function
-from labutils.distributed import pipeline, planner, ring_attention, tensor_parallel
+from labutils.distributed import disaggregation, pipeline, planner, ring_attention, tensor_parallel
 from labutils.distributed.collectives import all_reduce_bytes
 
 
@@ -282,5 +282,39 @@ def coordinates(answer):
                 lambda rank, tensor, pipeline: (rank // tensor, rank // tensor % pipeline, rank % tensor),
                 "the replica counts stages too: a replica has tensor * pipeline ranks",
             ),
+        ],
+    )
+
+
+@exercise("9.12")
+def break_even_bytes_per_s(answer):
+    """The bandwidth over which a cache travels as long as it takes to compute."""
+
+    def reference(layers, kv_heads, head_dim, positions, value_bytes, recompute_s, latency_s):
+        nbytes = 2 * layers * kv_heads * head_dim * positions * value_bytes
+        return disaggregation.break_even_bytes_per_s(nbytes, recompute_s, latency_s=latency_s)
+
+    def changed(name, change):
+        return lambda **case: reference(**case | {name: change(case[name])})
+
+    lablm = {"layers": 6, "kv_heads": 2, "head_dim": 64, "value_bytes": 2}
+    expect_function(
+        answer,
+        reference,
+        cases=[
+            lablm | {"positions": 512, "recompute_s": 0.25, "latency_s": 0.0},
+            lablm | {"positions": 1000, "recompute_s": 0.5, "latency_s": 0.1, "layers": 36, "value_bytes": 1},
+        ],
+        rtol=1e-9,
+        mistakes=[
+            (changed("layers", lambda n: n / 2), "keys *and* values travel: twice as many bytes"),
+            (changed("positions", lambda _: 1), "that is one position: the cache holds all of the prompt"),
+            (changed("latency_s", lambda _: 0.0), "the latency passes before the first byte comes: less time is left"),
+            (
+                changed("latency_s", lambda s: -s),
+                "latency and transfer together last as long as the prefill: subtract it",
+            ),
+            (changed("value_bytes", lambda n: 8 * n), "that is in bits a second: bytes are asked for"),
+            (lambda **case: 1 / reference(**case), "that is seconds for a byte: turn it over"),
         ],
     )

@@ -24,9 +24,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Returns 0; 1 for errors, or for changes with --check."""
     from labutils.course.build import build
+    from labutils.course.summary import write_summary
 
     execution = "always" if args.execute else "never" if args.no_execute else "auto"
     built = build(args.root.resolve(), only=args.only, execution=execution, write=not args.check, say=print)
+    if not args.only:
+        built.changed.extend(write_summary(args.root.resolve(), write=not args.check))
     for line in built.warnings:
         print(f"warning: {line}")
     for line in built.errors:

@@ -12,38 +12,42 @@ from labutils.distributed.collectives import Comm
 
 def expert_parallel(
     x: Float[Tensor, "tokens hidden"],
-    expert_ids: Int[Tensor, " tokens"],
+    expert_ids: Int[Tensor, "tokens k"],
+    gates: Float[Tensor, "tokens k"],
     experts: Sequence[Callable[[Tensor], Tensor]],
     comm: Comm,
 ) -> Float[Tensor, "tokens hidden"]:
-    """Sends each token to the rank of its expert and brings the result back: two all-to-alls.
+    """Sends each token to the ranks of its k experts, brings the results back and adds them up by their gates.
+
+    Four all-to-alls: how many rows come, the rows, their experts' numbers, and the results. The meter counts the rows
+    of the second and the fourth as "dispatch" and "combine", the small ones by name.
 
     Args:
         x: This rank's tokens.
-        expert_ids: Each token's expert, out of comm.size * len(experts).
+        expert_ids: Each token's experts, out of comm.size * len(experts).
+        gates: The weights of their results.
         experts: The experts of this rank: rank r holds number r * len(experts) and those after it.
         comm: The experts' group.
     """
-    order = expert_ids.argsort(stable=True)
-    destination = expert_ids // len(experts)
-    outgoing = torch.bincount(destination, minlength=comm.size)
-    incoming = torch.empty_like(outgoing)
-    dist.all_to_all_single(incoming, outgoing, group=comm.group)
-    there, back = outgoing.tolist(), incoming.tolist()
-    arrived = _exchange(x[order], back, there, comm)
-    wanted = _exchange(expert_ids[order], back, there, comm) - comm.rank * len(experts)
+    choices = expert_ids.flatten()
+    order = choices.argsort(stable=True)
+    outgoing = torch.bincount(choices // len(experts), minlength=comm.size)
+    there = outgoing.tolist()
+    back = _exchange("counts", outgoing, [1] * comm.size, [1] * comm.size, comm).tolist()
+    arrived = _exchange("dispatch", x[order // expert_ids.shape[1]], back, there, comm)
+    wanted = _exchange("expert ids", choices[order], back, there, comm) - comm.rank * len(experts)
     results = torch.empty_like(arrived)
     for local, expert in enumerate(experts):
         results[wanted == local] = expert(arrived[wanted == local])
-    returned = torch.empty_like(x)
-    returned[order] = _exchange(results, there, back, comm)
-    return returned
+    returned = x.new_empty(len(choices), x.shape[1])
+    returned[order] = _exchange("combine", results, there, back, comm)
+    return torch.einsum("tk,tkh->th", gates, returned.view(*expert_ids.shape, -1))
 
 
-def _exchange(rows: Tensor, received: list[int], sent: list[int], comm: Comm) -> Tensor:
+def _exchange(kind: str, rows: Tensor, received: list[int], sent: list[int], comm: Comm) -> Tensor:
     """Sends `sent[r]` rows to each rank r and returns `received[r]` rows from each."""
     start = sum(sent[: comm.rank])
-    comm.count("all_to_all", rows.nbytes - rows[start : start + sent[comm.rank]].nbytes)
+    comm.count(kind, rows.nbytes - rows[start : start + sent[comm.rank]].nbytes)
     output = rows.new_empty((sum(received), *rows.shape[1:]))
     dist.all_to_all_single(output, rows.contiguous(), received, sent, group=comm.group)
     return output

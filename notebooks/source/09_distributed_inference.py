@@ -10,7 +10,7 @@
 # | Time | 3 hours for you; all cells run in three to four minutes on two cores (measured: 192 and 236 s, the cores shared with other work) |
 # | Memory, download | 2 GB at the peak, all processes together; nothing is downloaded |
 # | Hardware | any computer: devices are processes here, and they talk through gloo. NCCL was not run |
-# | Exercises | 11, each checked in the cell below it |
+# | Exercises | 12, each checked in the cell below it |
 
 # %%
 import contextlib
@@ -594,7 +594,7 @@ ch09_models.pipeline_s(pipeline_s)
 # %%
 from labutils.distributed.pipeline import bubble, measured_bubble
 from labutils.measurement.threads import thread_count
-from labutils.measurement.timing import measure
+from labutils.measurement.timing import measure, paired_ratio
 
 COUNTS = (1, 2, 4, 8)
 four = launch("labutils.bench.ranks:four_ranks", 4, {"pace_s": 0.1, "counts": COUNTS}, device="cpu")
@@ -718,14 +718,22 @@ whole = nn.functional.scaled_dot_product_attention(query[None], key[None], value
 ringed = torch.cat([rank["attended"] for rank in four], dim=1)
 print(f"64 positions over 4 ranks: largest difference from one device {(ringed - whole).abs().max():.1e}")
 print("each rank sent", four[0]["ring"], "bytes: 3 steps of keys and values of 16 positions")
-print(f"experts on 4 ranks: largest difference {max(rank['expert_off'] for rank in four):.1e};", end=" ")
-print("bytes sent to other ranks:", [rank["moved"]["all_to_all"] for rank in four])
+print(f"experts on 4 ranks: largest difference {max(rank['expert_off'] for rank in four):.1e}")
+rows = four[0]["rows"]
+print(
+    "rows for the expert of each rank:",
+    rows,
+    f"the busiest has {max(rows) / statistics.fmean(rows):.2f} times the mean",
+)
+for kind in ("counts", "dispatch", "expert ids", "combine"):
+    print(f"bytes sent to other ranks, {kind:<10}", [rank["moved"][kind] for rank in four])
 
 # %% [markdown]
-# **Expert parallelism:** in a mixture of experts each token needs one expert of many. Experts live on different ranks, and two **all-to-alls** carry
-# the tokens there and back (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961, sends each token to one expert; most others send it to
-# several). The counted bytes also hold each token's number. Here the router is balanced on purpose, so all ranks send the same. With a real
-# one, what a rank sends depends on where its tokens want to go, and a popular expert makes its rank the slowest.
+# **Expert parallelism:** in a mixture of experts each token needs k experts of many, here 2 of 4 (GShard, Lepikhin et al. 2020, arXiv:2006.16668;
+# Switch Transformer, Fedus et al. 2021, arXiv:2101.03961, takes one; today's models take more, of hundreds). Experts live on different ranks.
+# **All-to-alls** carry the rows there ("dispatch") and the results back ("combine"); two small ones go before them, with the number of rows and
+# with the experts' numbers. The router of this cell is skewed on purpose: expert 1 is drawn less often than expert 0, and so on. All ranks wait
+# for the rank with the most rows.
 
 # %% [markdown]
 # ## 11 · A mesh, and a planner
@@ -787,7 +795,90 @@ for name, link in {"NVLink-like": Link(5e-6, 300e9), "10 Gbit Ethernet": Link(5e
         print("   ", candidate)
 
 # %% [markdown]
-# ## 12 · Beyond one machine
+# ## 12 · Prefill here, decode there
+#
+# A long prompt holds up everybody who shares its device: chapter 11 measures by how much. **Disaggregation** (DistServe, Zhong et al. 2024,
+# arXiv:2401.09670) reads prompts on some devices and writes answers on others, and sends the keys and values across. That can only pay where the
+# link brings the cache sooner than the second device would compute it.
+
+# %% [markdown]
+# ## Exercise 9.12: break_even_bytes_per_s
+#
+# Write `break_even_bytes_per_s(layers, kv_heads, head_dim, positions, value_bytes, recompute_s, latency_s)`: the bandwidth at which the cache of a
+# prompt arrives after exactly the `recompute_s` seconds that its prefill takes. The link adds `latency_s` once. 2 lines, 8 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>How many numbers does one position leave in the cache, over all layers?</details>
+# <details><summary>Hint 2</summary>The bytes have <code>recompute_s - latency_s</code> seconds for their way.</details>
+
+
+# %%
+# EXERCISE break_even_bytes_per_s
+def break_even_bytes_per_s(layers, kv_heads, head_dim, positions, value_bytes, recompute_s, latency_s):
+    """Bytes a second over which sending a cache takes as long as computing it."""
+    ### BEGIN SOLUTION
+    nbytes = 2 * layers * kv_heads * head_dim * positions * value_bytes
+    return nbytes / (recompute_s - latency_s)
+    ### END SOLUTION
+
+
+# %%
+# CHECK break_even_bytes_per_s
+ch09_models.break_even_bytes_per_s(break_even_bytes_per_s)
+
+# %% [markdown]
+# Now with LabLM and a prompt of 512 tokens: rank 0 reads it, rank 1 writes eight tokens. The control is rank 1 alone.
+#
+# **Predict:** how many bytes does the cache have in float32, and over which of these links does sending it win?
+
+# %%
+PROMPT = torch.arange(512)[None] % 4000 + 50
+APART = {
+    "loopback": None,
+    "100 MB/s": Link(1e-4, 1e8),
+    "10 MB/s": Link(1e-4, 1e7),
+    "2 MB/s": Link(1e-4, 2e6),
+}
+wanted = {"name": "lablm", "token_ids": PROMPT, "new_tokens": 8, "links": APART, "repeats": 5}
+_, apart = launch("labutils.bench.ranks:prefill_apart", 2, wanted, timeout_s=240)
+config = model.config
+predicted = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PROMPT.shape[1] * 4 + 8
+print(f"sent for one answer: {apart['sent']} bytes, predicted {predicted}")
+print(
+    "the same tokens every way:", all(torch.equal(apart["tokens"]["alone"], text) for text in apart["tokens"].values())
+)
+for way, seconds in apart["seconds"].items():
+    ratio = "" if way == "alone" else f"; alone takes {paired_ratio(apart['seconds']['alone'], seconds)} as long"
+    print(f"{way:<9} {1e3 * statistics.median(seconds):6.1f} ms{ratio}")
+
+# %% [markdown]
+# *Medians of 5 interleaved rounds, from the prompt's arrival to the eighth token; the links but the first are **simulated**.*
+#
+# Both ranks are equally fast, so for a single request sending cannot win: it adds the link's time to the same work. What disaggregation buys is that
+# rank 1 could go on writing other answers meanwhile, and that devices for prompts may be of another kind. Whether a link deserves it is the
+# question of your exercise; it needs the time of the prefill alone.
+
+# %%
+with torch.no_grad():
+    prefill = measure(lambda: model(PROMPT, use_cache=True, logits_to_keep=1), repeats=5, name="prefill of 512 tokens")
+print(prefill)
+for value_bytes, name in ((4, "float32"), (2, "bfloat16")):
+    needed = break_even_bytes_per_s(6, 2, 64, 512, value_bytes, prefill.median_s, 1e-4)
+    print(f"LabLM here, cache in {name}: {needed / 1e6:.1f} MB/s are break-even")
+needed = break_even_bytes_per_s(80, 8, 128, 2048, 2, 2 * 70e9 * 2048 / 400e12, 5e-5)
+print(f"Llama-2-70B's shape, 2,048 tokens, prefill at 400 TFLOP/s (formula, not measured): {needed / 1e9:.1f} GB/s")
+
+# %% [markdown]
+# <details><summary>Explain</summary>
+#
+# A cache grows with the prompt, and so does its prefill: the break-even hardly depends on the prompt's length, until attention makes prefill grow
+# faster than the cache. It depends on how fast the device computes. Our cores are slow, so a modest link will do; a device a thousand times as fast
+# needs a link in proportion. A smaller cache (fewer key-value heads, 8 bits) moves the break-even down. Disaggregation has lost in practice too: Ben
+# Hamm (October 2025, Dynamo 0.5.0, ten H200, Qwen3-32B in FP8) saw the first token after 4.7 s with it and after 1.1 s without, and says
+# that he did not profile the transfer.
+# </details>
+
+# %% [markdown]
+# ## 13 · Beyond one machine
 #
 # Nothing above changes but the address: `connect("tls://scheduler:8786", certificates=folder)` joins a Dask cluster of other machines, and
 # `ray_cluster(4, address=…)` a Ray one (`pip install "ray>=2.60"`). **Whoever reaches a scheduler can run any code on its nodes**, so beyond the
@@ -866,7 +957,8 @@ print(*[f"  {link:<26} tensor {t:7.1f}   pipeline {p:7.1f}" for link, (t, p) in 
 # - the article's loop repaired, and its four steps with a promise: one answer or one named error per request;
 # - ranks that end with the notebook, whatever ends it;
 # - one model over several devices three ways, equal to the single process, with its bytes counted;
-# - a planner that says which mesh a link deserves.
+# - a planner that says which mesh a link deserves;
+# - a prompt read on one rank and answered on another, and the link speed that it needs.
 #
 # **Open question:** your service has 8 GPUs in two machines of four, joined by ordinary Ethernet, and a model that needs three GPUs' memory. How do
 # you split it, what happens when one machine stops, and which measurement of this chapter would you repeat before you buy anything?

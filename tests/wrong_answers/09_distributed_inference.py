@@ -395,3 +395,33 @@ def coordinates(rank, tensor, pipeline):
 # EXERCISE coordinates
 def coordinates(rank, tensor, pipeline):
     return rank // tensor, rank // tensor % pipeline, rank % tensor
+
+
+# %% WRONG break_even_bytes_per_s | keys *and* values
+# EXERCISE break_even_bytes_per_s
+def break_even_bytes_per_s(layers, kv_heads, head_dim, positions, value_bytes, recompute_s, latency_s):
+    return layers * kv_heads * head_dim * positions * value_bytes / (recompute_s - latency_s)
+
+
+# %% WRONG break_even_bytes_per_s | all of the prompt
+# EXERCISE break_even_bytes_per_s
+def break_even_bytes_per_s(layers, kv_heads, head_dim, positions, value_bytes, recompute_s, latency_s):
+    return 2 * layers * kv_heads * head_dim * value_bytes / (recompute_s - latency_s)
+
+
+# %% WRONG break_even_bytes_per_s | before the first byte
+# EXERCISE break_even_bytes_per_s
+def break_even_bytes_per_s(layers, kv_heads, head_dim, positions, value_bytes, recompute_s, latency_s):
+    return 2 * layers * kv_heads * head_dim * positions * value_bytes / recompute_s
+
+
+# %% WRONG break_even_bytes_per_s | subtract it
+# EXERCISE break_even_bytes_per_s
+def break_even_bytes_per_s(layers, kv_heads, head_dim, positions, value_bytes, recompute_s, latency_s):
+    return 2 * layers * kv_heads * head_dim * positions * value_bytes / (recompute_s + latency_s)
+
+
+# %% WRONG break_even_bytes_per_s | turn it over
+# EXERCISE break_even_bytes_per_s
+def break_even_bytes_per_s(layers, kv_heads, head_dim, positions, value_bytes, recompute_s, latency_s):
+    return (recompute_s - latency_s) / (2 * layers * kv_heads * head_dim * positions * value_bytes)

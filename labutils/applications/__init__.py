@@ -1,1 +1,0 @@
-"""Applications: tasks judged by parsed structure, extraction, retrieval, tools, and whether a metric is kept."""
