@@ -30,6 +30,8 @@ ASIDE = {
     "openai": "openai==3.57.0",
     "jiter": "jiter==0.19.0",  # openai needs it, and sniffio
     "sniffio": "sniffio==1.3.1",
+    "jiwer": "jiwer==4.0.0",
+    "rapidfuzz": "rapidfuzz==3.14.6",  # jiwer needs it
 }
 
 

@@ -17,6 +17,7 @@ TOPICS = (
     "distributed",
     "decoding",
     "serving",
+    "speech",
 )
 FLOORS = [
     {"paths", "hosts", "measurement", "layers", "training"},

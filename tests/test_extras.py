@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from labutils.course.extras import install_extra, missing_packages
+from labutils.course.extras import install_extra, install_packages, missing_packages
 
 
 @pytest.fixture
@@ -62,3 +62,48 @@ def test_install_extra_says_in_a_sentence_what_failed(root, pip, capsys):
 def test_an_unknown_extra_is_refused(root):
     with pytest.raises(ValueError, match=r"must be an extra .*\(here, away\); got 'gpu'"):
         missing_packages("gpu", root)
+
+
+@pytest.fixture
+def apt(monkeypatch):
+    """A Debian whose apt-get installs what `apt.offers` names."""
+    installed, calls = {"here"}, []
+
+    def run(command, **_):
+        calls.append(command)
+        if command[0] == "dpkg-query":
+            return subprocess.CompletedProcess(command, 0, "installed" if command[-1] in installed else "", "")
+        if "install" in command:
+            installed.update(set(command) & apt.offers)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    apt = run
+    apt.offers, apt.calls, apt.programs, apt.user = {"away"}, calls, {"apt-get", "dpkg-query"}, 0
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in apt.programs else None)
+    monkeypatch.setattr("os.geteuid", lambda: apt.user, raising=False)
+    return apt
+
+
+def test_debian_packages_that_are_there_are_left_alone(apt):
+    assert install_packages("here")
+    assert {call[0] for call in apt.calls} == {"dpkg-query"}
+
+
+def test_missing_debian_packages_are_installed_together(apt, capsys):
+    assert install_packages("here", "away")
+    assert ["apt-get", "install", "-y", "-qq", "away"] in apt.calls
+    assert "installing away" in capsys.readouterr().out
+
+
+def test_a_debian_package_that_nobody_offers_is_one_sentence(apt, capsys):
+    assert not install_packages("away", "nowhere")
+    assert "apt-get could not install nowhere, and what needs it is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"user": 1000}, {"programs": set()}])
+def test_without_the_right_or_apt_nothing_is_tried(apt, capsys, change):
+    vars(apt).update(change)
+    assert not install_packages("away")
+    assert all(call[0] == "dpkg-query" for call in apt.calls)
+    assert capsys.readouterr().out == "what needs away is left out; on Debian: sudo apt-get install away\n"

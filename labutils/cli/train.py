@@ -1,4 +1,4 @@
-"""`python -m labutils train`: LabLM, LabLM-small distilled from it, or a head on it, resuming where a run stopped."""
+"""`python -m labutils train`: LabLM, LabLM-small distilled from it, a head on it, or the small speech recogniser."""
 
 import argparse
 import json
@@ -6,14 +6,17 @@ import os
 import sys
 from pathlib import Path
 
-HELP = "train LabLM, LabLM-small distilled from it, or a head on it, resuming where a killed run stopped"
+HELP = (
+    "train LabLM, LabLM-small distilled from it, or a head on it, resuming where a killed run stopped; or the small "
+    "speech recogniser, in minutes"
+)
 HEADS = ("exit", "mtp")  # of labutils.models.draft_heads
 NEEDS_ENVIRONMENT = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("model", choices=("lablm", "lablm-small", *HEADS))
+    parser.add_argument("model", choices=("lablm", "lablm-small", *HEADS, "speech"))
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps")
     parser.add_argument("--state", type=Path, help="folder of the resumable state (default: training-state/MODEL)")
     parser.add_argument("--out", type=Path, help="folder of the finished checkpoint (default: STATE/checkpoint)")
@@ -32,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     """Trains and writes the checkpoint. Under torchrun, its processes share every step's batch."""
     if args.model in HEADS:
         return train_head(args)
+    if args.model == "speech":
+        return train_speech(args)
     import torch.distributed as dist
 
     from labutils.models import students, training
@@ -85,5 +90,16 @@ def train_head(args: argparse.Namespace) -> int:
     )
     out = args.out or state / "checkpoint"
     draft_heads.save_head(head, args.model, out)
+    print(f"wrote {out}")
+    return 0
+
+
+def train_speech(args: argparse.Namespace) -> int:
+    """Trains the recogniser of spoken queries in one go; of the options only --steps and --out count for it."""
+    from labutils.models import spoken
+
+    model = spoken.train_recogniser(steps=args.steps, log=lambda line: print(line, file=sys.stderr, flush=True))
+    out = args.out or Path("training-state") / "speech"
+    spoken.save_recogniser(model, out)
     print(f"wrote {out}")
     return 0

@@ -1,5 +1,7 @@
 """Optional heavy packages, installed when a chapter needs them. Standard library only."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -42,3 +44,32 @@ def install_extra(name: str, root: Path = ROOT) -> bool:
         reason = next((line for line in result.stderr.splitlines()[::-1] if line.startswith("ERROR")), "pip failed")
         print(f"the extra {name!r} could not be installed, and what needs it is left out: {reason}")
     return result.returncode == 0
+
+
+def install_packages(*names: str) -> bool:
+    """Installs Debian packages that are missing, where apt-get needs no password; tells whether all are there now.
+
+    Where it cannot, that is one printed sentence, not an error: the chapter goes on without.
+    """
+    missing = [name for name in names if not _has_package(name)]
+    if not missing:
+        return True
+    if shutil.which("apt-get") is None or getattr(os, "geteuid", lambda: 1)() != 0:
+        print(f"what needs {' and '.join(missing)} is left out; on Debian: sudo apt-get install {' '.join(missing)}")
+        return False
+    print(f"installing {', '.join(missing)} ...", flush=True)
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", *missing]):
+        subprocess.run(command, env=quiet, capture_output=True, check=False)
+    left = [name for name in missing if not _has_package(name)]
+    if left:
+        print(f"apt-get could not install {', '.join(left)}, and what needs it is left out")
+    return not left
+
+
+def _has_package(name: str) -> bool:
+    """Whether dpkg knows a package as installed; False where there is no dpkg."""
+    if shutil.which("dpkg-query") is None:
+        return False
+    command = ["dpkg-query", "-W", "-f", "${db:Status-Status}", name]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False).stdout == "installed"
