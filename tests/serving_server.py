@@ -11,6 +11,7 @@ import uvicorn
 from tiny_models import tiny_model
 
 from labutils.generation.fast_llama import FastLlama
+from labutils.serving.connections import bounded_http
 from labutils.serving.engine import Engine
 from labutils.serving.paged import PagedLlama
 from labutils.serving.scheduler import Limits
@@ -43,11 +44,16 @@ def tiny_engine(*, delay_s=0.0, **limits):
 
 
 @contextlib.contextmanager
-def running(engine, *, key=None, host="127.0.0.1", **bounds):
-    """The port of a server in a thread."""
+def running(engine, *, key=None, host="127.0.0.1", pages=None, small_buffers=False, **bounds):
+    """The port of a server in a thread; `pages` are more routes, and small buffers fill up with one answer."""
     with Service(engine, decode) as service, socket.create_server((host, 0)) as listening:
-        app = make_app(service, Served(NAME, 97, encode_chat, encode, frozenset()), key=key, bounds=Bounds(**bounds))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+        if small_buffers:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the system's smallest
+        bounds = Bounds(**bounds)
+        app = make_app(service, Served(NAME, 97, encode_chat, encode, frozenset()), key=key, bounds=bounds)
+        app.router.routes += pages or []
+        options = {"http": bounded_http(bounds), "ws": "none", "log_level": "critical", "timeout_graceful_shutdown": 1}
+        server = uvicorn.Server(uvicorn.Config(app, **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         while not server.started:
@@ -67,10 +73,14 @@ def head(port, length, path="/v1/completions", **headers):
     return (f"POST {path} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n").encode()
 
 
-def send(port, data, **headers):
+def send(port, data, *, small_buffer=False, **headers):
     """A connected socket that has sent a whole request for a completion."""
     body = json.dumps({"model": NAME, "temperature": 0} | data).encode()
-    client = socket.create_connection(("127.0.0.1", port), timeout=60)
+    client = socket.socket()
+    client.settimeout(60)
+    if small_buffer:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    client.connect(("127.0.0.1", port))
     client.sendall(head(port, len(body), **headers) + body)
     return client
 

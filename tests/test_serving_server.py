@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -124,13 +125,95 @@ def test_a_wrong_method_gets_the_error_form_too(client):
 
 
 def test_half_a_body_is_given_up_and_holds_up_nobody(client):
-    import socket
-
     with socket.create_connection(("127.0.0.1", client.port), timeout=20) as half:
         half.sendall(head(client.port, 1_000) + b'{"model": ')
         assert complete(client.port).status_code == 200
         answer = b"".join(iter(lambda: half.recv(1_000), b""))
         assert b" 408 " in answer and b"body_too_slow" in answer
+
+
+def connections(port):
+    """How many connections the server holds; it listens in this process."""
+    there = psutil.Process().net_connections(kind="tcp")
+    return sum(c.laddr.port == port and c.status == psutil.CONN_ESTABLISHED for c in there)
+
+
+@pytest.mark.parametrize("trickle", [False, True])
+def test_a_head_that_never_ends_is_given_up_and_holds_up_nobody(trickle):
+    with running(tiny_engine(), head_s=0.6) as port:
+        clients = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(20)]
+        try:
+            for client in clients[1:]:  # the first one says nothing at all
+                client.sendall(head(port, 10)[:-4])
+            assert complete(port).status_code == 200 and connections(port) >= 20
+            if trickle:  # more of the head does not win more time
+                began = time.monotonic()
+                with contextlib.suppress(ConnectionError):
+                    while time.monotonic() - began < 5:
+                        clients[1].sendall(b"X: y\r\n")
+                        time.sleep(0.1)
+                assert time.monotonic() - began < 4
+            wait_until(lambda: connections(port) == 0, "they are still connected")
+        finally:
+            for client in clients:
+                client.close()
+
+
+def test_the_second_head_on_a_connection_is_bounded_too():
+    with running(tiny_engine(), head_s=0.4) as port, send(port, {"prompt": "Hi", "max_tokens": 2}) as client:
+        assert b" 200 " in client.recv(4_000)
+        client.sendall(b"POST /v1/comple")  # which ends uvicorn's own wait for a further request
+        time.sleep(0.1)
+        assert connections(port) == 1
+        wait_until(lambda: connections(port) == 0, "it is still connected")
+
+
+def test_a_client_that_takes_its_time_within_the_bounds_is_answered():
+    body = json.dumps(GREEDY | {"prompt": "Hello", "max_tokens": 8}).encode()
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(running(tiny_engine(), head_s=5.0, read_s=5.0))
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+        whole = head(port, len(body), Connection="close") + body
+        for start in range(0, len(whole), 40):
+            client.sendall(whole[start : start + 40])
+            time.sleep(0.05)
+        answer = b"".join(iter(lambda: client.recv(1_000), b""))
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["choices"][0]["text"] == expected("Hello", 8)
+
+
+def test_clients_that_never_read_are_given_up_and_cost_nobody_an_answer():
+    engine = tiny_engine(max_running=4)
+    with running(engine, write_s=0.5, small_buffers=True) as port:
+        asked = {"prompt": "Hello", "max_tokens": 120, "stream": True}
+        clients = [send(port, asked, small_buffer=True) for _ in range(8)]
+        try:
+            for _ in range(3):
+                assert complete(port, prompt="Hello", max_tokens=8).json()["choices"][0]["text"] == expected("Hello", 8)
+            wait_until(lambda: connections(port) == 0 and not engine.busy, "they still hold something")
+            assert engine.scheduler.pool.available == 64
+            with contextlib.suppress(ConnectionError):  # what had left the server may still be read
+                assert b"[DONE]" not in b"".join(iter(lambda: clients[0].recv(4_000), b""))
+        finally:
+            for client in clients:
+                client.close()
+
+
+@pytest.mark.slow
+def test_waves_of_stubborn_clients_leave_memory_flat():
+    with running(tiny_engine(), head_s=0.3, read_s=0.3, write_s=0.3, small_buffers=True) as port:
+        memory = []
+        for _ in range(12):
+            clients = [send(port, {"prompt": "Hi", "max_tokens": 120, "stream": True}, small_buffer=True)]
+            for kind in range(60):
+                client = socket.create_connection(("127.0.0.1", port), timeout=20)
+                client.sendall([b"", head(port, 10)[:-4], head(port, 1_000) + b"{"][kind % 3])
+                clients.append(client)
+            assert complete(port).status_code == 200
+            wait_until(lambda: connections(port) == 0, "they are still connected")
+            for client in clients:
+                client.close()
+            memory.append(psutil.Process().memory_info().rss)
+        assert max(memory[4:]) < 1.05 * memory[3], memory
 
 
 @pytest.mark.parametrize("stream", [False, True])

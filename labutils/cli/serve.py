@@ -52,6 +52,7 @@ def serve(args: Namespace, key: str | None) -> None:
     from labutils.models.served import paged_llama, served_model
     from labutils.quantization.affine import Scheme
     from labutils.quantization.packed import pack_model_
+    from labutils.serving.connections import bounded_http
     from labutils.serving.engine import Engine
     from labutils.serving.scheduler import Limits
     from labutils.serving.server import Bounds, make_app
@@ -72,7 +73,9 @@ def serve(args: Namespace, key: str | None) -> None:
     with Service(
         engine, lambda ids: decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     ) as service:
-        app = make_app(service, served, key=key, bounds=Bounds(answer_s=args.answer_seconds))
+        bounds = Bounds(answer_s=args.answer_seconds)
+        app = make_app(service, served, key=key, bounds=bounds)
         print(f"{args.model} at http://{args.host}:{args.port}/v1 (Ctrl+C ends it)", flush=True)
         connections = 2 * (args.max_running + args.max_waiting)
-        uvicorn.run(app, host=args.host, port=args.port, log_level="warning", limit_concurrency=connections)
+        options = {"limit_concurrency": connections, "http": bounded_http(bounds), "ws": "none"}
+        uvicorn.run(app, host=args.host, port=args.port, log_level="warning", **options)

@@ -1,7 +1,8 @@
 """The server: `/v1/models`, `/v1/chat/completions` and `/v1/completions` as OpenAI's clients know them.
 
 Everything that a client sends is bounded: the bytes of its body, the time it may take to send them, the tokens and the
-time of its answer, and the number of requests that wait. One that vanishes ends its own request and no other.
+time of its answer, and the number of requests that wait. One that vanishes ends its own request and no other. No header
+allows other origins (CORS), so a browser shows the answers only to pages that this server's own address served.
 """
 
 from __future__ import annotations
@@ -51,11 +52,21 @@ class Served:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one request may cost: bytes of its body, seconds to send it, seconds to answer it."""
+    """What one client may cost.
+
+    Attributes:
+        body_bytes: Of a request.
+        head_s: Seconds to send a request's head.
+        read_s: Seconds to send its body.
+        answer_s: Seconds to answer it.
+        write_s: Seconds to take what was written.
+    """
 
     body_bytes: int = 2**18
+    head_s: float = 10.0
     read_s: float = 10.0
     answer_s: float = 120.0
+    write_s: float = 30.0
 
 
 def make_app(service: Service, served: Served, *, key: str | None = None, bounds: Bounds | None = None):
