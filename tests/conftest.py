@@ -17,6 +17,8 @@ if os.environ.get("LABUTILS_CHECK_SHAPES") != "0":
 
 from labutils.paths import tool_cache_dir
 
+os.environ.pop("LABUTILS_LANGUAGE", None)  # the tests read English hints
+
 # The FPGA tools are compiled once, whatever folder a test calls the learner's.
 os.environ.setdefault("YOWASP_CACHE_DIR", str(tool_cache_dir().resolve()))
 

@@ -20,7 +20,7 @@ TOPICS = (
     "speech",
 )
 FLOORS = [
-    {"paths", "hosts", "measurement", "layers", "training"},
+    {"paths", "language", "hosts", "measurement", "layers", "training"},
     set(TOPICS),
     {"models", "data"},
     {"checks", "plots", "widgets", "course"},

@@ -49,10 +49,10 @@ def browser_path():
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A class's kit with chapter 00 in a running JupyterLab: its folder and its address."""
+    """A class's kit in a running JupyterLab: its folder and its address."""
     folder = tmp_path_factory.mktemp("browser")
     root = folder / "kit"
-    handout(ROOT, root, only=STEM)
+    handout(ROOT, root, only="0")
     for name, content in SETTINGS.items():
         path = folder / "settings" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,11 +155,15 @@ def answer(page, name, *lines):
     page.keyboard.press("Shift+Enter")
 
 
-def test_a_learner_s_first_hour(lab, page):
-    root, address = lab
-    page.goto(f"{address}/lab/tree/notebooks/{STEM}.ipynb")
+def open_notebook(page, address, path):
+    page.goto(f"{address}/lab/tree/{path}")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()  # before, JupyterLab asks for a kernel
+
+
+def test_a_learner_s_first_hour(lab, page):
+    root, address = lab
+    open_notebook(page, address, f"notebooks/{STEM}.ipynb")
     page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
     page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
     progress = cell(page, "progress()").locator(".jp-OutputArea")
@@ -178,6 +182,23 @@ def test_a_learner_s_first_hour(lab, page):
     assert saved.value.ok
     stored = json.loads((root / "notebooks" / f"{STEM}.ipynb").read_text(encoding="utf-8"))
     assert "statistics.median(seconds[1:])" in "".join(cell_of(stored, "EXERCISE", "tokens_per_second")["source"])
+
+
+def test_a_chinese_hint(lab, page):
+    """Chapter 02 in Chinese: its text, a wrong answer with its hint, the right one."""
+    open_notebook(page, lab[1], "notebooks/zh/02_quantization_formulas.ipynb")
+    page.locator(".jp-MarkdownCell", has_text="练习 2.1：affine_codes").first.wait_for()
+    for first_line in ("# SETUP", "import math"):
+        cell(page, first_line).locator(".cm-content").click()
+        page.keyboard.press("Shift+Enter")
+    check = cell(page, "# CHECK affine_codes").locator(".jp-OutputArea")
+    signature = "def affine_codes(x, scale, zero_point, qmin, qmax):"
+    for operation, words in (("*", "你乘了缩放因子"), ("/", "✓ 2.1 affine_codes")):
+        codes = f"codes = torch.round(x {operation} scale) + zero_point"
+        answer(page, "affine_codes", signature, codes, "return codes.clamp(qmin, qmax).to(torch.int32)")
+        check.get_by_text(words).wait_for()
+        shot(page, check, f"browser-zh-{'wrong' if operation == '*' else 'right'}.png")
+        assert ("应为" in check.inner_text()) == (operation == "*") and "Traceback" not in check.inner_text()
 
 
 def see_the_plot(page):

@@ -162,7 +162,7 @@ def layer_cache(answer, model, token_ids):
     cache = _PluggedIn(answer)
     logits = [prefill(model, token_ids[:, :4], cache)]
     logits += [decode_one_token(model, token_ids[:, i], cache) for i in range(4, token_ids.shape[1])]
-    given = f"LabLM with your cache in every layer, {token_ids.shape[1]} tokens"
+    given = translated("LabLM with your cache in every layer, {count} tokens", count=token_ids.shape[1])
     expect_close(torch.cat(logits), forward_logits(model, token_ids)[0, 3:], given=given, rtol=0.0, atol=1e-4)
 
 

@@ -10,18 +10,20 @@ import numbers
 import reprlib
 import sys
 
+from labutils.language import marked, translated
+
 RTOL, ATOL = 1e-5, 1e-8
 _FACTORS = {
-    1000.0: "1000 times",
-    1e6: "a million times",
-    1e9: "a billion times",
-    1024.0: "1024 times",
-    8.0: "8 times",
-    2.0: "2 times",
-    4.0: "4 times",
-    100.0: "100 times",
-    60.0: "60 times",
-    16.0: "16 times",
+    1000.0: marked("1000 times"),
+    1e6: marked("a million times"),
+    1e9: marked("a billion times"),
+    1024.0: marked("1024 times"),
+    8.0: marked("8 times"),
+    2.0: marked("2 times"),
+    4.0: marked("4 times"),
+    100.0: marked("100 times"),
+    60.0: marked("60 times"),
+    16.0: marked("16 times"),
 }
 
 
@@ -164,12 +166,13 @@ def difference(actual, expected, *, dtype: bool = False) -> str:
         return _text_difference(actual, expected)
     if isinstance(expected, (list, tuple)) and isinstance(actual, (list, tuple)):
         if len(actual) != len(expected):
-            return f"expected {len(expected)} items; got {len(actual)}"
+            return translated("expected {expected} items; got {actual}", expected=len(expected), actual=len(actual))
         for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
             if not same(a, e, dtype=dtype):
-                return f"the first difference is at index {index}: expected {describe(e)}; got {describe(a)}"
+                said = marked("the first difference is at index {index}: expected {expected}; got {actual}")
+                return translated(said, index=index, expected=describe(e), actual=describe(a))
     if type(actual) is not type(expected) and not (is_number(actual) and is_number(expected)):
-        return f"expected {type_name(expected)}; got {type_name(actual)}"
+        return translated("expected {expected}; got {actual}", expected=type_name(expected), actual=type_name(actual))
     return ""
 
 
@@ -178,15 +181,16 @@ def type_name(value) -> str:
     if value is None:
         return "None"
     name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+    return translated(marked("an {name}") if name[0] in "aeiouAEIOU" else marked("a {name}"), name=name)
 
 
 def _array_difference(actual, expected, dtype) -> str:
     if tuple(actual.shape) != tuple(expected.shape):
-        return f"expected shape {tuple(expected.shape)}; got {tuple(actual.shape)}"
+        shapes = {"expected": tuple(expected.shape), "actual": tuple(actual.shape)}
+        return translated("expected shape {expected}; got {actual}", **shapes)
     wrong_kind = kind(actual) != kind(expected)
     if wrong_kind or (dtype and str(actual.dtype) != str(expected.dtype)):
-        return f"expected dtype {expected.dtype}; got {actual.dtype}"
+        return translated("expected dtype {expected}; got {actual}", expected=expected.dtype, actual=actual.dtype)
     left, right = plain(actual), plain(expected)
     gaps = abs(left.astype(float) - right.astype(float)).reshape(-1)
     if not gaps.size:
@@ -194,7 +198,8 @@ def _array_difference(actual, expected, dtype) -> str:
     worst = int(gaps.argmax())
     index = [int(i) for i in _unravel(worst, expected.shape)]
     values = right.reshape(-1)[worst], left.reshape(-1)[worst]
-    return f"the largest difference is at {index}: expected {values[0]:.6g}; got {values[1]:.6g}"
+    said = marked("the largest difference is at {index}: expected {expected:.6g}; got {actual:.6g}")
+    return translated(said, index=index, expected=values[0], actual=values[1])
 
 
 def _unravel(flat: int, shape) -> list[int]:
@@ -208,22 +213,23 @@ def _unravel(flat: int, shape) -> list[int]:
 def _text_difference(actual: str, expected: str) -> str:
     pairs = zip(actual, expected, strict=False)
     at = next((i for i, (a, e) in enumerate(pairs) if a != e), min(len(actual), len(expected)))
-    return f"the texts part at character {at}: expected {expected[at : at + 20]!r}; got {actual[at : at + 20]!r}"
+    said = marked("the texts part at character {at}: expected {expected!r}; got {actual!r}")
+    return translated(said, at=at, expected=expected[at : at + 20], actual=actual[at : at + 20])
 
 
 def guess(actual, expected) -> str:
     """A hint for mistakes that occur in every exercise: no return, a swapped axis, a wrong unit."""
     if actual is None and expected is not None:
-        return "your function returned None: is there a `return`?"
+        return translated("your function returned None: is there a `return`?")
     if is_array(expected) and is_array(actual):
         turned = tuple(expected.shape)[::-1]
         if tuple(actual.shape) != tuple(expected.shape) and tuple(actual.shape) == turned:
-            return "the axes are in reverse order: transpose, or sum over the other axis"
+            return translated("the axes are in reverse order: transpose, or sum over the other axis")
         if kind(expected) == kind(actual) and tuple(actual.shape) == tuple(expected.shape):
             left, right = plain(actual).reshape(-1), plain(expected).reshape(-1)
             return _factor(left.tolist(), right.tolist())
     if is_array(actual) and actual.ndim == 0 and is_number(expected):
-        return "a plain number is asked for: `.item()` takes it out of a tensor"
+        return translated("a plain number is asked for: `.item()` takes it out of a tensor")
     if is_number(actual) and is_number(expected):
         return _factor([actual], [expected])
     return ""
@@ -234,10 +240,12 @@ def _factor(actual: list, expected: list) -> str:
     if not ratios or not all(math.isclose(r, ratios[0], rel_tol=1e-4) for r in ratios):
         return ""
     if math.isclose(ratios[0], -1.0, rel_tol=1e-4):
-        return "the sign is turned round"
+        return translated("the sign is turned round")
     for factor, words in _FACTORS.items():
         if math.isclose(ratios[0], factor, rel_tol=1e-4):
-            return f"your value is {words} too large: check the units and the counts"
+            said = marked("your value is {times} too large: check the units and the counts")
+            return translated(said, times=translated(words))
         if math.isclose(ratios[0], 1 / factor, rel_tol=1e-4):
-            return f"your value is {words} too small: check the units and the counts"
+            said = marked("your value is {times} too small: check the units and the counts")
+            return translated(said, times=translated(words))
     return ""

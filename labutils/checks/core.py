@@ -9,6 +9,7 @@ import traceback
 
 from labutils.checks.compare import shorten
 from labutils.checks.shadows import find_shadow
+from labutils.language import translated
 
 EXERCISES: list[str] = []  # "0.1 tokens_per_second", in the order of definition
 RESULTS: dict[str, bool] = {}  # what was checked in this process, and whether it passed
@@ -31,14 +32,24 @@ class CheckFailed(AssertionError):
 
     def __init__(self, problem: str, *, given="", expected="", actual="", hint="", where=""):
         super().__init__(problem)
-        self.problem, self.given, self.hint = problem, given, hint
-        self.expected, self.actual, self.where = expected, actual, where
+        said = [
+            translated(text) if isinstance(text, str) else text for text in (problem, given, expected, actual, hint)
+        ]
+        self.problem, self.given, self.expected, self.actual, self.hint = said
+        self.where = where
         self.name = self.printed = ""
 
     def __str__(self) -> str:
         head = f"✗ {self.name}: {self.problem}" if self.name else self.problem
-        rows = ["given", "expected", "actual", "where", "printed", "hint"]
-        lines = [f"    {row:<9} {getattr(self, row)}" for row in rows if getattr(self, row)]
+        labels = {
+            "given": translated("given"),
+            "expected": translated("expected"),
+            "actual": translated("actual"),
+            "where": translated("where"),
+            "printed": translated("printed"),
+            "hint": translated("hint"),
+        }
+        lines = [f"    {label:<9} {getattr(self, row)}" for row, label in labels.items() if getattr(self, row)]
         return "\n".join([head, *lines])
 
     def _render_traceback_(self) -> list[str]:
@@ -118,12 +129,13 @@ def _record(name: str, is_right: bool) -> None:
 def from_error(error: BaseException, *, given: str = "", hint: str = "") -> CheckFailed:
     """The failed check that stands for an exception in the learner's code."""
     if is_blank(error):
-        return StillBlank(f"still blank ({error})", hint="write your answer in the cell above")
+        return StillBlank(translated("still blank ({error})", error=error), hint="write your answer in the cell above")
     if isinstance(error, SystemExit):
         return CheckFailed("your code ends the program", given=given, hint="leave exit() out")
     words = shorten(f"{type(error).__name__}: {error}".rstrip(": "))
     where = _where(error)
-    return CheckFailed(f"your code raised {words}", given=given, where=where, hint=hint or _advice(error))
+    problem = translated("your code raised {error}", error=words)
+    return CheckFailed(problem, given=given, where=where, hint=hint or _advice(error))
 
 
 def is_blank(error: BaseException) -> bool:
@@ -138,15 +150,16 @@ def _where(error: BaseException) -> str:
         if "site-packages" in path or _LABUTILS in pathlib.Path(path).parents:
             continue
         line = linecache.getline(path, number, frame.f_globals).strip()
-        return f"line {number} of {frame.f_code.co_name}" + (f": {line}" if line else "")
+        place = translated("line {number} of {name}", number=number, name=frame.f_code.co_name)
+        return place + (f": {line}" if line else "")
     return ""
 
 
 def _advice(error: BaseException) -> str:
     if isinstance(error, NameError):
-        return "define every name that you use inside the EXERCISE cell itself"
+        return translated("define every name that you use inside the EXERCISE cell itself")
     if isinstance(error, TypeError) and "argument" in str(error):
-        return "keep the function's name and its arguments as they were given"
+        return translated("keep the function's name and its arguments as they were given")
     if isinstance(error, RecursionError):
-        return "your function calls itself without an end"
+        return translated("your function calls itself without an end")
     return ""

@@ -5,6 +5,7 @@ import functools
 
 from labutils.checks.compare import ATOL, RTOL, describe, difference, guess, is_array, same, shorten, type_name
 from labutils.checks.core import CheckFailed, from_error, is_blank
+from labutils.language import translated
 
 
 def cases_of(names: str, *rows) -> list[dict]:
@@ -75,9 +76,9 @@ class _Case:
             comparable = isinstance(before, (list, dict)) or is_array(before)
             if comparable and not same(arguments[name], before, rtol=0.0, atol=0.0, dtype=True):
                 raise CheckFailed(
-                    f"your function changed its input `{name}`",
+                    translated("your function changed its input `{name}`", name=name),
                     given=self.text,
-                    hint=f"work on a copy of `{name}`, or make a new value",
+                    hint=translated("work on a copy of `{name}`, or make a new value", name=name),
                 )
 
 
@@ -119,7 +120,7 @@ def _mismatch(actual, expected, given, hint, dtype=False) -> CheckFailed:
     if words[0] == words[1]:  # they differ further to the right
         words = [shorten(repr(expected)), shorten(repr(actual))]
     return CheckFailed(
-        difference(actual, expected, dtype=dtype) or "the value is not the expected one",
+        difference(actual, expected, dtype=dtype) or translated("the value is not the expected one"),
         given=given,
         expected=words[0],
         actual=words[1],
@@ -162,13 +163,14 @@ def expect_true(condition, problem: str, *, given="", expected="", actual="", hi
 
 def expect_type(actual, kind: type, *, given="", hint="") -> None:
     """Require a type."""
-    words = f"expected a {kind.__name__}; got {type_name(actual)}"
+    words = translated("expected a {expected}; got {actual}", expected=kind.__name__, actual=type_name(actual))
     expect_true(isinstance(actual, kind), words, given=given, actual=describe(actual), hint=hint)
 
 
 def expect_shape(actual, shape: tuple, *, given="", mistakes=(), hint="") -> None:
     """Require a shape; a mistake is a pair (wrong shape, hint)."""
-    expect_true(is_array(actual), f"expected a tensor; got {type_name(actual)}", given=given, hint=hint)
+    words = translated("expected a {expected}; got {actual}", expected="tensor", actual=type_name(actual))
+    expect_true(is_array(actual), words, given=given, hint=hint)
     expect_equal(tuple(actual.shape), tuple(shape), given=given, mistakes=mistakes, hint=hint)
 
 
@@ -181,4 +183,5 @@ def expect_raises(answer, error: type, *, hint="", **arguments) -> None:
         if is_blank(raised):
             raise
         return
-    raise CheckFailed(f"expected {error.__name__} to be raised", given=given, actual=describe(value), hint=hint)
+    words = translated("expected {error} to be raised", error=error.__name__)
+    raise CheckFailed(words, given=given, actual=describe(value), hint=hint)

@@ -5,6 +5,8 @@ import builtins
 import sys
 from dataclasses import dataclass
 
+from labutils.language import translated
+
 
 def bound_names(source: str) -> dict[str, bool]:
     r"""The names that a cell binds for the cells after it, and whether an import binds them.
@@ -38,8 +40,12 @@ class Shadow:
     cell: str
 
     def __str__(self) -> str:
-        advice = "choose another name there, restart the kernel and run the cells again"
-        return f"an earlier cell of yours redefines `{self.name}` (the one that begins `{self.cell}`): {advice}"
+        return translated(
+            "an earlier cell of yours redefines `{name}` (the one that begins `{cell}`): choose another name there, "
+            "restart the kernel and run the cells again",
+            name=self.name,
+            cell=self.cell,
+        )
 
 
 def find_shadow(exercise: str) -> Shadow | None:

@@ -28,5 +28,5 @@ def run(args: Namespace) -> int:
     except ValueError as error:
         print(f"labutils: {error}", file=sys.stderr)
         return 2
-    print(f"{args.folder}: {len(written) // 2} notebooks, without solutions")
+    print(f"{args.folder}: {sum(path.parent.name != 'pristine' for path in written)} notebooks, without solutions")
     return 0

@@ -4,6 +4,8 @@ import re
 import tomllib
 from pathlib import Path
 
+from labutils.language import ENGLISH, in_language, marked
+
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,38}/[A-Za-z0-9._-]{1,100}")
 IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"
 README_START, README_END = "<!-- badges -->", "<!-- /badges -->"
@@ -26,13 +28,14 @@ def check_slug(slug: str) -> str:
     return slug
 
 
-def badge(slug: str, path: str) -> str:
+def badge(slug: str, path: str, language: str = ENGLISH) -> str:
     """The line in a notebook that opens ``path`` of the repository in Colab.
 
     A link of words: a badge's picture would be fetched from Google whenever the notebook is opened
     in JupyterLab, and no page of the course asks for anything beyond the machine.
     """
-    return f"[▶ Open in Colab](https://colab.research.google.com/github/{slug}/blob/main/{path})"
+    words = in_language(language, marked("Open in Colab"))
+    return f"[▶ {words}](https://colab.research.google.com/github/{slug}/blob/main/{path})"
 
 
 def readme_badge(slug: str, path: str) -> str:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labutils.course.badge import badge, repository
+from labutils.course.catalogue import Edition, catalogues, edition, editions_of
 from labutils.course.execute import ExecutionError, execute
 from labutils.course.exercises import ExerciseError, blank, marker
 from labutils.course.setup_cell import is_setup, setup_source
 from labutils.course.source import Chapter, examine, read_chapter, sources
+from labutils.language import ENGLISH, in_language, marked
 from labutils.measurement.quiet import why_busy
 
 METADATA = {
@@ -29,37 +31,60 @@ class Built:
     warnings: list[str]
 
 
-def learner_notebook(chapter: Chapter, slug: str):
+def learner_notebook(chapter: Chapter, slug: str, edition: Edition | None = None):
     """The learner's copy: exercises blank, no outputs, exercise and check cells may raise."""
     cells = copy.deepcopy(chapter.cells)
     for exercise in chapter.exercises:
         cells[exercise.cell].source = blank(cells[exercise.cell].source, exercise)
         for index, tag in ((exercise.cell, "exercise"), (exercise.check, "check")):
             cells[index].metadata["tags"] = [tag, "raises-exception"]  # so that "run all" goes on
-    return _notebook(cells, chapter.stem, slug, f"notebooks/{chapter.stem}.ipynb")
+    return _notebook(cells, chapter.stem, slug, "", edition)
 
 
-def solution_notebook(chapter: Chapter, slug: str):
+def solution_notebook(chapter: Chapter, slug: str, edition: Edition | None = None):
     """The solution, not yet executed."""
-    return _notebook(copy.deepcopy(chapter.cells), chapter.stem, slug, f"notebooks/solutions/{chapter.stem}.ipynb")
+    return _notebook(copy.deepcopy(chapter.cells), chapter.stem, slug, "solutions", edition)
 
 
-def _notebook(cells: list, stem: str, slug: str, path: str):
-    """A notebook of nbformat 4.5 with the badge, the set-up cell and ids that follow the content."""
+def place(stem: str, folder: str = "", language: str = ENGLISH) -> str:
+    """Where a notebook stands in the repository.
+
+    >>> place("02_quantization_formulas", "solutions", "zh")
+    'notebooks/zh/solutions/02_quantization_formulas.ipynb'
+    """
+    return "/".join(filter(None, ["notebooks", "" if language == ENGLISH else language, folder, f"{stem}.ipynb"]))
+
+
+def _notebook(cells: list, stem: str, slug: str, folder: str, edition: Edition | None):
+    """A notebook of nbformat 4.5 with the badge, the set-up cell and ids that follow the English content."""
     from nbformat import v4
 
     first_code = next((i for i, cell in enumerate(cells) if cell.cell_type == "code"), len(cells))
-    cells.insert(first_code, v4.new_code_cell(setup_source(stem, slug)))
+    language = edition.language if edition else ENGLISH
+    cells.insert(first_code, v4.new_code_cell(setup_source(stem, slug, language)))
     seen: Counter = Counter()
     for cell in cells:
         cell["id"] = _cell_id(cell, seen)
         cell.metadata.pop("lines_to_next_cell", None)  # jupytext's own, of no use to a learner
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    cells[0].source = _with_badge(cells[0].source, badge(slug, path))  # after the ids, which know no repository
+        elif edition:
+            cell.source = edition.cell(cell.source)
+    line = "\n\n".join([badge(slug, place(stem, folder, language), language), *_unfinished(edition)])
+    cells[0].source = _with_badge(cells[0].source, line)  # after the ids, which know no repository
     notebook = v4.new_notebook(cells=cells, metadata=copy.deepcopy(METADATA))
-    notebook.metadata["labutils"] = {"chapter": stem}
+    notebook.metadata["labutils"] = {"chapter": stem} | ({"language": language} if edition else {})
     return notebook
+
+
+def _unfinished(edition: Edition | None) -> list[str]:
+    """Says how much of an edition stands in English; nothing where all is translated."""
+    if edition is None or not edition.lacking:
+        return []
+    message = marked(
+        "*{count} of {paragraphs} paragraphs of this chapter are not translated yet, and stand in English.*"
+    )
+    return [in_language(edition.language, message, count=len(edition.lacking), paragraphs=edition.paragraphs)]
 
 
 def _with_badge(title: str, line: str) -> str:
@@ -121,8 +146,10 @@ def read_notebook(path: Path):
         return None
 
 
-def build(root: Path, *, only: str = "", execution: str = "auto", write: bool = True, say=None) -> Built:
-    """Regenerate notebooks from their sources.
+def build(
+    root: Path, *, only: str = "", execution: str = "auto", write: bool = True, language: str = "", say=None
+) -> Built:
+    """Regenerate notebooks from their sources, in English and in every language that has a catalogue.
 
     Args:
         root: The course's folder.
@@ -130,6 +157,7 @@ def build(root: Path, *, only: str = "", execution: str = "auto", write: bool = 
         execution: "auto" runs the solutions whose code has changed, "always" all, "never" none:
             then a solution whose code has changed is an error.
         write: Without it, only find out which files would change.
+        language: Only this edition, such as "zh"; nothing is executed for it. All by default.
         say: Called with a sentence before each long step.
 
     Returns:
@@ -139,7 +167,10 @@ def build(root: Path, *, only: str = "", execution: str = "auto", write: bool = 
     for path in sources(root):
         if only in path.stem:
             try:
-                _build_chapter(root, path, execution, write, built, slug, say or (lambda _: None))
+                if language in ("", ENGLISH):
+                    _build_chapter(root, path, execution, write, built, slug, say or (lambda _: None))
+                if language != ENGLISH and not built.errors:
+                    _build_editions(root, read_chapter(path), language, write, built, slug)
             except (ExerciseError, ExecutionError) as error:
                 built.errors.append(str(error))
     return built
@@ -152,8 +183,8 @@ def _build_chapter(root, path, execution, write, built: Built, slug: str, say) -
     built.warnings.extend(findings.warnings)
     if findings.errors:
         return
-    _put(root / "notebooks" / f"{chapter.stem}.ipynb", learner_notebook(chapter, slug), write, built)
-    target = root / "notebooks" / "solutions" / f"{chapter.stem}.ipynb"
+    _put(root / place(chapter.stem), learner_notebook(chapter, slug), write, built)
+    target = root / place(chapter.stem, "solutions")
     solution, stored = solution_notebook(chapter, slug), read_notebook(target)
     kept = stored is not None and execution != "always" and with_kept_outputs(solution, stored)
     if not kept:
@@ -168,6 +199,40 @@ def _build_chapter(root, path, execution, write, built: Built, slug: str, say) -
             built.warnings.extend([f"{chapter.stem}: executed on a busy machine: {reason}"] if reason else [])
         built.executed.append(chapter.stem)
     _put(target, solution, write, built, unsure=not kept and not write)
+
+
+def _build_editions(root: Path, chapter: Chapter, language: str, write: bool, built: Built, slug: str) -> None:
+    """Both notebooks of a chapter in other languages; the solution's outputs are those of the English one."""
+    stem = chapter.stem
+    for name in editions_of(root, stem):
+        if language not in ("", name):
+            continue
+        ours = edition(root, name, stem, chapter.cells)
+        if ours.lacking:
+            built.warnings.append(f"{name}, {stem}: {len(ours.lacking)} of {ours.paragraphs} paragraphs not translated")
+        _put(root / place(stem, "", name), learner_notebook(chapter, slug, ours), write, built)
+        solution, stored = solution_notebook(chapter, slug, ours), read_notebook(root / place(stem, "solutions"))
+        if stored is not None and with_kept_outputs(solution, stored):
+            _put(root / place(stem, "solutions", name), solution, write, built)
+
+
+def update_catalogues(root: Path, language: str, *, only: str = "", write: bool = True) -> list[Path]:
+    """Bring a language's catalogues up to date with the sources; return those that changed, or would.
+
+    Args:
+        root: The course's folder.
+        language: Such as "zh".
+        only: A part of the names of chapters whose catalogue is begun where there is none.
+        write: Without it, only find out.
+    """
+    chapters = {path.stem: read_chapter(path).cells for path in sources(root)}
+    begun = [stem for stem in chapters if only and only in stem]
+    found = catalogues(root, chapters, language, begun)
+    changed = [path for path, text in found.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in changed if write else []:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(found[path], encoding="utf-8", newline="\n")
+    return changed
 
 
 def _put(path: Path, notebook, write: bool, built: Built, unsure: bool = False) -> None:

@@ -21,7 +21,9 @@ from labutils.course.contained import Limits, run_contained
 from labutils.course.exercises import Exercise, transplant
 from labutils.course.guard import process_limit
 from labutils.course.hand_in import Reference, UnusableError, find_reference, read_hand_in
+from labutils.course.setup_cell import language_of
 from labutils.course.verdicts import Verdict
+from labutils.language import ENGLISH, language, speaking, translated
 from labutils.paths import tool_cache_dir
 
 CELL_TIMEOUT_S = 120.0
@@ -38,6 +40,7 @@ class Report:
     chapter: str
     verdicts: list[Verdict]
     notes: list[str] = field(default_factory=list)
+    language: str = ENGLISH
 
     @property
     def is_right(self) -> bool:
@@ -63,7 +66,8 @@ def check_notebook(path: Path, root: Path, *, timeout_s: float = CELL_TIMEOUT_S,
     """
     learner = read_hand_in(path)
     reference = find_reference(root, learner, path.name)
-    return _Checking(reference, learner, root, timeout_s, limits).report()
+    with speaking(language_of(learner)):
+        return _Checking(reference, learner, root, timeout_s, limits).report()
 
 
 class _Checking:
@@ -91,11 +95,12 @@ class _Checking:
                 break
             replaced |= {culprit}
         for exercise in self.exercises:
-            unknown = Verdict(exercise.title, verdicts.NOT_RUN, "the lesson before it did not run: see the notes")
+            hint = translated("the lesson before it did not run: see the notes")
+            unknown = Verdict(exercise.title, verdicts.NOT_RUN, hint)
             verdict = self.found.setdefault(exercise.name, unknown)
             if exercise.name in first.changed_checks:
                 self.found[exercise.name] = replace(verdict, note=verdicts.CHEATED)
-        return Report(self.reference.stem, [self.found[e.name] for e in self.exercises], self.notes)
+        return Report(self.reference.stem, [self.found[e.name] for e in self.exercises], self.notes, language())
 
     def _round(self, replaced: frozenset[str]) -> str | None:
         """Run once; record what is new; name the exercise that ended the run early, if one did."""
@@ -228,6 +233,7 @@ def _environment(root: Path, folder: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "LABUTILS_REPORT": str(folder / "report.jsonl"),
         "LABUTILS_HOME": str(folder / "learner"),
+        "LABUTILS_LANGUAGE": language(),
         "YOWASP_CACHE_DIR": str(tool_cache_dir().resolve()),
         "LABUTILS_MAX_PROCESSES": process_limit(),
         "IPYTHONDIR": str(folder / "ipython"),
@@ -257,17 +263,22 @@ def _read_records(path: Path) -> tuple[dict[int, dict], int | None]:
 
 def as_text(report: Report, name: str) -> str:
     """A report for the learner to read."""
-    right = sum(1 for verdict in report.verdicts if verdict.verdict == verdicts.RIGHT)
-    lines = [f"{name} ({report.chapter}): {right} of {len(report.verdicts)} exercises right"]
-    for verdict in report.verdicts:
-        mark = "✓" if verdict.verdict == verdicts.RIGHT else "✗"
-        lines.append(f"  {mark} {verdict.exercise}: {verdict.verdict}")
-        if verdict.hint:
-            lines.append(f"      hint: {verdict.hint}")
-        lines += [f"      {line.strip()}" for line in verdict.details.splitlines()[1:] if "hint   " not in line]
-        if verdict.note:
-            lines.append(f"      note: {verdict.note}")
-    return "\n".join([*lines, *(f"  note: {note}" for note in report.notes)])
+    with speaking(report.language):
+        count = {"right": sum(v.verdict == verdicts.RIGHT for v in report.verdicts), "count": len(report.verdicts)}
+        lines = [f"{name} ({report.chapter}): " + translated("{right} of {count} exercises right", **count)]
+        for verdict in report.verdicts:
+            lines += _lines_of(verdict)
+        note = translated("note")
+    return "\n".join([*lines, *(f"  {note}: {text}" for text in report.notes)])
+
+
+def _lines_of(verdict: Verdict) -> list[str]:
+    mark = "✓" if verdict.verdict == verdicts.RIGHT else "✗"
+    lines = [f"  {mark} {verdict.exercise}: {translated(verdict.verdict)}"]
+    if verdict.hint:
+        lines.append(f"      {translated('hint')}: {verdict.hint}")
+    lines += [f"      {line.strip()}" for line in verdict.details.splitlines()[1:] if not verdicts.hint_of(line, "")]
+    return [*lines, *([f"      {translated('note')}: {translated(verdict.note)}"] if verdict.note else [])]
 
 
 def main(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from labutils.language import ENGLISH
 from labutils.paths import tool_cache_dir
 
 CELL_TIMEOUT_S = 1800
@@ -50,7 +51,7 @@ def _environment(root: Path, home: Path) -> dict[str, str]:
     """The kernel's environment: the course importable, no traces in the learner's folder."""
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     own = {"PYTHONPATH": path, "LABUTILS_HOME": str(home), "YOWASP_CACHE_DIR": str(tool_cache_dir().resolve())}
-    return {**os.environ, **own, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
+    return {**os.environ, **own, "LABUTILS_LANGUAGE": ENGLISH, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
 
 
 def clean(notebook, root: Path):

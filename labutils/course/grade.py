@@ -26,6 +26,7 @@ from pathlib import Path
 from labutils.course import verdicts
 from labutils.course.contained import Limits, run_contained
 from labutils.course.hand_in import SIZE_LIMIT_BYTES, reference_folder
+from labutils.language import language
 from labutils.paths import readable, written_whole
 
 COLUMNS = ("hand_in", "chapter", "exercise", "verdict", "points", "hint", "note", "seconds")
@@ -85,9 +86,10 @@ def find_hand_ins(folder: Path, out: Path) -> list[Path]:
 
 def course_fingerprint(options: Options) -> str:
     """A hash of all that a grade depends on beside the hand-in: references, checks, limits."""
-    digest = hashlib.sha256(repr((options.timeout_s, asdict(options.limits))).encode())
+    digest = hashlib.sha256(repr((options.timeout_s, asdict(options.limits), language())).encode())
     folder, _ = reference_folder(options.root)
-    files = [*folder.glob("*.ipynb"), *(options.root / "labutils").rglob("*.py"), *options.root.glob("*.py")]
+    package = options.root / "labutils"
+    files = [*folder.glob("*.ipynb"), *package.rglob("*.py"), *package.rglob("*.po"), *options.root.glob("*.py")]
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 from labutils.course.badge import repository
-from labutils.course.build import learner_notebook, text_of
+from labutils.course.build import learner_notebook, place, text_of
+from labutils.course.catalogue import edition, editions_of
 from labutils.course.source import examine, read_chapter, sources
 
 FOLDERS = ("labutils", "data")
 FILES = ("pyproject.toml", "constraints.txt", "environment.yml", "README.md", "LICENSE", "CITATION.cff")
 FILES += ("CONTRIBUTING.md", "notebooks/RENTED_GPUS.md", "notebooks/SUMMARY.md")
+FILES += ("README.zh.md", "notebooks/zh/GLOSSARY.md")
 LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#]+)[^)]*\)")  # to a file
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", ".ipynb_checkpoints", "*.egg-info")
 
@@ -64,12 +66,14 @@ def _unlink_missing(target: Path) -> None:
 
 
 def _write_notebooks(root: Path, target: Path, chapter) -> list[Path]:
-    text = text_of(learner_notebook(chapter, repository(root)))
-    paths = [
-        target / "notebooks" / f"{chapter.stem}.ipynb",
-        target / "notebooks" / "pristine" / f"{chapter.stem}.ipynb",
-    ]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="\n")
-    return paths
+    slug, stem = repository(root), chapter.stem
+    english = learner_notebook(chapter, slug)
+    notebooks = {place(stem): english, place(stem, "pristine"): english}
+    for language in editions_of(root, stem):
+        notebooks[place(stem, "", language)] = learner_notebook(
+            chapter, slug, edition(root, language, stem, chapter.cells)
+        )
+    for name, notebook in notebooks.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(text_of(notebook), encoding="utf-8", newline="\n")
+    return [target / name for name in notebooks]

@@ -9,6 +9,7 @@ import re
 import sys
 
 from labutils import checks
+from labutils.language import translated
 from labutils.paths import learner_dir, written_whole
 
 _CHAPTER = {"number": ""}  # of the notebook that this kernel runs; set by `begin`
@@ -77,9 +78,9 @@ def summary(chapter: str = "") -> str:
     """The standing in plain text, one line per exercise."""
     state = standing(chapter)
     marks = {True: "✓", False: "✗", None: "·"}
-    words = {True: "", False: "  (not right yet)", None: "  (not tried yet)"}
+    words = {True: "", False: f"  ({translated('not right yet')})", None: f"  ({translated('not tried yet')})"}
     done = sum(1 for value in state.values() if value)
-    lines = [f"{done} of {len(state)} exercises passed"]
+    lines = [translated("{done} of {count} exercises passed", done=done, count=len(state))]
     return "\n".join([*lines, *(f"  {marks[value]} {name}{words[value]}" for name, value in state.items())])
 
 
@@ -114,7 +115,7 @@ def _bar(chapter: str):
     """A bar that follows the checks; made of what ipywidgets 7.7 and 8 share."""
     import ipywidgets
 
-    bar = ipywidgets.IntProgress(value=0, min=0, max=1, description="passed")
+    bar = ipywidgets.IntProgress(value=0, min=0, max=1, description=translated("passed"))
 
     def draw() -> None:
         state = standing(chapter)

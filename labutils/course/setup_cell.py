@@ -1,10 +1,13 @@
 """The generated set-up cell: finds the course here, or fetches it on Colab. Standard library only."""
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+from labutils.language import ENGLISH, use
 
 MARKER = "# SETUP"
 NEVER_INSTALLED = frozenset({"numpy", "torch"})  # a host's own builds fit its drivers and each other
@@ -32,12 +35,13 @@ if root is not None:
     sys.path.insert(0, str(root))
 from labutils.course.setup_cell import ready
 
-ready("{stem}")"""
+ready("{stem}"{language})"""
 
 
-def setup_source(stem: str, repository: str) -> str:
+def setup_source(stem: str, repository: str, language: str = ENGLISH) -> str:
     """The source of the first code cell of notebook ``stem``."""
-    return TEMPLATE.format(stem=stem, repository=repository)
+    chosen = "" if language == ENGLISH else f', language="{language}"'
+    return TEMPLATE.format(stem=stem, repository=repository, language=chosen)
 
 
 def is_setup(cell) -> bool:
@@ -45,8 +49,17 @@ def is_setup(cell) -> bool:
     return cell["cell_type"] == "code" and "".join(cell["source"]).startswith(MARKER)
 
 
-def ready(stem: str) -> None:
-    """Make this kernel ready for notebook ``stem``: packages on Colab, and the learner's progress."""
+def language_of(cells) -> str:
+    """The language that a notebook's set-up cell chooses."""
+    chosen = [
+        re.search(r'^ready\(.*language="(\w+)"\)', "".join(c["source"]), re.MULTILINE) for c in cells if is_setup(c)
+    ]
+    return chosen[0][1] if chosen and chosen[0] else ENGLISH
+
+
+def ready(stem: str, language: str = ENGLISH) -> None:
+    """Make this kernel ready for notebook ``stem``: packages on Colab, its language, and the learner's progress."""
+    use(language)
     if "google.colab" in sys.modules:
         install_missing(Path(__file__).resolve().parents[2] / "pyproject.toml")
     from labutils.course.progress import begin

@@ -3,10 +3,13 @@
 import re
 from dataclasses import asdict, dataclass, replace
 
-RIGHT, WRONG, BLANK, SYNTAX = "right", "wrong", "blank", "syntax error"
-LOOP, KILLED, MISSING, DOUBLED, NOT_RUN = "endless loop", "killed kernel", "missing", "doubled", "not run"
+from labutils.language import in_all_languages, marked, translated
+
+RIGHT, WRONG, BLANK, SYNTAX = marked("right"), marked("wrong"), marked("blank"), marked("syntax error")
+LOOP, KILLED, NOT_RUN = marked("endless loop"), marked("killed kernel"), marked("not run")
+MISSING, DOUBLED = marked("missing"), marked("doubled")
 VERDICTS = (RIGHT, WRONG, BLANK, SYNTAX, LOOP, KILLED, MISSING, DOUBLED, NOT_RUN)
-CHEATED = "the check cell was deleted or changed; the original check was run instead"
+CHEATED = marked("the check cell was deleted or changed; the original check was run instead")
 LIMIT = 600
 
 
@@ -43,26 +46,31 @@ def tidy(text: str, limit: int = LIMIT) -> str:
 def missing(title: str) -> Verdict:
     """The hand-in lacks the exercise's cell."""
     name = title.split(" ", 1)[1]
-    return Verdict(title, MISSING, f"no code cell begins with `# EXERCISE {name}`: put that line back as the first")
+    hint = translated("no code cell begins with `# EXERCISE {name}`: put that line back as the first", name=name)
+    return Verdict(title, MISSING, hint)
 
 
 def doubled(title: str) -> Verdict:
     """The hand-in has the exercise's cell more than once."""
     name = title.split(" ", 1)[1]
-    return Verdict(title, DOUBLED, f"more than one cell begins with `# EXERCISE {name}`: keep only one")
+    hint = translated("more than one cell begins with `# EXERCISE {name}`: keep only one", name=name)
+    return Verdict(title, DOUBLED, hint)
 
 
 def fatal(title: str, kind: str, limits: str = "") -> Verdict:
     """The exercise never ended ("timeout"), or took its kernel down ("dead", or a limit's name)."""
     if kind == "timeout":
-        return Verdict(title, LOOP, f"still running after {limits}: does every loop come to its end?")
+        return Verdict(
+            title, LOOP, translated("still running after {limits}: does every loop come to its end?", limits=limits)
+        )
     causes = {
-        "memory": "it used more memory than allowed: is something growing without a bound?",
-        "processes": "it started too many processes",
-        "disk": "it wrote too much to the disk, or printed without an end",
-        "time": "the whole notebook took too long, and was running this exercise",
+        "memory": translated("it used more memory than allowed: is something growing without a bound?"),
+        "processes": translated("it started too many processes"),
+        "disk": translated("it wrote too much to the disk, or printed without an end"),
+        "time": translated("the whole notebook took too long, and was running this exercise"),
     }
-    return Verdict(title, KILLED, causes.get(kind, "the kernel died here: no exit(), no endless memory or recursion"))
+    died = translated("the kernel died here: no exit(), no endless memory or recursion")
+    return Verdict(title, KILLED, causes.get(kind, died))
 
 
 def judge(title: str, answer: dict, check: dict) -> Verdict:
@@ -74,11 +82,13 @@ def judge(title: str, answer: dict, check: dict) -> Verdict:
         return Verdict(title, RIGHT)
     kind, text = check["ename"], tidy(check["evalue"] or check["message"])
     if kind == "StillBlank":
-        return Verdict(title, BLANK, "write your answer between the exercise's first line and its check", text)
+        hint = translated("write your answer between the exercise's first line and its check")
+        return Verdict(title, BLANK, hint, text)
     if kind == "CheckFailed":
         return Verdict(title, WRONG, hint_of(text), text)
     if not kind:
-        return Verdict(title, WRONG, "the check did not print its line: does your code stop it?", tidy(check["stdout"]))
+        hint = translated("the check did not print its line: does your code stop it?")
+        return Verdict(title, WRONG, hint, tidy(check["stdout"]))
     return replace(_raised(title, kind, text), details=f"{kind}: {text}")
 
 
@@ -86,26 +96,27 @@ def _failed_answer(title: str, record: dict) -> Verdict:
     kind, text = record["ename"], tidy(record["evalue"] or record["message"])
     if kind in ("SyntaxError", "IndentationError", "TabError"):
         text = re.sub(r"\([^()]*, line (\d+)\)", r"(line \1)", text)
-        return Verdict(title, SYNTAX, f"Python cannot read the cell: {text}", f"{kind}: {text}")
+        return Verdict(title, SYNTAX, translated("Python cannot read the cell: {text}", text=text), f"{kind}: {text}")
     if kind == "NotImplementedError" and text.startswith("Exercise "):
-        return Verdict(title, BLANK, "write your answer in place of the `raise` line", text)
+        return Verdict(title, BLANK, translated("write your answer in place of the `raise` line"), text)
     return _raised(title, kind, text)
 
 
 def _raised(title: str, kind: str, text: str) -> Verdict:
     advice = {
-        "NameError": "; define every name that you use inside the EXERCISE cell itself",
-        "SystemExit": "; leave exit() out",
-        "OutputTooLargeError": "; print less",
+        "NameError": "; " + translated("define every name that you use inside the EXERCISE cell itself"),
+        "SystemExit": "; " + translated("leave exit() out"),
+        "OutputTooLargeError": "; " + translated("print less"),
     }
     name = title.split(" ", 1)[1]
     if kind == "NameError" and text == f"name '{name}' is not defined":
-        return Verdict(title, WRONG, f"the cell does not define `{name}`: keep the name that was given", text)
-    words = f"your code raised {kind}: {text}".rstrip(": ")
+        hint = translated("the cell does not define `{name}`: keep the name that was given", name=name)
+        return Verdict(title, WRONG, hint, text)
+    words = translated("your code raised {error}", error=f"{kind}: {text}".rstrip(": "))
     return Verdict(title, WRONG, words + advice.get(kind, ""), f"{kind}: {text}")
 
 
-def hint_of(text: str) -> str:
-    """The hint in a failed check's message, or else its first line."""
-    match = re.search(r"^    hint      (.+)$", text, flags=re.MULTILINE)
-    return match.group(1) if match else text.splitlines()[0] if text else ""
+def hint_of(text: str, default: str | None = None) -> str:
+    """The hint in a failed check's message, or else the default: its first line."""
+    match = re.search(rf"^    (?:{'|'.join(in_all_languages('hint'))}) +(.+)$", text, flags=re.MULTILINE)
+    return match[1] if match else (text.splitlines() or [""])[0] if default is None else default
