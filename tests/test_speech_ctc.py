@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from labutils.cli.main import main
 from labutils.layers.linears import linear_layers, set_weight_, weight_of
 from labutils.models import spoken
 from labutils.models.load import LoadError
@@ -166,3 +167,18 @@ def test_training_sentences_come_with_their_words():
     made = list(spoken.utterances(3))
     assert [text for _, text in made] == [q.words for q in spoken.spoken_queries("train", 3)]
     assert all(features.shape[1] == 40 and len(features) > 50 for features, _ in made)
+
+
+def test_the_command_trains_and_stores_a_recogniser(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(spoken, "train_recogniser", lambda **options: asked.append(options) or ctc.TimeDelayNet())
+    assert main(["train", "speech", "--steps", "3", "--out", str(tmp_path / "new")]) == 0
+    assert asked[0]["steps"] == 3 and f"wrote {tmp_path / 'new'}" in capsys.readouterr().out
+    assert not spoken.load_recogniser(tmp_path / "new").training
+
+
+@needs_espeak
+def test_training_speaks_fresh_sentences_and_fits_them():
+    said = []
+    model = spoken.train_recogniser(steps=2, sentences=4, log=said.append)
+    assert said == [said[-1]] and said[-1].startswith("step 2:") and not model.training
