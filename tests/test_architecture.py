@@ -18,6 +18,7 @@ TOPICS = (
     "decoding",
     "serving",
     "speech",
+    "applications",
 )
 FLOORS = [
     {"paths", "language", "hosts", "measurement", "layers", "training"},
@@ -35,6 +36,8 @@ NEIGHBOURS = {
     ("decoding", "generation"),  # chapter 10 speeds up the verbs of chapter 01
     ("serving", "decoding"),  # drafts for several streams
     ("serving", "generation"),  # chapter 11 serves many with the decoder and the samplers of chapter 01
+    ("applications", "generation"),
+    ("applications", "decoding"),  # answers under a grammar
     ("models", "data"),
     ("course", "checks"),
     ("widgets", "plots"),
@@ -44,7 +47,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 320, 45
 TABLES = {"data/service_grammar.py"}  # data, not code
 # The design's aims were 500 lines a topic and 5,000 in all; the checks' hints and references alone take 1,400 for four
 # chapters. These bounds keep growth in sight: raise one only beside a chapter that needs it.
-MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_500, 25_200
+MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_500, 25_800
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

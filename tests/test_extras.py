@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from labutils.course import extras
 from labutils.course.extras import install_extra, install_packages, missing_packages
 
 
@@ -51,6 +52,15 @@ def test_install_extra_keeps_the_pins_in_the_courses_own_environment(root, pip, 
     monkeypatch.setattr(sys, "prefix", str(root / ".venv"))
     install_extra("away", root)
     assert pip.calls[0][-2:] == ["-c", str(root / "constraints.txt")]
+
+
+def test_an_extra_of_files_alone_brings_nothing_else(root, pip, monkeypatch):
+    monkeypatch.setattr(extras, "ALONE", {"away"})
+    install_extra("away", root)
+    assert "--no-deps" in pip.calls[0]
+    monkeypatch.setattr(extras, "ALONE", set())
+    install_extra("away", root)
+    assert "--no-deps" not in pip.calls[1]
 
 
 def test_install_extra_says_in_a_sentence_what_failed(root, pip, capsys):

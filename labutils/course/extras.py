@@ -10,6 +10,7 @@ from pathlib import Path
 from labutils.course.setup_cell import is_missing
 
 ROOT = Path(__file__).resolve().parents[2]
+ALONE = frozenset({"applications"})  # only their files are used: what they require stays away
 
 
 def missing_packages(name: str, root: Path = ROOT) -> list[str]:
@@ -38,7 +39,18 @@ def install_extra(name: str, root: Path = ROOT) -> bool:
         return True
     print(f"installing {', '.join(missing)} ...", flush=True)
     pins = ["-c", str(root / "constraints.txt")] if Path(sys.prefix).resolve() == (root / ".venv").resolve() else []
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *missing, *pins]
+    alone = ["--no-deps"] if name in ALONE else []
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        *alone,
+        *missing,
+        *pins,
+    ]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if result.returncode:
         reason = next((line for line in result.stderr.splitlines()[::-1] if line.startswith("ERROR")), "pip failed")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from labutils.applications import scores
 from labutils.data import service
 from labutils.models.tokenizer import chat_ids
 
@@ -69,9 +70,5 @@ def score_task(
 
 
 def chrf(score: TaskScore) -> float:
-    """Character n-gram F-score, chrF (Popović 2015), of a translation task in percent, by sacrebleu."""
-    try:
-        from sacrebleu.metrics import CHRF
-    except ImportError as error:
-        raise ImportError("chrF needs sacrebleu: pip install sacrebleu") from error
-    return CHRF().corpus_score(list(score.predictions), [list(score.references)]).score
+    """Character n-gram F-score, chrF (Popović 2015), of a translation task in percent."""
+    return 100 * scores.chrf(score.predictions, score.references)
