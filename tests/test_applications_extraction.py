@@ -62,6 +62,14 @@ def test_labels_of_one_query_by_hand():
     assert not keywords(query) & {"tried", "hello", "to", "the", "work"} and "order" in keywords(query)
 
 
+def test_a_frame_alone_can_tell_of_a_failure():
+    slots = {"order_id": ("A12345", "A12345")}
+    for frame, expected in ((5, "negative"), (0, "neutral")):
+        phrasing = service.Phrasing("cancel_order", 0, frame)
+        query = service.Query(*service.render(phrasing, slots), "cancel_order", slots, phrasing)
+        assert sentiment(query) == expected and ("did not work" in query.text_en) == (frame == 5)
+
+
 def test_sentiment_has_both_classes_and_keywords_stand_in_the_text():
     assert {sentiment(query) for query in QUERIES} == set(service_labels.SENTIMENTS)
     for query in QUERIES:

@@ -64,6 +64,7 @@ def test_all_cells_give_the_exact_answer_and_more_cells_never_less(vectors):
 
 def test_equal_vectors_leave_cells_empty():
     index = CellIndex(torch.ones(4, 2) / 2**0.5, cells=3)
+    assert index.centres.norm(dim=1).allclose(torch.ones(3)) and sorted(index.starts) == index.starts
     assert sorted(index.search(torch.tensor([1.0, 0.0]), 4, cells=3)) == [0, 1, 2, 3]
 
 

@@ -111,6 +111,7 @@ def test_sorted_batches_hold_each_request_once_and_pad_no_more(lengths, batch):
 
 
 def test_padding_by_hand_and_refusals():
+    assert batches_by_length([5, 1, 4, 2, 1], 2) == [[1, 4], [3, 2], [0]]
     assert padding_share([4, 1, 2], [[0, 1], [2]]) == pytest.approx(1 - 7 / 10)
     with pytest.raises(ValueError, match="batch must be at least 1; got 0"):
         batches_by_length([1], 0)

@@ -77,7 +77,7 @@ def _collapse_wrong(**change):
     return lambda ids, blank: _collapse(ids, blank, **change)
 
 
-@exercise("12.8")
+@exercise("12.10")
 def collapse(answer):
     """CTC's reading of one id a frame: repeats merged, then blanks dropped."""
     expect_function(
@@ -185,7 +185,7 @@ def _by_sum(speech, noise, snr_db):
     return math.sqrt(powers[0] / powers[1] / 10 ** (snr_db / 10))
 
 
-@exercise("12.10")
+@exercise("12.8")
 def noise_gain(answer):
     """The factor that brings noise to a signal-to-noise ratio in decibels."""
     expect_function(
