@@ -76,7 +76,7 @@ class Run:
         room = settings.window - (self.read - self.delivered)
         if self.exhausted or room < settings.window / 2 or self.held_bytes > settings.window_bytes / 2:
             return
-        lengths, began = {}, time.monotonic()
+        lengths, began, routes, held = {}, time.monotonic(), defaultdict(list), self.held_requests()
         for payload in self.take_from_source(room):
             request, self.read = self.read, self.read + 1
             self.payloads[request] = b""
@@ -84,17 +84,34 @@ class Run:
                 self.payloads[request], length = dumps(payload), int(settings.length(payload))
                 if settings.max_tokens is not None and length > settings.max_tokens:
                     raise ValueError(f"a request must fit max_tokens={settings.max_tokens}; got {length}")
+                routes[self.route(payload, held)].append(request)
                 lengths[request] = length
             except Exception as error:
                 self.settle(request, Outcome(None, f"NotSent: {describe(error)}"), "nowhere")
             self.hold(request, len(self.payloads.get(request, b"")))
             if self.held_bytes >= settings.window_bytes or time.monotonic() - began > POLL_S:
                 break
-        ids = list(lengths)
-        for batch in partition(
-            list(lengths.values()), max_requests=settings.max_requests, max_tokens=settings.max_tokens
-        ):
-            self.queue_for(batch).append(Batch([ids[i] for i in batch]))
+        for node, ids in routes.items():
+            for batch in partition(
+                [lengths[i] for i in ids], max_requests=settings.max_requests, max_tokens=settings.max_tokens
+            ):
+                self.queue_for(batch, node).append(Batch([ids[i] for i in batch]))
+
+    def held_requests(self) -> Counter[str]:
+        """Returns how many requests each usable node has queued for it alone or in work."""
+        batches = [(node, batch) for node, queue in self.own.items() for batch in queue]
+        batches += [(placed.node, placed.batch) for placed in self.running.values()]
+        return Counter({name: sum(len(batch.ids) for node, batch in batches if node == name) for name in self.usable()})
+
+    def route(self, payload: object, held: Counter[str]) -> str | None:
+        """Returns the node that the setting `route` names, and counts the request there; None where it names none."""
+        if not (self.settings.route and held):
+            return None
+        node = self.settings.route(payload, held)
+        if node not in held:
+            raise ValueError(f"a route must name one of {', '.join(held)}; got {node!r}")
+        held[node] += 1
+        return node
 
     def take_from_source(self, room: int) -> Iterator:
         """Yields at most `room` requests, and none once the source has nothing, ends or raises."""
@@ -122,10 +139,12 @@ class Run:
         stopped = {(placed.node, placed.address) for placed in self.abandoned.values()}
         return {node: address for node, address in self.nodes.items() if (node, address) not in stopped}
 
-    def queue_for(self, batch: list[int]) -> deque[Batch]:
-        """Returns the queue that the policy gives a batch to."""
+    def queue_for(self, batch: list[int], node: str | None) -> deque[Batch]:
+        """Returns the queue that the policy gives a batch to; `node` is where it was routed."""
         usable = self.usable()
-        if self.settings.policy == "pull" or not usable:
+        if self.settings.policy == "routed" and node in usable:
+            return self.own[node]
+        if self.settings.policy in ("pull", "routed") or not usable:
             return self.shared
         rates = self.settings.rates if self.settings.policy == "weighted" else None
         node = min(usable, key=lambda n: (self.dealt[n] + 1) / (rates.get(n, 1e-9) if rates else 1))

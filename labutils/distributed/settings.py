@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-POLICIES = ("pull", "static", "weighted")
+POLICIES = ("pull", "static", "weighted", "routed")
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ class Settings:
     """How to dispatch.
 
     Attributes:
-        policy: "pull" (a free node takes the next batch), "static" (batches dealt out in turn) or "weighted" (in
-            proportion to `rates`). What a lost node leaves behind is pulled.
+        policy: "pull" (a free node takes the next batch), "static" (batches dealt out in turn), "weighted" (in
+            proportion to `rates`) or "routed" (where `route` says). What a lost node leaves behind is pulled.
         rates: Requests/s of each node, for "weighted".
+        route: From a request and how many requests each node holds to a node, for "routed".
         max_requests: Requests in a batch.
         max_tokens: Padded length of a batch; needs `length`. A longer request is a named error.
         length: Length of a request; batches hold similar ones.
@@ -64,6 +65,7 @@ class Settings:
 
     policy: str = "pull"
     rates: Mapping[str, float] | None = None
+    route: Callable[[Any, Mapping[str, int]], str] | None = None
     max_requests: int = 1
     max_tokens: int | None = None
     length: Callable[[Any], int] = lambda payload: 1
@@ -79,6 +81,8 @@ class Settings:
             raise ValueError(f"policy must be one of {POLICIES}; got {self.policy!r}")
         if self.policy == "weighted" and not (self.rates and min(self.rates.values()) > 0):
             raise ValueError(f"the weighted policy needs a positive rate for every node; got {self.rates}")
+        if (self.policy == "routed") != (self.route is not None):
+            raise ValueError(f"the routed policy and a route need each other; got {self.policy!r} and {self.route}")
         for name in ("max_requests", "in_flight", "window", "window_bytes", "max_losses"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
