@@ -156,7 +156,7 @@ def answer(page, name, *lines):
 
 
 def open_notebook(page, address, path):
-    page.goto(f"{address}/lab/tree/{path}")
+    page.goto(f"{address}/lab/tree/{path}?reset")  # nothing that another test has left open
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()  # before, JupyterLab asks for a kernel
 
