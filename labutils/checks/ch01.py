@@ -9,6 +9,7 @@ from labutils.checks import cases_of, exercise, expect_close, expect_function
 from labutils.checks.passes import generation_cases, watched
 from labutils.generation.cache import KVCache
 from labutils.generation.decode import decode_one_token, forward_logits, generate_cached, prefill
+from labutils.language import translated
 
 NEW_TOKENS = 8
 
