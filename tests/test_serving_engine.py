@@ -100,6 +100,12 @@ def test_packed_weights_give_a_token_the_same_bits_in_any_blocks_and_chunks(bloc
     assert torch.equal(seen[id(request)], expected[0])
 
 
+def test_two_requests_made_of_one_list_do_not_spoil_each_other():
+    prompt = [5, 6, 7, 8]
+    one, two = run(engine(), [Request(prompt, max_new_tokens=6), Request(prompt, max_new_tokens=6)])
+    assert prompt == [5, 6, 7, 8] and one.token_ids == two.token_ids and len(one.new_ids) == len(two.new_ids) == 6
+
+
 def test_texts_survive_preemption_and_copies():
     serving, copies = engine(blocks=9, block_size=2, max_positions=19), []
     plain = serving.model

@@ -75,6 +75,7 @@ class Request:
     end: End | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self.token_ids = list(self.token_ids)  # it grows; the caller's stays as it is
         self.prompt = len(self.token_ids)
 
     @property
