@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from labutils.distributed.collectives import Comm, Link, broadcast_weights_, checksum, rank_device
-from labutils.distributed.disaggregation import DECODE, generate_disaggregated
+from labutils.distributed.disaggregation import DECODE, generate_disaggregated, greedy
 from labutils.distributed.experts import expert_parallel
 from labutils.distributed.pipeline import Stage, gpipe_forward, pipeline_generate
 from labutils.distributed.ring_attention import ring_attention
@@ -76,19 +76,6 @@ def four_ranks(pace_s: float, counts: Sequence[int]) -> dict[str, object]:
         "rows": torch.bincount(choices.flatten(), minlength=comm.size).tolist(),
         "moved": comm.sent_bytes,
     }
-
-
-@torch.no_grad()
-def greedy(model: torch.nn.Module, token_ids: Tensor, new_tokens: int) -> Tensor:
-    """Decodes greedily with a cache; on every rank of a tensor-parallel model alike."""
-    from transformers import DynamicCache
-
-    cache, text, step = DynamicCache(), token_ids, token_ids
-    for _ in range(new_tokens):
-        logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        step = logits[:, -1:].argmax(dim=-1)
-        text = torch.cat([text, step], dim=1)
-    return text
 
 
 def over_links(name: str, token_ids: Tensor, new_tokens: int, links: Mapping[str, Link | None], repeats: int) -> dict:

@@ -79,7 +79,7 @@ class Ours:
 
     def submit(self, number: int, prompt: list[int], count: int) -> None:
         """See `Engine`."""
-        self.numbers[self.engine.submit(self.request(list(prompt), count, salt=str(next(self.salts))))] = number
+        self.numbers[self.engine.submit(self.request(prompt, count, salt=str(next(self.salts))))] = number
 
     def advance(self, timeout_s: float | None) -> list[tuple[int, float, float, object]]:
         """One step."""

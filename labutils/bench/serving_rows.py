@@ -6,7 +6,7 @@ from statistics import median
 
 from labutils.bench.table import Bar
 from labutils.measurement.ledger import host_description
-from labutils.measurement.timing import Ratio, bootstrap_interval, paired_ratio, quantile
+from labutils.measurement.timing import bootstrap_interval, paired_ratio, quantile
 
 OURS, AGAIN, VLLM = "ours", "again", "vLLM"
 Times = tuple[float, float, float]  # of a request: arrival, first token, last token
@@ -107,7 +107,7 @@ def same_twice(rows: Sequence[ServingRow]) -> list[str]:
     again = {row.load: row for row in rows if AGAIN in row.engine}
     firsts = {row.engine: row.engine.removesuffix(f", {AGAIN}") for row in again.values()}
     pairs = [(row, again[row.load]) for row in rows if row.engine in firsts.values() and row.load in again]
-    return [f"A/A, {row.model}, {row.load}: {_ratio(row, other)}" for row, other in pairs]
+    return [f"A/A, {row.model}, {row.load}: {paired_ratio(row.samples, other.samples)}" for row, other in pairs]
 
 
 def as_shares(shares: Mapping[str, float]) -> str:
@@ -126,7 +126,3 @@ def as_table(rows: Sequence[ServingRow]) -> str:
         line += "{:>11.1f}{:>9.1f}{:>13.2f}{:>8.2f}".format(*times)
         lines.append(f"{line}    {row.good_share:>5.0%}  {row.same_text}  {row.settings}".rstrip())
     return "\n".join(lines)
-
-
-def _ratio(row: ServingRow, other: ServingRow) -> Ratio:
-    return paired_ratio(row.samples, other.samples)

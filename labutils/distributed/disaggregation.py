@@ -28,6 +28,28 @@ def break_even_bytes_per_s(nbytes: float, recompute_s: float, *, latency_s: floa
 
 
 @torch.no_grad()
+def greedy(
+    model: nn.Module, text: Int[Tensor, "batch positions"], new_tokens: int, cache=None
+) -> Int[Tensor, "batch longer"]:
+    """Decodes greedily; on every rank of a tensor-parallel model alike.
+
+    Args:
+        model: A causal LM of `transformers`.
+        text: What to continue.
+        new_tokens: How many tokens to write.
+        cache: Keys and values of the text's beginning, which need not be read again; by default of nothing.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache() if cache is None else cache
+    for _ in range(new_tokens):
+        unread = text[:, cache.get_seq_length() :]
+        logits = model(input_ids=unread, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        text = torch.cat([text, logits[:, -1:].argmax(dim=-1)], dim=1)
+    return text
+
+
+@torch.no_grad()
 def generate_disaggregated(
     model: nn.Module, token_ids: Int[Tensor, "1 positions"], max_new_tokens: int, comm: Comm
 ) -> Int[Tensor, "1 longer"] | None:
@@ -63,7 +85,4 @@ def generate_disaggregated(
     for index, (keys, values) in enumerate(comm.receive(shape, model.dtype, PREFILL)):
         cache.update(keys, values, index)
     text = torch.cat([token_ids, comm.receive((1, 1), torch.long, PREFILL)], dim=1)
-    for _ in range(max_new_tokens - 1):
-        logits = model(input_ids=text[:, -1:], past_key_values=cache, use_cache=True).logits
-        text = torch.cat([text, logits[:, -1:].argmax(dim=-1)], dim=1)
-    return text
+    return greedy(model, text, max_new_tokens - 1, cache)

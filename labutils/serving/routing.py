@@ -96,7 +96,7 @@ class Replica:
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> list[Served]:
         """Answers a batch, all at once; see `Engine.submit` for what is refused."""
-        requests = run(_engine(pickle.dumps(self.make)), [Request(list(ids), self.max_new_tokens) for ids in prompts])
+        requests = run(_engine(pickle.dumps(self.make)), [Request(ids, self.max_new_tokens) for ids in prompts])
         return [Served(request.new_ids, request.cached) for request in requests]
 
 

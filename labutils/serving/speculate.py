@@ -71,7 +71,7 @@ def generate_speculative_batch(
         shape = f"{[len(ids) for ids in prompts]}, {len(proposers)}, {max_new_tokens} and {draft_tokens}"
         rule = "each stream needs a prompt and a proposer, max_new_tokens at least 1 and draft_tokens at least 0"
         raise ValueError(f"{rule}; got lengths {shape}")
-    streams = [Request(list(ids), max_new_tokens) for ids in prompts]
+    streams = [Request(ids, max_new_tokens) for ids in prompts]
     pool = BlockPool(model.blocks, block_size=model.block_size)
     for stream, proposer in zip(streams, proposers, strict=True):
         stream.table = pool.allocate([], -(-(stream.prompt + max_new_tokens) // pool.block_size))
