@@ -4,7 +4,8 @@ Thread pools spin: in one process, or awake beside another engine, an engine slo
 that gets SIGSTOP when it has answered and SIGCONT when it is asked. A question and its answer are a line of JSON each.
 
 A child leads a process group of its own in its parent's session. So the system wakes and ends it when its parent dies:
-that is what becomes of stopped groups that nobody is left to wake.
+that is what becomes of stopped groups that nobody is left to wake. It becomes of those that have stopped by then,
+so a child counts as stopped when the system says so and not when the signal is sent.
 """
 
 import contextlib
@@ -30,14 +31,14 @@ class Child:
             command, text=True, env={**os.environ, **(environment or {})}, process_group=0, **pipes
         )
         self._line()
-        self._signal(signal.SIGSTOP)
+        self._stop()
 
     def ask(self, question: object) -> object:
         """Wakes the child, asks, and stops it when it has answered."""
         self._signal(signal.SIGCONT)
         print(json.dumps(question), file=self.process.stdin, flush=True)
         answer = json.loads(self._line())
-        self._signal(signal.SIGSTOP)
+        self._stop()
         return answer
 
     def close(self) -> None:
@@ -55,6 +56,11 @@ class Child:
             words = self.complaints.read().decode(errors="replace").strip().splitlines() or [""]
             raise RuntimeError(f"a child must answer; it ended with code {code}: {words[-1][:200]}")
         return line
+
+    def _stop(self) -> None:
+        self._signal(signal.SIGSTOP)
+        if hasattr(os, "waitid"):  # not on macOS before Python 3.13
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended, which the next line tells
