@@ -23,7 +23,7 @@ TOPICS = (
 FLOORS = [
     {"paths", "language", "hosts", "measurement", "layers", "training"},
     set(TOPICS),
-    {"models", "data"},
+    {"models", "data", "capstone"},
     {"checks", "plots", "widgets", "course"},
     {"cli", "bench"},
 ]
@@ -39,6 +39,8 @@ NEIGHBOURS = {
     ("applications", "generation"),
     ("applications", "decoding"),  # answers under a grammar
     ("models", "data"),
+    ("capstone", "models"),  # chapter 13 builds on everything
+    ("capstone", "data"),
     ("course", "checks"),
     ("widgets", "plots"),
     ("cli", "bench"),
@@ -47,7 +49,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 320, 45
 TABLES = {"data/service_grammar.py"}  # data, not code
 # The design's aims were 500 lines a topic and 5,000 in all; the checks' hints and references alone take 1,400 for four
 # chapters. These bounds keep growth in sight: raise one only beside a chapter that needs it.
-MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_500, 25_800
+MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_500, 27_400
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

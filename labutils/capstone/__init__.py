@@ -1,0 +1,1 @@
+"""The capstone: designs of a service, judged by speed, quality, energy, fairness and privacy (chapter 13)."""
