@@ -24,7 +24,7 @@ from labutils.acceleration.memory import (
     what_fits,
 )
 from labutils.acceleration.timeline import Event, bound_by, merged, profile, read_trace
-from labutils.measurement.resources import Energy
+from labutils.measurement.energy import Energy
 
 LLAMA_8B = Need(parameters=8e9, weight_bits=16, position_bytes=131_072, positions=8192, batch=16)
 

@@ -1,4 +1,4 @@
-"""Resources: real allocations seen, counters that wrap, bytes counted by hand."""
+"""Resources: real allocations seen, bytes counted by hand."""
 
 import mmap
 
@@ -11,11 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from labutils.measurement import resources
 from labutils.measurement.resources import (
     decode_bytes_per_token,
-    energy,
     kv_bytes_per_position,
     peak_memory,
     weight_bytes_read,
-    wrapped_difference,
 )
 
 LLAMA = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -83,42 +81,6 @@ def test_peak_memory_says_not_measured_where_no_mark_can_be_reset(tmp_path, monk
     assert "not measured" in str(peak)
 
 
-def rapl(root, name, microjoules, full_range=1_000_000):
-    folder = root / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "energy_uj").write_text(str(microjoules))
-    (folder / "max_energy_range_uj").write_text(str(full_range))
-
-
-def test_energy_adds_packages_leaves_out_their_children_and_unwraps(tmp_path, monkeypatch):
-    monkeypatch.setattr(resources, "_nvml_counters", list)
-    rapl(tmp_path, "intel-rapl:0", 900_000)
-    rapl(tmp_path, "intel-rapl:1", 100_000)
-    rapl(tmp_path, "intel-rapl:0:0", 5)
-    with energy(powercap=tmp_path) as spent:
-        rapl(tmp_path, "intel-rapl:0", 100_000)  # wrapped: 0.9 J to 1.0 J, then 0.1 J
-        rapl(tmp_path, "intel-rapl:1", 400_000)
-        rapl(tmp_path, "intel-rapl:0:0", 999_999)
-    assert spent.joules == pytest.approx(0.2 + 0.3)
-    assert "RAPL" in str(spent)
-
-
-def test_energy_is_not_measured_without_a_counter(tmp_path, monkeypatch):
-    monkeypatch.setattr(resources, "_nvml_counters", list)
-    with energy(powercap=tmp_path) as spent:
-        pass
-    assert spent.joules is None
-    assert str(spent) == "not measured"
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.floats(0, 99), st.floats(0, 99))
-def test_wrapped_difference_is_never_negative(start, end):
-    assert 0 <= wrapped_difference(end, start, 100.0) <= 100
-
-
 def test_resources_bad_input_states_the_rule():
     with pytest.raises(ValueError, match="must not be negative; got -1"):
         decode_bytes_per_token(llama(), -1)
-    with pytest.raises(ValueError, match="cannot go backwards"):
-        wrapped_difference(1.0, 2.0, None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from labutils.measurement.resources import NOT_MEASURED, Energy
+from labutils.measurement.energy import Energy
+from labutils.measurement.resources import NOT_MEASURED
 
 MILLION = 1e6
 

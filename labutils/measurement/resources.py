@@ -1,20 +1,18 @@
-"""What a run costs besides time: peak memory, energy, and the bytes that one token makes the machine read."""
+"""What a run costs besides time: peak memory, and the bytes that one token makes the machine read."""
 
 from __future__ import annotations
 
 import importlib
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from labutils.layers.architecture import layer_caches
 
-POWERCAP = Path("/sys/class/powercap")
 PROC_SELF = Path("/proc/self")
 NOT_MEASURED = "not measured"
 
@@ -59,54 +57,6 @@ def peak_memory(proc: Path = PROC_SELF) -> Iterator[PeakMemory]:
             peak.host_bytes, peak.host_source = _status_bytes(proc, "VmHWM"), "VmHWM, reset at entry"
         elif before is not None and (after := _rusage_peak_bytes()) > before:
             peak.host_bytes, peak.host_source = after, "ru_maxrss, raised inside the region"
-
-
-@dataclass
-class Energy:
-    """Energy of a region in joules, or None where no counter exists. A TDP times seconds is not a measurement."""
-
-    joules: float | None = None
-    source: str = NOT_MEASURED
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        return NOT_MEASURED if self.joules is None else f"{self.joules:.2f} J ({self.source}, {self.seconds:.2f} s)"
-
-
-@contextmanager
-def energy(powercap: Path = POWERCAP) -> Iterator[Energy]:
-    """Measures the energy of a `with` block: NVML's counter on an NVIDIA GPU, RAPL's on a CPU, else nothing.
-
-    Both count whole devices, neighbours included, and refresh slowly (NVML every 20 to 100 ms): measure
-    regions of seconds.
-    """
-    counters = _nvml_counters() or _rapl_counters(powercap)
-    starts = [counter.read_joules() for counter in counters]
-    began = time.perf_counter()
-    reading = Energy()
-    try:
-        yield reading
-    finally:
-        reading.seconds = time.perf_counter() - began
-        spent = [wrapped_difference(c.read_joules(), s, c.range_joules) for c, s in zip(counters, starts, strict=True)]
-        if spent:
-            reading.joules, reading.source = sum(spent), counters[0].source
-
-
-def wrapped_difference(end: float, start: float, counter_range: float | None) -> float:
-    """Returns how far a counter moved, given that it may have wrapped around once.
-
-    >>> wrapped_difference(5.0, 90.0, 100.0)
-    15.0
-
-    Raises:
-        ValueError: If a counter without a range went backwards.
-    """
-    if end >= start:
-        return end - start
-    if counter_range is None:
-        raise ValueError(f"an energy counter without a range cannot go backwards; got {start} then {end}")
-    return end - start + counter_range
 
 
 @dataclass(frozen=True)
@@ -209,50 +159,6 @@ def decode_bytes_per_token(
         raise ValueError(f"context_length must not be negative; got {context_length}")
     size = element_bytes or next(model.parameters()).element_size()
     return TokenBytes(weight_bytes_read(model), kv_cache_bytes(model.config, context_length, element_bytes=size))
-
-
-@dataclass(frozen=True)
-class _RaplCounter:
-    folder: Path
-    range_joules: float = field(init=False)
-    source: str = "RAPL package counters"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "range_joules", int((self.folder / "max_energy_range_uj").read_text()) / 1e6)
-
-    def read_joules(self) -> float:
-        return int((self.folder / "energy_uj").read_text()) / 1e6
-
-
-@dataclass(frozen=True)
-class _NvmlCounter:
-    nvml: object
-    handle: object
-    range_joules: float | None = None
-    source: str = "NVML energy counter"
-
-    def read_joules(self) -> float:
-        return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1e3
-
-
-def _rapl_counters(powercap: Path) -> list[_RaplCounter]:
-    """Package domains only (`intel-rapl:0`): their children (`intel-rapl:0:1`) are already inside."""
-    folders = [f for f in sorted(powercap.glob("intel-rapl:*")) if f.name.count(":") == 1]
-    readable = [f for f in folders if os.access(f / "energy_uj", os.R_OK)]
-    return [_RaplCounter(f) for f in readable if (f / "max_energy_range_uj").exists()]
-
-
-def _nvml_counters() -> list[_NvmlCounter]:
-    if not torch.cuda.is_available():
-        return []
-    try:
-        nvml = importlib.import_module("pynvml")
-        nvml.nvmlInit()
-        counter = _NvmlCounter(nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}"))
-        counter.read_joules()
-    except Exception:
-        return []
-    return [counter]
 
 
 def _reset_high_water(proc: Path) -> bool:

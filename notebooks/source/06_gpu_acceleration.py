@@ -1199,7 +1199,7 @@ ch06_machine.price_per_million(price_per_million)
 
 # %%
 from labutils.acceleration.cost import cost_per_million, joules_per_token
-from labutils.measurement.resources import energy
+from labutils.measurement.energy import energy
 
 with energy() as spent:
     for _ in range(200):
