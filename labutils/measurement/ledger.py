@@ -29,6 +29,7 @@ from labutils.measurement.timing import MIN_REPEATS, bootstrap_interval
 from labutils.paths import learner_dir
 
 LEDGER_NAME = "ledger.jsonl"
+SAMPLED = ("samples", "task_scores", "answer_s", "joules_per_token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,10 @@ class Record:
         samples: Raw tokens/s, one per repeat; at least five to be drawn.
         bits_per_byte: Quality on text; lower is better. `baseline_bits_per_byte` is the same tokens' before.
         task_score: A task's score in [0, 1], higher is better, with the task's name in `task`.
+        task_scores: The score of every request behind `task_score`, so that two records can be compared in pairs.
+        family: What kind of technique it is: "quantized", "pruned" …; empty where nobody said.
+        answer_s: Seconds that one request of the task took, prompt, samples and votes included; one per repeat.
+        joules_per_token: Measured by a counter, idle power taken off; one per repeat, empty where nothing can count.
         quality_tokens: How many tokens the quality was measured on.
         document_bits: (bits, bytes) of every document behind `bits_per_byte`, so that two records can be compared in
             pairs; empty where nobody kept them.
@@ -69,12 +74,17 @@ class Record:
     task: str | None = None
     task_score: float | None = None
     baseline_task_score: float | None = None
+    task_scores: tuple[float, ...] = ()
+    family: str = ""
+    answer_s: tuple[float, ...] = ()
+    joules_per_token: tuple[float, ...] = ()
     chapter: str = ""
     host: dict = field(default_factory=lambda: dict(host_description()))
     recorded_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "samples", tuple(float(s) for s in self.samples))
+        for name in SAMPLED:
+            object.__setattr__(self, name, tuple(float(s) for s in getattr(self, name)))
         object.__setattr__(self, "document_bits", tuple((float(bits), int(size)) for bits, size in self.document_bits))
         for name in ("technique", "model", "device", "dtype"):
             if not getattr(self, name):
@@ -137,7 +147,7 @@ class Record:
             value = getattr(self, f.name)
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 yield f.name, value
-        yield from (("samples", s) for s in self.samples)
+        yield from ((name, s) for name in SAMPLED for s in getattr(self, name))
 
 
 def check_drawable(record: Record) -> None:

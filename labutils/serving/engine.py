@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -118,3 +119,35 @@ def run_static(engine: Engine, requests: Iterable[Request], *, batch: int) -> li
     """Static batching, to compare with: the next `batch` requests start when the last of these has ended."""
     todo = list(requests)
     return [r for start in range(0, len(todo), batch) for r in run(engine, todo[start : start + batch])]
+
+
+def run_at(
+    engine: Engine,
+    requests: Sequence[Request],
+    arrivals: Sequence[float],
+    *,
+    give_up: Callable[[list[Output]], bool] = lambda outputs: False,
+) -> list[Request]:
+    """An open loop: each request is submitted at its time after the start, whatever the engine is doing then.
+
+    A load generator that waits for an answer before it sends the next request never sees the worst moments
+    ("coordinated omission"). Returns when all have ended.
+
+    Args:
+        engine: Its clock must run by itself, as `time.monotonic` does.
+        requests: In the order of their arrivals.
+        arrivals: Seconds after the start.
+        give_up: Is shown what each step brought; once it says yes, those that run are cancelled and no more are sent.
+    """
+    start, todo = engine.clock(), deque(zip(arrivals, requests, strict=True))
+    while todo or engine.busy:
+        while todo and start + todo[0][0] <= engine.clock():
+            arrival, request = todo.popleft()
+            engine.submit(request).arrival_s = start + arrival  # when it came, not when we had time to look
+        if not engine.busy:
+            time.sleep(max(start + todo[0][0] - engine.clock(), 0))
+        elif give_up(engine.step()):
+            for request in requests[: len(requests) - len(todo)]:
+                engine.cancel(request)
+            break
+    return list(requests)
