@@ -6,7 +6,7 @@ from pathlib import Path
 HELP = (
     "measure and compare: `bench decode` (every path), `bench decoding` (every draft), `bench serving` (servers), "
     "`bench quantization` (int8, int4), `bench pruning` (zeros), `bench xla` (JAX), `bench fpga` (area), "
-    "`bench distributed` (policies, bubble), `bench gpu` (the ladder)"
+    "`bench distributed` (policies, bubble), `bench gpu` (the ladder), `bench users` (answered within a second)"
 )
 NEEDS_ENVIRONMENT = True
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -14,7 +14,7 @@ SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
-    choices = ("decode", "decoding", "quantization", "pruning", "serving", "xla", "fpga", "distributed", "gpu")
+    choices = ("decode", "decoding", "quantization", "pruning", "serving", "xla", "fpga", "distributed", "gpu", "users")
     parser.add_argument("name", choices=choices, help="what to measure")
     parser.add_argument(
         "--model", default="lablm", help="the trained model: lablm, lablm-small, a folder or a hub name"
@@ -43,7 +43,23 @@ def run(args: Namespace) -> int:
     """Measures, prints a table per model, and returns 0; 1 with a sentence where the model cannot be loaded."""
     runs = {"decode": run_decode, "decoding": run_decoding, "quantization": run_quantization, "pruning": run_pruning}
     more = {"serving": run_serving, "xla": run_xla, "fpga": run_fpga, "distributed": run_distributed, "gpu": run_gpu}
+    more |= {"users": run_users}
     return (runs | more)[args.name](args)
+
+
+def run_users(args: Namespace) -> int:
+    """Users whose whole answer comes within a second, technique by technique."""
+    from labutils.bench.table import write_json
+    from labutils.bench.users import RUNGS, bench_users, table
+    from labutils.measurement import ledger
+
+    print(ledger.host_line())
+    rungs = RUNGS[-2:-1] if args.quick else RUNGS
+    rows = bench_users(rounds=1 if args.quick else args.rounds, say=lambda line: print(line, flush=True), rungs=rungs)
+    print(table([row.to_json() for row in rows]))
+    if args.json:
+        write_json(rows, args.json)
+    return 0
 
 
 def run_quantization(args: Namespace) -> int:
