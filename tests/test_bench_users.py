@@ -42,10 +42,10 @@ def test_every_rung_changes_one_thing():
 def test_two_replicas_answer_all_questions_of_their_users():
     crowds = Replicas(Rung("two", Design(model="lablm-small", bits=8), replicas=2))
     try:
-        crowd = crowds(3, seed=1)
+        crowd = crowds(601, seed=1)
     finally:
         crowds.close()
-    assert len(crowd.latency_s) == 2 * questions().count(2) and all(map(math.isfinite, crowd.latency_s))
+    assert len(crowd.latency_s) == 2 * questions().count(301) and all(map(math.isfinite, crowd.latency_s))
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ class Replicas:
     def __init__(self, rung: Rung) -> None:
         self.rung = rung
         self.pool = ProcessPoolExecutor(rung.replicas, mp_context=get_context("spawn"))
-        self(rung.replicas, seed=0)  # builds the models
+        self(4000, seed=0)  # builds the models
 
     def __call__(self, users: int, *, seed: int) -> Crowd:
         """What all users felt; they are dealt out evenly."""
