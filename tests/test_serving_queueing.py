@@ -11,6 +11,7 @@ from labutils.serving.queueing import (
     RequestTimes,
     bursty_arrivals,
     goodput,
+    latency_badge,
     md1_wait_s,
     mean_in_system,
     mg1_wait_s,
@@ -110,3 +111,15 @@ def test_goodput_needs_both_objectives_and_counts_refusals():
 def test_bad_input_is_refused_by_a_sentence(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_badge_by_hand():
+    """Arrives at 10.0, is admitted at 10.25; tokens at 10.5, 10.625, 11.0: a mean gap of 0.5 / 2."""
+    assert latency_badge(10.0, 10.25, [10.5, 10.625, 11.0]) == {"queue_s": 0.25, "ttft_s": 0.5, "per_token_s": 0.25}
+    assert latency_badge(0.0, 0.0, [1.0]) == {"queue_s": 0.0, "ttft_s": 1.0, "per_token_s": None}
+
+
+@pytest.mark.parametrize(("admitted_s", "token_s"), [(0.5, [2.0]), (2.5, [2.0]), (1.0, [])])
+def test_badge_of_impossible_times_is_refused(admitted_s, token_s):
+    with pytest.raises(ValueError, match="admission must lie between|a request needs tokens"):
+        latency_badge(1.0, admitted_s, token_s)

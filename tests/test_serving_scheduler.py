@@ -49,6 +49,19 @@ def test_ten_thousand_random_schedules():
     assert explore(1_000, 11_000)["ended"] > 10_000
 
 
+def test_admission_is_noted_once_and_outlasts_preemption():
+    small = scheduler(blocks=3)
+    first, second = (small.submit(Request([1, 2], max_new_tokens=4)) for _ in range(2))
+    small.complete(small.schedule(5.0), {first: 3, second: 4}, 6.0)
+    assert (first.admitted_s, second.admitted_s) == (5.0, 5.0)
+    small.complete(small.schedule(7.0), {first: 3}, 8.0)  # the third block goes to the first, the second gives way
+    assert second.preemptions == 1 and second.admitted_s == 5.0
+    small.finish(first, End.CANCELLED)
+    third = small.submit(Request([9], max_new_tokens=1))
+    small.schedule(9.0)
+    assert second.table and second.admitted_s == 5.0 and third.admitted_s == 9.0
+
+
 def test_decoding_goes_first_and_a_long_prompt_takes_what_is_left():
     world = World(scheduler(blocks=32, token_budget=4))
     short = world.scheduler.submit(Request([1, 2], max_new_tokens=5))

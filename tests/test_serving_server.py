@@ -322,6 +322,7 @@ def test_openai_s_own_client(library_aside, program):
     options = {"stream": True, "stream_options": {"include_usage": True}}
     *pieces, count = client.chat.completions.create(messages=messages, **settings, **options)
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == truth and count.usage.prompt_tokens == 5
+    assert 0 <= count.latency["queue_s"] <= count.latency["ttft_s"] and count.latency["per_token_s"] > 0
     with pytest.raises(openai.BadRequestError, match="n must be an integer from 1 to 1") as caught:
         client.chat.completions.create(messages=messages, n=2, **settings)
     assert caught.value.param == "n"

@@ -57,6 +57,24 @@ class RequestTimes:
         return self.token_s[-1] - self.arrival_s
 
 
+def latency_badge(arrival_s: float, admitted_s: float, token_s: Sequence[float]) -> dict[str, float | None]:
+    """What an answer took, in three numbers that share nothing but the wait, which is part of the first token's time.
+
+    queue = admitted - arrival; TTFT = first token - arrival; time per token = (last - first) / (tokens - 1), or None
+    for a single token.
+
+    >>> latency_badge(1.0, 1.25, [1.5, 1.75, 2.5])
+    {'queue_s': 0.25, 'ttft_s': 0.5, 'per_token_s': 0.5}
+
+    Raises:
+        ValueError: Without a token, or for times that run backwards.
+    """
+    times = RequestTimes(arrival_s, tuple(token_s))
+    if not arrival_s <= admitted_s <= token_s[0]:
+        raise ValueError(f"admission must lie between arrival and first token; got {admitted_s} in {times}")
+    return {"queue_s": admitted_s - arrival_s, "ttft_s": times.ttft_s, "per_token_s": times.tpot_s}
+
+
 def goodput(
     requests: Sequence[RequestTimes], *, duration_s: float, ttft_s: float, tpot_s: float, refused: int = 0
 ) -> tuple[float, float]:

@@ -49,6 +49,7 @@ class Request:
         deadline_s: Time by the scheduler's clock after which it is given up.
         salt: Prefixes are shared only under the same salt.
         arrival_s: When it was submitted, by the same clock.
+        admitted_s: When it first got memory and a place in a step; None while it waits.
         choose: How the engine draws tokens from logits; None is greedy. The scheduler does not look at it.
         token_s: When each new token was made.
         computed: Tokens whose keys and values lie in the blocks of `table`.
@@ -64,6 +65,7 @@ class Request:
     salt: str = ""
     arrival_s: float = 0.0
     choose: Callable | None = None
+    admitted_s: float | None = field(init=False, default=None)
     token_s: list[float] = field(init=False, default_factory=list)
     prompt: int = field(init=False)
     place: tuple[int, int] = field(init=False, default=(0, 0))
@@ -198,6 +200,7 @@ class Scheduler:
             if not self._admit(self.waiting[0], copies):
                 break  # nobody overtakes: a large request would starve
             request = self.waiting.pop(0)
+            request.admitted_s = now_s if request.admitted_s is None else request.admitted_s
             insort(self.running, request, key=lambda r: r.place)
             chunks.append(self._chunk(request, budget))
             budget -= chunks[-1].end - chunks[-1].start

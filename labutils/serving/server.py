@@ -13,7 +13,7 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ import torch
 from labutils.generation.sampling import Sampler
 from labutils.hosts import is_loopback
 from labutils.serving.protocol import Answer, ApiError, StopText, Wanted, parse, usage
+from labutils.serving.queueing import latency_badge
 from labutils.serving.scheduler import End, Refusal, Request
 from labutils.serving.service import Piece, Service
 
@@ -75,6 +76,15 @@ def make_app(service: Service, served: Served, *, key: str | None = None, bounds
     Raises:
         RuntimeError: Where FastAPI is not installed.
     """
+    return app_of(Api(service, served, key, bounds or Bounds()))
+
+
+def app_of(api, pages: Mapping[str, Callable] | None = None, *, lifespan: Callable | None = None):
+    """The application of an `Api` or of what stands for one; `pages` are further addresses, and who answers there.
+
+    Raises:
+        RuntimeError: Where FastAPI is not installed.
+    """
     try:
         from fastapi import FastAPI
         from fastapi.responses import JSONResponse
@@ -82,7 +92,6 @@ def make_app(service: Service, served: Served, *, key: str | None = None, bounds
         from starlette.routing import Route
     except ModuleNotFoundError as error:
         raise RuntimeError(MISSING) from error
-    api = Api(service, served, key, bounds or Bounds())
 
     async def refused(_, error: ApiError):
         return JSONResponse(error.body(), error.status, {"Connection": "close"} if error.status in (408, 413) else None)
@@ -97,9 +106,10 @@ def make_app(service: Service, served: Served, *, key: str | None = None, bounds
         Route("/v1/models", api.models),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
+        *(Route(path, answer) for path, answer in (pages or {}).items()),
     ]
     handlers = {ApiError: refused, HTTPException: unknown, Exception: broken}
-    return FastAPI(openapi_url=None, routes=routes, exception_handlers=handlers)
+    return FastAPI(openapi_url=None, routes=routes, exception_handlers=handlers, lifespan=lifespan)
 
 
 class Api:
@@ -113,7 +123,7 @@ class Api:
         """The one model."""
         from fastapi.responses import JSONResponse
 
-        self._authorize(http)
+        self.authorize(http)
         model = {"id": self.served.name, "object": "model", "created": 0, "owned_by": "labutils"}
         return JSONResponse({"object": "list", "data": [model]})
 
@@ -126,17 +136,24 @@ class Api:
         return await self._answer(http, chat=False)
 
     async def _answer(self, http, *, chat: bool):
+        return await self.respond(http, await self.read(http, chat=chat))
+
+    async def read(self, http, *, chat: bool) -> Wanted:
+        """What a client wants, if it may ask at all."""
+        self.authorize(http)
+        return parse(await self._body(http), chat=chat)
+
+    async def respond(self, http, wanted: Wanted):
+        """The answer of this server's model."""
         from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-        self._authorize(http)
-        wanted = parse(await self._body(http), chat=chat)
         if wanted.model != self.served.name:
             message = f"the model must be {self.served.name}; got {wanted.model[:80]!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
         request = self._request(wanted, await self._encode(wanted))
         pieces = self._pieces(request, wanted.stop)
-        name = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
-        answer = Answer(name, int(time.time()), wanted.model, chat)
+        name = ("chatcmpl-" if wanted.chat else "cmpl-") + uuid.uuid4().hex
+        answer = Answer(name, int(time.time()), wanted.model, wanted.chat)
         try:
             if wanted.stream:
                 first = await unless_gone(http, anext(pieces))
@@ -149,9 +166,9 @@ class Api:
             return Response(status_code=499)
         _require_success(found[-1].end)
         text = "".join(piece.text for piece in found)
-        return JSONResponse(answer.whole(text, found[-1].end.value, _usage(request)))
+        return JSONResponse(answer.whole(text, found[-1].end.value, _usage(request)) | _latency(request))
 
-    def _authorize(self, http) -> None:
+    def authorize(self, http) -> None:
         """The key, where there is one; else only loopback names, so that no web page can call under its own."""
         if self.key is None:
             if not is_loopback(http.url.hostname or ""):
@@ -230,7 +247,7 @@ class Api:
                     break
                 piece, is_first = await anext(rest), False
         if with_usage:
-            yield _event(answer.usage(_usage(request)))
+            yield _event(answer.usage(_usage(request)) | _latency(request))
         yield "data: [DONE]\n\n"
 
 
@@ -269,6 +286,12 @@ def _require_success(end: End | None) -> None:
 
 def _usage(request: Request) -> dict:
     return usage(request.prompt, len(request.new_ids), request.cached)
+
+
+def _latency(request: Request) -> dict:
+    """A field of ours, which OpenAI's clients pass over: what the client felt, by the engine's clock."""
+    badge = latency_badge(request.arrival_s, request.admitted_s, request.token_s) if request.token_s else None
+    return {"latency": badge}
 
 
 def _event(data: dict) -> str:

@@ -59,7 +59,8 @@ class Service:
             with contextlib.suppress(RuntimeError):  # the loop of its client has closed
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        self.orders.put(lambda: self._submit(request, hand_over))
+        asked_s = self.engine.clock()
+        self.orders.put(lambda: self._submit(request, asked_s, hand_over))
         pieces, ended = TextPieces(self.decode), False
         try:
             while not ended:
@@ -76,12 +77,13 @@ class Service:
             if not ended:
                 self.orders.put(lambda: self._cancel(request))
 
-    def _submit(self, request: Request, hand_over: Callable[[Output | Refusal], None]) -> None:
+    def _submit(self, request: Request, asked_s: float, hand_over: Callable[[Output | Refusal], None]) -> None:
         try:
             self.engine.submit(request)
         except Refusal as refusal:
             hand_over(refusal)
         else:
+            request.arrival_s = asked_s  # the wait for a step to end is a wait too
             self.streams[request] = hand_over
 
     def _cancel(self, request: Request) -> None:
