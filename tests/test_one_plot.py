@@ -4,7 +4,7 @@ import pytest
 from matplotlib.collections import PathCollection
 
 from labutils.measurement.ledger import Record
-from labutils.plots.one_plot import AXES, beaten_by, draw_techniques, placed, techniques_table
+from labutils.plots.one_plot import AXES, draw_techniques, placed, standing, techniques_table
 from labutils.widgets.one_plot import techniques_widget
 
 COMMON = {"model": "lablm", "device": "cpu", "dtype": "int8", "threads": 1, "prompt_tokens": 8, "output_tokens": 8}
@@ -21,19 +21,24 @@ SLOW, FAST, WRONG = record("slow", 10, 40), record("fast", 100, 40), record("wro
 SPEED, SCORE = AXES["speed"], AXES["task score"]
 
 
-def test_a_point_is_beaten_only_where_both_differences_are_sure():
-    assert [r.technique for r in beaten_by(WRONG, [SLOW, FAST, WRONG], SPEED, SCORE)] == ["fast"]
-    assert beaten_by(SLOW, [SLOW, FAST, WRONG], SPEED, SCORE) == []  # as many right answers: a tie on one axis
+def test_beaten_is_sure_on_both_axes_and_a_tie_is_not():
+    assert standing(WRONG, [SLOW, FAST, WRONG], SPEED, SCORE) == "beaten"
+    assert standing(SLOW, [SLOW, FAST, WRONG], SPEED, SCORE) == "tied"  # as many right answers, and surely slower
+    assert standing(FAST, [SLOW, FAST, WRONG], SPEED, SCORE) == "leads"
     noisy = record("noisy", 90, 4, spread=0.2)
-    assert beaten_by(noisy, [FAST, noisy], SPEED, SCORE) == []  # intervals of speed overlap
+    assert standing(noisy, [FAST, noisy], SPEED, SCORE) == "tied"  # intervals of speed overlap
     nearly = record("nearly", 50, 39)
-    assert beaten_by(nearly, [FAST, nearly], SPEED, SCORE) == []  # one answer of 40 is chance
+    assert standing(nearly, [FAST, nearly], SPEED, SCORE) == "tied"  # one answer of 40 is chance
+    twin = record("twin", 100, 40)
+    assert {standing(r, [FAST, twin], SPEED, SCORE) for r in (FAST, twin)} == {"leads"}
+    other = record("quick and wrong", 1000, 4)
+    assert {standing(r, [FAST, other], SPEED, SCORE) for r in (FAST, other)} == {"leads"}  # each is better in one
 
 
 def test_lower_is_better_where_it_is():
     small, large = record("small", 10, 40, bytes_resident=1e6), record("large", 10, 4, bytes_resident=2e6)
-    assert beaten_by(large, [small, large], AXES["memory"], SCORE) == [small]
-    assert beaten_by(small, [small, large], AXES["memory"], SCORE) == []
+    assert standing(large, [small, large], AXES["memory"], SCORE) == "beaten"
+    assert standing(small, [small, large], AXES["memory"], SCORE) == "leads"
     minutes = AXES["test-time compute"].value(record("x", 1, 40, answer_s=(0.06,) * 5))
     assert minutes == pytest.approx(1.0)  # 1,000 answers of 60 ms
 
@@ -68,7 +73,7 @@ def test_figure_has_a_filled_front_and_a_label_for_every_point():
     assert {text.get_text() for text in texts} == {r.technique for r in records}
     boxes = [text.get_window_extent() for text in texts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert axes.get_title().startswith("2 of 9")
+    assert axes.get_title().startswith("1 lead (filled), 1 are tied")
     faces = [tuple(p.get_facecolor()[0]) for p in axes.collections if isinstance(p, PathCollection)]
     assert sum(face == (1.0, 1.0, 1.0, 1.0) for face in faces) == 7
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {"other chapters", "quantized"}
@@ -76,7 +81,7 @@ def test_figure_has_a_filled_front_and_a_label_for_every_point():
 
 def test_table_marks_the_front_and_says_the_interval():
     table = techniques_table([SLOW, FAST, WRONG]).splitlines()
-    assert [line[0] for line in table[1:]] == ["*", " ", "*"] and "fast" in table[1]
+    assert [line.split()[0] for line in table[1:]] == ["leads", "beaten", "tied"] and "fast" in table[1]
     assert "[98, 102]" in table[1]
 
 

@@ -1,16 +1,19 @@
 """Every technique on one plot, with axes to choose: families by colour and marker, labels at the points, a front.
 
-A point is off the front only if another is *surely* better on both axes: see `sure`. What the intervals cannot tell
-apart stays on it.
+A point *leads* if no other is surely better on one axis without being surely worse on the other. It is *beaten* if
+another is surely better on both axes, and *tied* otherwise: surely worse than another on one axis, and on the other not
+told apart from it.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from labutils.applications.scores import paired_difference
@@ -120,15 +123,21 @@ def placed(records: Sequence[Record], *axes: Axis) -> list[Record]:
     return found
 
 
-def beaten_by(record: Record, records: Sequence[Record], x: Axis, y: Axis) -> list[Record]:
-    """Those that are surely better on both axes."""
-    return [other for other in records if x.better(other, record) and y.better(other, record)]
+def standing(record: Record, records: Sequence[Record], x: Axis, y: Axis) -> str:
+    """Whether a record "leads", is "tied" or "beaten"."""
+    rivals = [other for other in records if other is not record]
+    ahead = [(x.better(other, record), y.better(other, record)) for other in rivals]
+    if (True, True) in ahead:
+        return "beaten"
+    behind = [(x.better(record, other), y.better(record, other)) for other in rivals]
+    passed = any(any(ours) and not any(theirs) for ours, theirs in zip(ahead, behind, strict=True))
+    return "tied" if passed else "leads"
 
 
 def draw_techniques(
     records: Sequence[Record], *, x: str = "speed", y: str = "task score", ax: Axes | None = None
 ) -> Figure:
-    """Draws the records that have both values; those that nothing surely beats are filled.
+    """Draws the records that have both values: filled if they lead, pale if they are tied, hollow if beaten.
 
     Raises:
         KeyError: For an axis that is not in `AXES`.
@@ -140,8 +149,12 @@ def draw_techniques(
     families = list(dict.fromkeys(record.family or OTHER for record in records))
     for index, family in enumerate(families):
         _draw_family(ax, [r for r in records if (r.family or OTHER) == family], records, across, up, family, index)
-    front = [record for record in records if not beaten_by(record, records, across, up)]
-    ax.set_title(f"{len(front)} of {len(records)} are not surely beaten on both axes (filled)", fontsize=11)
+    found = Counter(standing(record, records, across, up) for record in records)
+    ax.set_title(
+        f"{found['leads']} lead (filled), {found['tied']} are tied on one axis and behind on the other (pale), "
+        f"{found['beaten']} are beaten on both (hollow)",
+        fontsize=10,
+    )
     for axis, which in ((across, "x"), (up, "y")):
         ax.set(**{f"{which}label": f"{axis.label}; better is {'right' if which == 'x' else 'up'}"})
         if axis.log:
@@ -159,7 +172,7 @@ def draw_techniques(
 def _draw_family(ax, members, records, x: Axis, y: Axis, family: str, index: int) -> None:
     style = series_style(index)
     for number, record in enumerate(members):
-        where, filled = (x.value(record), y.value(record)), not beaten_by(record, records, x, y)
+        where, stands = (x.value(record), y.value(record)), standing(record, records, x, y)
         spans = [
             [[abs(v - low)], [abs(high - v)]]
             for v, (low, high) in zip(where, (x.interval(record), y.interval(record)), strict=True)
@@ -167,7 +180,7 @@ def _draw_family(ax, members, records, x: Axis, y: Axis, family: str, index: int
         ax.errorbar(
             *where, xerr=spans[0], yerr=spans[1], fmt="none", ecolor=style["color"], alpha=0.4, capsize=2, zorder=2
         )
-        face = style["color"] if filled else "white"
+        face = {"leads": style["color"], "tied": (*to_rgb(style["color"]), 0.3), "beaten": "white"}[stands]
         ax.scatter(
             *where,
             s=60,
@@ -216,17 +229,17 @@ PLACES = tuple(
 
 
 def techniques_table(records: Sequence[Record], *, x: str = "speed", y: str = "task score") -> str:
-    """The plot as text, best on `x` first: `*` marks what nothing surely beats on both axes."""
+    """The plot as text, best on `x` first, with the standing of each."""
     across, up = AXES[x], AXES[y]
     records = placed(records, across, up)
     sign = 1 if across.lower_is_better else -1
-    rows = [f"  {across.label}  |  {up.label}"]
+    rows = [f"{'':7}{across.label}  |  {up.label}"]
     for record in sorted(records, key=lambda r: sign * across.value(r)):
-        mark = " " if beaten_by(record, records, across, up) else "*"
+        stands = standing(record, records, across, up)
         cells = (
-            f"{axis.value(record):9.4g} {f'[{low:.4g}, {high:.4g}]':<20}"
+            f"{axis.value(record):9.4g} {f'[{low:.3g}, {high:.3g}]':<20}"
             for axis in (across, up)
             for low, high in [axis.interval(record)]
         )
-        rows.append(f"{mark} {''.join(cells)} {record.technique} ({record.family or OTHER})")
+        rows.append(f"{stands:<7}{''.join(cells)} {record.technique} ({record.family or OTHER})")
     return "\n".join(rows)
