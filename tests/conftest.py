@@ -34,6 +34,8 @@ ASIDE = {
     "sniffio": "sniffio==1.3.1",
     "jiwer": "jiwer==4.0.0",
     "rapidfuzz": "rapidfuzz==3.14.6",  # jiwer needs it
+    "opacus": "opacus==1.6.0",
+    "opt_einsum": "opt-einsum==3.4.0",  # opacus needs it
 }
 
 
