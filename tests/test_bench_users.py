@@ -30,10 +30,11 @@ def test_table_shows_median_span_and_step():
 
 
 def test_every_rung_changes_one_thing():
-    first, batched, int8, int4, student, two = RUNGS
+    first, batched, int8, int4, guessed, student, two = RUNGS
     assert replace(batched, name=first.name, running=1) == first
     assert replace(int8, name=batched.name, design=Design()) == batched
     assert replace(int4, name=int8.name, design=replace(int4.design, bits=8)) == int8
+    assert replace(guessed, name=int8.name, design=replace(guessed.design, draft_tokens=0)) == int8
     assert replace(student, name=int8.name, design=replace(student.design, model="lablm")) == int8
     assert replace(two, name=student.name, replicas=1) == student
 

@@ -22,7 +22,8 @@ from labutils.measurement.ledger import host_description
 from labutils.models.load import load_model
 from labutils.models.served import paged_llama
 from labutils.models.tokenizer import chat_ids
-from labutils.serving.paged import PagedLlama
+from labutils.serving.engine import StepModel
+from labutils.serving.lookahead import Lookahead
 
 POSITIONS = 112  # of one request: the longest question and 64 tokens of an answer
 
@@ -48,7 +49,8 @@ RUNGS = (
     Rung("+ continuous batching (16)", Design()),
     Rung("+ int8", Design(bits=8)),
     Rung("int4 instead of int8", Design(bits=4)),
-    Rung("+ LabLM-small, int8", Design(model="lablm-small", bits=8)),
+    Rung("int8, 4 tokens guessed", Design(bits=8, draft_tokens=4)),
+    Rung("LabLM-small, int8", Design(model="lablm-small", bits=8)),
     Rung("+ two replicas", Design(model="lablm-small", bits=8), replicas=2),
 )
 
@@ -63,9 +65,10 @@ def questions(*, new_tokens: int = 48) -> Questions:
 
 
 @functools.cache
-def paged_design(design: Design, running: int) -> PagedLlama:
+def paged_design(design: Design, running: int) -> StepModel:
     """The model of a rung, with memory for the requests of a step."""
-    return paged_llama(design.build().model, positions=running * POSITIONS)
+    paged = paged_llama(design.build().model, positions=running * POSITIONS)
+    return Lookahead(paged, draft_tokens=design.draft_tokens) if design.draft_tokens else paged
 
 
 def replica(design: Design, running: int, users: int, seed: int, start_s: float) -> Crowd:
