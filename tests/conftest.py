@@ -36,6 +36,8 @@ ASIDE = {
     "rapidfuzz": "rapidfuzz==3.14.6",  # jiwer needs it
     "opacus": "opacus==1.6.0",
     "opt_einsum": "opt-einsum==3.4.0",  # opacus needs it
+    "optuna": "optuna==5.0.0",
+    "colorlog": "colorlog==6.12.0",  # optuna needs it
 }
 
 
