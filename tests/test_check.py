@@ -29,6 +29,7 @@ from hand_ins import (
 )
 
 from labutils.cli import check as command
+from labutils.cli import grade as grade_command
 from labutils.course import verdicts
 from labutils.course.check import (
     CELL_TIMEOUT_S,
@@ -41,6 +42,7 @@ from labutils.course.check import (
     prepared,
 )
 from labutils.course.contained import Limits
+from labutils.course.grade import Options
 from labutils.course.hand_in import UnusableError, find_reference, read_hand_in
 from labutils.course.verdicts import Verdict, judge
 
@@ -166,7 +168,10 @@ def test_run_has_a_cell_timeout_an_ascii_sanitizer_and_no_plugin_of_the_user(mon
     """A dead kernel waits out the timeout; nbval reads the sanitizer as the locale has it; xdist splits a run."""
     parser = ArgumentParser()
     command.add_arguments(parser)
-    assert parser.parse_args(["x.ipynb"]).timeout == CELL_TIMEOUT_S == 120
+    assert parser.parse_args(["x.ipynb"]).timeout == CELL_TIMEOUT_S == Options(tmp_path).timeout_s == 120
+    parser = ArgumentParser()
+    grade_command.add_arguments(parser)
+    assert parser.parse_args(["folder"]).timeout == CELL_TIMEOUT_S  # what was right at home is right in class
     assert "--nbval-cell-timeout=120" in _command(CELL_TIMEOUT_S) and SANITIZER.isascii()
     monkeypatch.setenv("PYTEST_ADDOPTS", "-n 2 --dist load")
     environment = _environment(tmp_path, tmp_path)

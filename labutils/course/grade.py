@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from labutils.course import verdicts
+from labutils.course.check import CELL_TIMEOUT_S
 from labutils.course.contained import Limits, run_contained
 from labutils.course.hand_in import SIZE_LIMIT_BYTES, reference_folder
 from labutils.language import language
@@ -40,7 +41,7 @@ class Options:
     """How to grade."""
 
     root: Path
-    timeout_s: float = 60.0
+    timeout_s: float = CELL_TIMEOUT_S
     limits: Limits = Limits(time_s=900.0)
     jobs: int = 1
 
