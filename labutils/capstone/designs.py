@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
 from labutils.generation.fast_llama import FastLlama
-from labutils.layers.calibration import input_statistics
+from labutils.layers.calibration import InputStatistics, input_statistics
 from labutils.layers.linears import linear_layers, weight_of
 from labutils.models.calibration_text import calibration_batches
 from labutils.models.lablm import SHAPES
@@ -87,7 +90,11 @@ class Design:
             seen = input_statistics(model, calibration_batches(loaded.tokenizer, context=256))
             apply_masks_(model, mask_model(wanda_scores(model, seen), self.pruned, scope="row"))
         if self.scheme:
-            self._pack_(loaded)
+            seen = {}
+            if self.calibrated:
+                batches = calibration_batches(loaded.tokenizer, context=256)
+                seen = input_statistics(model, batches, with_gram=True, with_head=True)
+            pack_designed_(model, self.scheme, seen)
         return loaded
 
     def decoder(self, *, max_length: int = 512) -> FastLlama:
@@ -98,20 +105,18 @@ class Design:
         """
         return fast_decoder(self.build(), max_length=max_length)
 
-    def _pack_(self, loaded: LanguageModel) -> None:
-        model, seen = loaded.model, {}
-        if self.calibrated:
-            batches = calibration_batches(loaded.tokenizer, context=256)
-            seen = input_statistics(model, batches, with_gram=True, with_head=True)
-        packed = {}
-        for name, layer in linear_layers(model, with_head=True):
-            weight = weight_of(layer)
-            qparams = choose_qparams(weight, self.scheme)
-            if self.calibrated:
-                weight = gptq(weight, seen[name].gram, qparams, act_order=True)
-            packed[name] = PackedLinear(PackedWeight.from_codes(quantize(weight, qparams), qparams), layer.bias)
-        for name, layer in packed.items():
-            replace_packed_(model, name, layer)
+
+def pack_designed_(model: nn.Module, scheme: Scheme, seen: Mapping[str, InputStatistics]) -> None:
+    """Packs every linear layer, the head too: rounded to nearest, or by GPTQ where its inputs were `seen`."""
+    packed = {}
+    for name, layer in linear_layers(model, with_head=True):
+        weight = weight_of(layer)
+        qparams = choose_qparams(weight, scheme)
+        if name in seen:
+            weight = gptq(weight, seen[name].gram, qparams, act_order=True)
+        packed[name] = PackedLinear(PackedWeight.from_codes(quantize(weight, qparams), qparams), layer.bias)
+    for name, layer in packed.items():
+        replace_packed_(model, name, layer)
 
 
 def fast_decoder(loaded: LanguageModel, *, max_length: int) -> FastLlama:

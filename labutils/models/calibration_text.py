@@ -13,7 +13,14 @@ from labutils.models.tokenizer import text_ids
 
 
 def calibration_batches(
-    tokenizer, *, code: int = 16, dialogues: int = 16, context: int = 512, batch: int = 8, seed: int = 0
+    tokenizer,
+    *,
+    code: int = 16,
+    dialogues: int = 16,
+    context: int = 512,
+    batch: int = 8,
+    seed: int = 0,
+    language: str | None = None,
 ) -> list[Int[Tensor, "_ context"]]:
     """Rows of `context` tokens, without padding, from the training split alone.
 
@@ -27,13 +34,16 @@ def calibration_batches(
         context: tokens in a row.
         batch: rows in a batch.
         seed: of the choice of modules and dialogues.
+        language: "en" or "zh" for rows of answers in this language alone, without translations.
 
     Raises:
-        ValueError: when no row is asked for, or the library has too few long modules.
+        ValueError: when no row is asked for, the language is unknown, or the library has too few long modules.
     """
     if code < 0 or dialogues < 0 or code + dialogues == 0:
         raise ValueError(f"code and dialogues must be at least 0, and one of them above; got {code} and {dialogues}")
-    rows = [*_code_rows(tokenizer, code, context, seed), *_dialogue_rows(tokenizer, dialogues, context, seed)]
+    if language not in (None, *service.LANGUAGES):
+        raise ValueError(f"language must be one of {', '.join(service.LANGUAGES)}; got {language!r}")
+    rows = [*_code_rows(tokenizer, code, context, seed), *_dialogue_rows(tokenizer, dialogues, context, seed, language)]
     if len(rows) < code + dialogues:
         raise ValueError(f"the training split must hold {code} modules of {context} tokens; got {len(rows)}")
     return list(torch.tensor(rows).split(batch))
@@ -50,8 +60,9 @@ def _code_rows(tokenizer, count: int, context: int, seed: int) -> list[list[int]
     return list(itertools.islice((ids[:context] for ids in encoded if len(ids) >= context), count))
 
 
-def _dialogue_rows(tokenizer, count: int, context: int, seed: int) -> list[list[int]]:
-    texts = (chat_text(d.messages) for d in service.dialogues(seed=seed, split="train", count=count * context))
+def _dialogue_rows(tokenizer, count: int, context: int, seed: int, language: str | None) -> list[list[int]]:
+    drawn = service.dialogues(seed=seed, split="train", count=count * context)
+    texts = (chat_text(d.messages) for d in drawn if not language or (d.task, d.language) == (service.ANSWER, language))
     ids = itertools.chain.from_iterable(
         [*_start(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from labutils.data import corpus, service
 from labutils.data.compressors import bigram_bits_per_byte, primed_xz_bits_per_byte, xz_bits_per_byte
+from labutils.measurement.resources import NOT_MEASURED
 from labutils.measurement.timing import bootstrap_interval
 from labutils.models.evaluate_service import TaskScore, chrf, score_task
 from labutils.models.evaluate_text import document_bits
@@ -79,10 +80,11 @@ def _ratio(samples) -> float:
 
 
 def table(rows: list[Row]) -> str:
-    """Rows as a Markdown table."""
+    """Rows as a Markdown table; a value of None was not measured."""
     lines = ["| measure | value | 95% interval | items | novel acts |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
-        interval = f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else "exact"
-        cells = (row["measure"], f"{row['value']:.3f}", interval, row.get("items", ""), row.get("novel_acts", ""))
+        value = NOT_MEASURED if row["value"] is None else f"{row['value']:.3f}"
+        interval = f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else "exact" * (value != NOT_MEASURED)
+        cells = (row["measure"], value, interval, row.get("items", ""), row.get("novel_acts", ""))
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines)
