@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict
 
 import pytest
 
@@ -25,23 +25,22 @@ def test_table_shows_median_span_and_step():
     ]
     lines = table([row.to_json() for row in rows]).splitlines()
     assert lines[1].split() == ["float32,", "one", "at", "a", "time", "20", "[10,", "30]"]
-    assert lines[2].endswith("80  [40, 120]        4.00x")
+    assert lines[2].endswith("80  [40, 120]        4.00  float32, one at a time")
     assert json.loads(json.dumps(rows[0].to_json()))["runs"] == [{"users": 10, "questions": 1, "late": 0, "p99_s": 0.5}]
 
 
 def test_every_rung_changes_one_thing():
-    first, batched, int8, int4, guessed, student, two = RUNGS
-    assert replace(batched, name=first.name, running=1) == first
-    assert replace(int8, name=batched.name, design=Design()) == batched
-    assert replace(int4, name=int8.name, design=replace(int4.design, bits=8)) == int8
-    assert replace(guessed, name=int8.name, design=replace(guessed.design, draft_tokens=0)) == int8
-    assert replace(student, name=int8.name, design=replace(student.design, model="lablm")) == int8
-    assert replace(two, name=student.name, replicas=1) == student
+    by_name = {rung.name: rung for rung in RUNGS}
+    for rung in RUNGS[1:]:
+        base = by_name[rung.against]
+        changed = {key for key, value in asdict(rung.design).items() if value != asdict(base.design)[key]}
+        changed |= {key for key in ("running", "replicas") if getattr(rung, key) != getattr(base, key)}
+        assert len(changed) == 1, (rung.name, changed)
 
 
 @pytest.mark.slow
 def test_two_replicas_answer_all_questions_of_their_users():
-    crowds = Replicas(Rung("two", Design(model="lablm-small", bits=8), replicas=2))
+    crowds = Replicas(Rung("two", "", Design(model="lablm-small", bits=8), replicas=2))
     try:
         crowd = crowds(601, seed=1)
     finally:

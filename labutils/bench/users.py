@@ -33,25 +33,28 @@ class Rung:
     """A design and how it is served.
 
     Attributes:
-        name: What this rung changes.
+        name: For the table.
+        against: The rung from which it differs in one thing.
         running: Requests in a step.
         replicas: Processes, each with its own model and its own share of the users.
     """
 
     name: str
+    against: str
     design: Design
     running: int = 16
     replicas: int = 1
 
 
+ALONE, BATCHED, INT8, SMALL = "float32, one at a time", "float32, 16 at a time", "int8", "LabLM-small, int8"
 RUNGS = (
-    Rung("float32, one at a time", Design(), running=1),
-    Rung("+ continuous batching (16)", Design()),
-    Rung("+ int8", Design(bits=8)),
-    Rung("int4 instead of int8", Design(bits=4)),
-    Rung("int8, 4 tokens guessed", Design(bits=8, draft_tokens=4)),
-    Rung("LabLM-small, int8", Design(model="lablm-small", bits=8)),
-    Rung("+ two replicas", Design(model="lablm-small", bits=8), replicas=2),
+    Rung(ALONE, "", Design(), running=1),
+    Rung(BATCHED, ALONE, Design()),
+    Rung(INT8, BATCHED, Design(bits=8)),
+    Rung("int4", INT8, Design(bits=4)),
+    Rung("int8, 4 tokens guessed", INT8, Design(bits=8, draft_tokens=4)),
+    Rung(SMALL, INT8, Design(model="lablm-small", bits=8)),
+    Rung("two replicas of that", SMALL, Design(model="lablm-small", bits=8), replicas=2),
 )
 
 
@@ -153,10 +156,10 @@ def p99(crowd: Crowd) -> float | None:
 
 def table(rows: Sequence[Mapping]) -> str:
     """Rows as `to_json` gives them: users at p99 within the limit, median and span of the searches, and each step."""
-    lines, before = [f"{'':<28}{'users':>8}  {'span':<16} against the row above"], None
+    users = {row["name"]: statistics.median(row["served"]) for row in rows}
+    lines = [f"{'':<24}{'users':>8}  {'span':<16} times as many as with"]
     for row in rows:
-        users, span = statistics.median(row["served"]), f"[{min(row['served']):,}, {max(row['served']):,}]"
-        step = f"{users / before:.2f}x" if before else ""
-        lines.append(f"{row['name']:<28}{users:>8,.0f}  {span:<16} {step}".rstrip())
-        before = users
+        span, name, base = f"[{min(row['served']):,}, {max(row['served']):,}]", row["name"], row["against"]
+        step = f"{users[name] / users[base]:.2f}  {base}" if users.get(base) else ""
+        lines.append(f"{name:<24}{users[name]:>8,.0f}  {span:<16} {step}".rstrip())
     return "\n".join(lines)
