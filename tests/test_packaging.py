@@ -145,3 +145,13 @@ def test_the_pip_part_resolves(tmp_path):
         pytest.skip("the package index cannot be reached")
     assert result.returncode == 0, result.stderr
     assert "Would install" in result.stdout
+
+
+def test_package_data_names_every_file_that_is_no_module():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    patterns = settings["package-data"]["labutils"]
+    files = [p.relative_to(ROOT / "labutils") for p in (ROOT / "labutils").rglob("*") if p.is_file()]
+    others = [p for p in files if p.suffix not in (".py", ".pyc")]
+    assert len(others) > 3
+    for path in others:
+        assert any(path.match(pattern) for pattern in patterns), f"{path} would be missing from the wheel"

@@ -31,6 +31,7 @@ COMMANDS = (
     "evaluate",
     "export",
     "serve",
+    "assistant",
 )
 OVERVIEW = (
     (("lab",), "open the course in JupyterLab; the first call sets everything up"),
@@ -40,8 +41,8 @@ OVERVIEW = (
     (("grade", "handout"), "check a folder of hand-ins into a table; make the files to hand out"),
     (("build", "rebadge"), "regenerate the notebooks; point their badges at your own copy, OWNER/NAME"),
     (("bench", "plot"), "measure and compare; draw a ledger on the one speed-quality plot"),
-    (("train", "distil"), "train the course's own models, and chapter 05's students"),
-    (("evaluate", "export", "serve"), "measure a model; write it out for other programs; serve it to OpenAI's clients"),
+    (("train", "distil", "evaluate"), "train the course's own models and chapter 05's students; measure a model"),
+    (("export", "serve", "assistant"), "write a model out; serve it to OpenAI's clients; chat with it in a browser"),
 )
 
 
