@@ -5,6 +5,7 @@ An attack gives each text a *score*, the higher the likelier a member; nothing d
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from random import Random
 
@@ -35,9 +36,9 @@ def text_losses(model: nn.Module, texts: Sequence[Sequence[int]]) -> Float[Tenso
     for start in range(0, len(texts), 16):
         rows = [torch.tensor(text) for text in texts[start : start + 16]]
         ids, labels = (nn.utils.rnn.pad_sequence(rows, True, value) for value in (0, IGNORED))
-        logits = model(input_ids=ids).logits[:, :-1].mT
-        nats = cross_entropy(logits, labels[:, 1:], ignore_index=IGNORED, reduction="none").sum(dim=1)
-        losses.append(nats / (labels[:, 1:] != IGNORED).sum(dim=1))
+        logits, wanted = model(input_ids=ids).logits[:, :-1], labels[:, 1:]
+        nats = cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
+        losses.append(nats.view(wanted.shape).sum(dim=1) / (wanted != IGNORED).sum(dim=1))
     return torch.cat(losses)
 
 
@@ -71,8 +72,9 @@ def auc(members: Scores, others: Scores) -> float:
         ValueError: If there are no members or no others.
     """
     _check(members, others)
-    pairs = ((m > o) + (m == o) / 2 for m in members for o in others)
-    return float(sum(pairs) / (len(members) * len(others)))
+    ranked = sorted(others)
+    beaten = sum(bisect_left(ranked, score) + bisect_right(ranked, score) for score in members)
+    return beaten / 2 / (len(members) * len(others))
 
 
 def tpr_at(members: Scores, others: Scores, fpr: float) -> float:
