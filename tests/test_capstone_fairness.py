@@ -99,6 +99,12 @@ def test_gap_is_between_losses_not_between_scores():
     assert gap.low == 0.0 and 0.4 <= gap.high <= 0.6 and "a loses +0.200" in str(gap)
 
 
+def test_gap_is_between_two_groups_even_where_nothing_was_lost():
+    same = {"a": [1.0] * 5, "b": [1.0] * 5}
+    gap = loss_gap(same, same)
+    assert (gap.worst, gap.best, gap.value) == ("a", "b", 0.0)
+
+
 def test_interval_of_a_gap_has_the_width_of_theory():
     losses = {"a": [0.0, 1.0] * 100, "b": [0.0] * 150 + [1.0] * 50}
     gap = loss_gap({n: [1 - v for v in row] for n, row in losses.items()}, {n: [1.0] * 200 for n in losses})

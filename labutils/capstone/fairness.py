@@ -187,7 +187,8 @@ def loss_gap(
     if len(losses) < 2:
         raise ValueError(f"a gap lies between at least two groups; got {len(losses)}")
     means = {name: statistics.fmean(loss) for name, loss in losses.items()}
-    worst, best = max(means, key=means.get), min(means, key=means.get)
+    worst = max(means, key=means.get)
+    best = min((name for name in means if name != worst), key=means.get)
     rng, gaps = Random(0), []
     for _ in range(resamples):
         drawn = [statistics.fmean(rng.choices(losses[name], k=len(losses[name]))) for name in (worst, best)]
