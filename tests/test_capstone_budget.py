@@ -8,14 +8,24 @@ import pytest
 
 from labutils.applications.scores import paired_difference
 from labutils.capstone import budget as budgets
-from labutils.capstone.budget import Budget, Examined, Judgement, TooNoisy, examine, judge, require_quiet, service_task
+from labutils.capstone.budget import (
+    READ_BYTES,
+    REFERENCE,
+    Budget,
+    Examined,
+    Judgement,
+    TooNoisy,
+    examine,
+    judge,
+    require_quiet,
+    service_task,
+)
 from labutils.capstone.designs import Design
 from labutils.capstone.leaderboard import HandIn, HandInError, ranked, read_folder, read_hand_in, table, write_hand_in
 from labutils.cli import leaderboard
 from labutils.quantization.kernels import find_kernels
 
 RIGHT = (1.0,) * 150 + (0.0,) * 10
-KEPT = Design(model="lablm-small", bits=4, group_size=64, calibrated=True, draft_tokens=4)
 needs_kernels = pytest.mark.skipif(find_kernels()[0] is None, reason="packed weights need a C compiler")
 
 
@@ -59,7 +69,7 @@ def test_a_noisy_control_gives_no_verdict(again):
 def test_judge_refuses_noise_and_times_in_turns(monkeypatch):
     served = []
     monkeypatch.setattr(budgets, "_baseline", lambda: (None, RIGHT))
-    monkeypatch.setattr(budgets, "_examined", lambda design, decoder: Examined(10, 1.0, RIGHT, RIGHT))
+    monkeypatch.setattr(budgets, "_built", lambda design: (None, Examined(10, 1.0, RIGHT, RIGHT)))
     monkeypatch.setattr(budgets, "_serve", lambda decoder, prompt, draft: served.append(draft))
     monkeypatch.setattr(budgets, "NOISE", 1e9)
     monkeypatch.setattr(budgets, "require_quiet", lambda judged: None)
@@ -95,16 +105,16 @@ def test_impossible_budgets_are_refused(change, rule):
 @pytest.mark.slow
 @needs_kernels
 def test_the_reference_design_meets_the_budget_and_its_neighbours_do_not():
-    found = examine(KEPT)
+    found = examine(REFERENCE)
     assert found.misses(Budget()) == [] and found.weight_bytes == 1_260_544
-    assert found.read_bytes < 1_200_000 < examine(Design(model="lablm-small", bits=4, calibrated=True)).weight_bytes
+    assert found.read_bytes < READ_BYTES < examine(Design(model="lablm-small", bits=4, calibrated=True)).weight_bytes
     assert len(found.scores) == len(service_task().prompts) == 160
     rounded = examine(Design(model="lablm-small", bits=3))
     assert len(rounded.misses(Budget())) == 2
 
 
 def hand_in(folder, name="Ada", **change):
-    return write_hand_in(folder / f"{name}.json", name, KEPT, judgement(**change))
+    return write_hand_in(folder / f"{name}.json", name, REFERENCE, judgement(**change))
 
 
 def test_a_hand_in_survives_writing_and_reading(tmp_path):
@@ -166,7 +176,7 @@ def test_a_file_that_is_no_hand_in_is_refused(tmp_path, text):
 
 def test_who_is_not_told_apart_shares_a_rank():
     entries = [
-        HandIn(name, "here", KEPT, judged)
+        HandIn(name, "here", REFERENCE, judged)
         for name, judged in {
             "late": judgement(speed=3),
             "first": judgement(speed=5, spread=0.02),
@@ -178,7 +188,7 @@ def test_who_is_not_told_apart_shares_a_rank():
     assert places == [(1, "first"), (1, "tied"), (3, "late"), (None, "large")]
     shown = table(entries)
     assert "no rank for large: the weights take 9,000,000 bytes" in shown and "machines" not in shown
-    elsewhere = HandIn("other", "elsewhere", KEPT, judgement())
+    elsewhere = HandIn("other", "elsewhere", REFERENCE, judgement())
     assert "2 machines: their speeds cannot be compared" in table([*entries, elsewhere])
 
 
@@ -208,5 +218,5 @@ def test_the_command_ranks_a_folder_and_says_what_it_refused(tmp_path, capsys, m
 def test_hand_ins_are_data(tmp_path):
     written = hand_in(tmp_path)
     fields = json.loads((tmp_path / "Ada.json").read_text())
-    assert fields["design"] == asdict(KEPT) and fields["score"] == written.judgement.score(Budget())
+    assert fields["design"] == asdict(REFERENCE) and fields["score"] == written.judgement.score(Budget())
     assert read_folder(tmp_path) == ([written], {})

@@ -6,10 +6,13 @@ from statistics import fmean
 
 import pytest
 
-from labutils.capstone.inherit import Shape
+from labutils.capstone.inherit import Shape, shape_of
 from labutils.capstone.search import (
+    COMPARED,
     METHODS,
+    RESULTS,
     SPACE,
+    TIME_BUDGET,
     Reader,
     Table,
     crossover,
@@ -186,3 +189,20 @@ def test_reader_adds_up_an_answer_in_each_language():
         call()
         call()
     assert reader.decoder.length == reader.prompts[1].shape[1]  # a token is taken back: each costs the same
+
+
+def test_stored_rows_are_of_the_space_and_follow_the_budget():
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        assert all(size in values for size, values in zip(row["shape"], SPACE, strict=True))
+        assert ("bits_per_byte" in row) == (row["ratio"][0] <= TIME_BUDGET)
+        assert row["ratio"][1] <= row["ratio"][0] <= row["ratio"][2]
+    assert len({tuple(row["shape"]) for row in rows}) == len(rows)
+
+
+def test_stored_comparison_has_its_control():
+    rows = [json.loads(line) for line in COMPARED.read_text(encoding="utf-8").splitlines()]
+    for steps in {row["steps"] for row in rows} - {None}:
+        named = {row["name"]: row for row in rows if row["steps"] == steps}
+        assert named["LabLM-small's shape"]["shape"] == list(shape_of("lablm-small")) and len(named) == 3
+        assert len({len(row["bits"]) for row in named.values()} | {len(row["right"]) for row in named.values()}) == 1

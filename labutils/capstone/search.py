@@ -4,7 +4,8 @@ The searches are generic: a candidate is a tuple with one value of each axis. Bo
 candidates, neither tries one twice, and both pay for every candidate that they train. A candidate's time is measured
 before it is trained, so one that is too slow costs no training in either.
 
-    python -m labutils.capstone.search --minutes 4    # goes on where the last call stopped
+    python -m labutils.capstone.search --minutes 4       # goes on where the last call stopped
+    python -m labutils.capstone.search --compare 384     # what was found, recovered longer, on test data
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from labutils.models.tokenizer import chat_ids, text_ids
 from labutils.paths import DATA, written_whole
 
 RESULTS = DATA / "results" / "architecture_search.jsonl"
+COMPARED = DATA / "results" / "architecture_compared.jsonl"
 SPACE = Shape(
-    layers=(1, 2, 3, 4, 6),
+    layers=(1, 2, 3, 4),
     channels=(128, 192, 256),
-    neurons=(128, 256, 512, 768),
+    neurons=(128, 256, 768),
     groups=(1, 2),
-    vocabulary=(1024, 2048, 4096),
+    vocabulary=(2048, 4096),
 )
 TIME_BUDGET = 1.05  # times LabLM-small's: as fast, within what a ratio of two equal models may be off
 SEEDS, EVALUATIONS, STEPS = 3, 12, 48
@@ -251,11 +253,21 @@ class Table:
         return METHODS[method](SPACE, fits=self.fits, loss_of=self.loss_of, evaluations=evaluations, seed=seed)
 
 
+def best_shapes(table: Table) -> dict[str, Shape]:
+    """The best shape of each method's searches, and as a control LabLM-small's, which inherits and recovers alike."""
+    best = {}
+    for method in METHODS:
+        found = {shape: loss for seed in range(SEEDS) for shape, loss in table.search(method, seed).items()}
+        best[f"best by {method}"] = Shape(*min(found, key=found.get))
+    return best | {"LabLM-small's shape": shape_of("lablm-small")}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures what the searches ask for, then, with --all, the rest of the space, for as long as --minutes say."""
     parser = ArgumentParser(prog="python -m labutils.capstone.search", description=main.__doc__)
     parser.add_argument("--minutes", type=float, default=4.0, help="stop after so many; the next call goes on")
     parser.add_argument("--all", action="store_true", help="measure every shape of the space")
+    parser.add_argument("--compare", type=int, metavar="STEPS", help="compare the best shapes after so many steps")
     args = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * args.minutes
 
@@ -273,6 +285,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"seed {seed}, {method}: {min(found.values())} bits per byte of {len(found)} trained", flush=True)
         for candidate in _unseen(SPACE, Random(0)) if args.all else ():
             table.row(candidate)
+        if args.compare:
+            with open(COMPARED, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in compare(best_shapes(table), steps=args.compare))
     except TimeoutError:
         print(f"time is up after {len(table.rows)} shapes: run the same command again to go on")
 
