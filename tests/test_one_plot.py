@@ -2,6 +2,7 @@
 
 import pytest
 from matplotlib.collections import PathCollection
+from matplotlib.text import Text
 
 from labutils.measurement.ledger import Record
 from labutils.plots.one_plot import AXES, draw_techniques, placed, standing, techniques_table
@@ -71,7 +72,7 @@ def test_figure_has_a_filled_front_and_a_label_for_every_point():
     (axes,) = figure.axes
     texts = [text for text in axes.texts if text.get_text()]
     assert {text.get_text() for text in texts} == {r.technique for r in records}
-    boxes = [text.get_window_extent() for text in texts]
+    boxes = [Text.get_window_extent(text) for text in texts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert axes.get_title().startswith("1 lead (filled), 1 are tied")
     faces = [tuple(p.get_facecolor()[0]) for p in axes.collections if isinstance(p, PathCollection)]

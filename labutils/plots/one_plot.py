@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from labutils.applications.scores import paired_difference
 from labutils.measurement.ledger import Record, check_drawable
@@ -159,10 +162,13 @@ def draw_techniques(
         ax.set(**{f"{which}label": f"{axis.label}; better is {'right' if which == 'x' else 'up'}"})
         if axis.log:
             ax.set(**{f"{which}scale": "log"})
-            getattr(ax, f"{which}axis").set_major_formatter("{x:g}")
+            lines = getattr(ax, f"{which}axis")
+            lines.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            lines.set_major_formatter("{x:g}")
+            lines.set_minor_locator(NullLocator())
         if axis.lower_is_better:
             getattr(ax, f"invert_{which}axis")()
-    ax.margins(0.12, 0.12)
+    ax.margins(0.15, 0.3)
     ax.grid(alpha=0.25)
     ax.legend(fontsize="small", loc="best")
     _label_points(ax, records, across, up)
@@ -193,12 +199,14 @@ def _draw_family(ax, members, records, x: Axis, y: Axis, family: str, index: int
 
 
 def _label_points(ax: Axes, records: Sequence[Record], x: Axis, y: Axis) -> None:
-    """Writes each technique beside its point, at the first of eight places where it covers no other label."""
+    """Writes each technique near its point, at the first place inside where it covers no point and no other label."""
     figure = ax.get_figure()
     figure.canvas.draw()
-    taken = []
-    for record in sorted(records, key=lambda r: y.value(r)):
+    points = {id(r): ax.transData.transform((x.value(r), y.value(r))) for r in records}
+    taken = [Bbox.from_bounds(px - 5, py - 5, 10, 10) for px, py in points.values()]
+    for record in sorted(records, key=lambda r: tuple(points[id(r)])):
         for dx, dy, across, up in PLACES:
+            far = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6} if abs(dy) > PLACES[0][1] else None
             text = ax.annotate(
                 record.technique,
                 (x.value(record), y.value(record)),
@@ -207,24 +215,22 @@ def _label_points(ax: Axes, records: Sequence[Record], x: Axis, y: Axis) -> None
                 fontsize=8,
                 ha=across,
                 va=up,
-                annotation_clip=True,
+                arrowprops=far,
             )
-            box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken) or (dx, dy, across, up) == PLACES[-1]:
+            text.get_window_extent()  # puts it there
+            box = Text.get_window_extent(text)  # the words alone, without the line to the point
+            inside = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and ax.bbox.y0 < box.y0 and box.y1 < ax.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken) or (dx, dy, across, up) == PLACES[-1]:
                 taken.append(box)
                 break
             text.remove()
 
 
 PLACES = tuple(
-    (dx, dy, across, up)
-    for step in (1, 2.6, 4.2)
-    for dx, dy, across, up in (
-        (6, 4 * step, "left", "bottom"),
-        (6, -4 * step, "left", "top"),
-        (-6, 4 * step, "right", "bottom"),
-        (-6, -4 * step, "right", "top"),
-    )
+    (side * (6 + 2 * step), sign * (5 + 8 * step), "left" if side > 0 else "right", "bottom" if sign > 0 else "top")
+    for step in range(16)
+    for side in (1, -1)
+    for sign in (1, -1)
 )
 
 
