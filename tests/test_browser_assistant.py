@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import threading
 import time
 
 import pytest
@@ -288,6 +289,22 @@ def shot_path(name):
 
     ARTIFACTS.mkdir(exist_ok=True)
     return ARTIFACTS / name
+
+
+def test_a_technique_that_loads_says_so(opened):
+    go = threading.Event()
+
+    def late(name, technique):
+        assert go.wait(60)
+        return build(name, technique)
+
+    with running_assistant(Assistant(make=late)) as address:
+        page = opened(address)
+        ask(page)
+        page.get_by_text("Loading lablm-int8 …").wait_for()
+        assert page.locator("#send").is_disabled() and page.locator("#stop").is_enabled()
+        go.set()
+        assert "A12345" in last_answer(page)[0] and page.locator("#status").inner_text() == ""
 
 
 def test_what_is_said_stays_text(opened, address):

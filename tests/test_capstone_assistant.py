@@ -156,6 +156,22 @@ def test_replicas_share_the_load_and_keep_a_beginning_together():
         assert cached == [16] * 6  # two of the tiny model's blocks, in whichever replica they are
 
 
+def test_a_replica_with_a_long_queue_is_passed_over():
+    class Counted:
+        def __init__(self):
+            self.engine, self.streams, self.asked = tiny_engine(), {}, 0
+
+        def stream(self, request):
+            self.asked += 1
+
+    replicas = [Counted(), Counted()]
+    both, request = subject.Replicas(replicas), Request(encode("The same beginning"), 3)
+    for held, asked in ((0, [1, 0]), (1, [2, 0]), (2, [2, 1])):  # two more than the other: its cache is worth less now
+        replicas[0].streams = dict.fromkeys(range(held))
+        both.stream(request)
+        assert [replica.asked for replica in replicas] == asked
+
+
 def test_the_page_may_run_its_own_script_and_nothing_else(client):
     response = client.get("/")
     policy = dict(rule.split(" ", 1) for rule in response.headers["Content-Security-Policy"].split("; "))
@@ -215,3 +231,5 @@ def test_the_command_says_when_its_port_is_taken(capsys):
         port = address.rpartition(":")[2]
         assert main(["assistant", "--no-browser", "--port", port]) == 1
     assert f"port {port} cannot be had" in capsys.readouterr().err
+    assert main(["assistant", "--no-browser", "--port", "99999"]) == 1
+    assert "port 99999 cannot be had: " in capsys.readouterr().err

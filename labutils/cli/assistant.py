@@ -33,6 +33,7 @@ def run(args: Namespace) -> int:
             if not args.no_browser:
                 open_new_tab(address)
             Event().wait()
-    except OSError as error:
-        print(f"labutils: port {args.port} cannot be had: {error.strerror or error} (try --port)", file=sys.stderr)
+    except (OSError, OverflowError) as error:  # taken, not allowed, or no port at all
+        why = getattr(error, "strerror", None) or error
+        print(f"labutils: port {args.port} cannot be had: {why} (try --port)", file=sys.stderr)
         return 1
