@@ -180,10 +180,12 @@ def test_who_is_not_told_apart_shares_a_rank():
         for name, judged in {
             "late": judgement(speed=3),
             "first": judgement(speed=5, spread=0.02),
-            "tied": judgement(speed=4.95, spread=0.02),
+            "tied": judgement(speed=4.75, spread=0.08),
             "large": judgement(speed=9, weight_bytes=9_000_000),
         }.items()
     ]
+    first, tied = (each.judgement.speedup for each in entries[1:3])
+    assert tied.value < first.low < tied.high  # only the intervals overlap
     places = [(rank, each.name) for rank, each in ranked(entries, Budget())]
     assert places == [(1, "first"), (1, "tied"), (3, "late"), (None, "large")]
     shown = table(entries)
