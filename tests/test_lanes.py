@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "notebooks" / "source").glob("[0-9][0-9]_*.py"))
 NEEDS = {"06_gpu_acceleration": "triton", "07_tpu_and_xla": "jax", "08_fpga": "amaranth"}  # packages of optional extras
 # Thousands of small steps: in a process without this suite's checks of shapes they take a third of the time.
-PLAIN = {"11_serving_many", "12_applications"}
+PLAIN = {"11_serving_many", "12_applications", "13_capstone"}
 WRONG = (DEMO / "wrong_answers" / "90_demo.py").read_text(encoding="utf-8")
 
 

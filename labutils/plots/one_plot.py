@@ -86,7 +86,7 @@ def _sampled_differ(name: str) -> Callable[[Record, Record], bool]:
 AXES = {
     "speed": Axis("tokens/s of one stream", False, _by("samples"), _sampled_differ("samples"), log=True),
     "memory": Axis(
-        "bytes in memory (MB)",
+        "weights in memory (MB)",
         True,
         lambda r: () if r.bytes_resident is None else (r.bytes_resident / 1e6,),
         lambda first, second: first.bytes_resident != second.bytes_resident,

@@ -18,10 +18,10 @@ from labutils.course.extras import install_extra
 with_server = install_extra("serve")  # FastAPI and uvicorn, for sections 10 and 11; all else runs without them
 
 # %%
+import inspect
 import random
 import statistics
 import time
-from collections import deque
 
 import matplotlib.pyplot as plt
 import torch
@@ -35,7 +35,7 @@ from labutils.plots.style import series_style
 from labutils.quantization.affine import Scheme
 from labutils.quantization.packed import pack_model_
 from labutils.serving import queueing
-from labutils.serving.engine import Engine, run, run_static
+from labutils.serving.engine import Engine, run, run_at, run_static
 from labutils.serving.scheduler import Limits, Request
 
 transformers_logging.disable_progress_bar()
@@ -210,24 +210,12 @@ prompts = {kind: [p[0].tolist() for p in text_prompts(kind, tokenizer, 32)] for 
 print(f"cpu, int8, {torch.get_num_threads()} threads; {paged.blocks} blocks of {paged.block_size} positions")
 print({kind: f"prompts of {min(map(len, some))} to {max(map(len, some))} tokens" for kind, some in prompts.items()})
 
-
-def serve_at(engine, requests, arrivals):
-    """Submits each request at its time after the start, and steps the engine in between; returns the requests."""
-    start, todo = engine.clock(), deque(zip(arrivals, requests, strict=True))
-    while todo or engine.busy:
-        while todo and start + todo[0][0] <= engine.clock():
-            arrival, request = todo.popleft()
-            engine.submit(request).arrival_s = start + arrival  # when it came, not when we had time to look
-        if engine.busy:
-            engine.step()
-        elif todo:
-            time.sleep(max(start + todo[0][0] - engine.clock(), 0))
-    return requests
-
+# %%
+print(inspect.getsource(run_at).split('"""')[2])
 
 # %% [markdown]
-# The last comment matters. A load generator that waits for the server before it sends the next request measures a polite crowd: the
-# slow moments, which hurt most, are the ones it does not see ("coordinated omission"). Arrivals here are fixed in advance.
+# That is the body of `run_at`: arrivals are fixed in advance. The comment behind `submit` matters. A load generator that waits for the server before it sends the next request measures a polite crowd: the
+# slow moments, which hurt most, are the ones it does not see ("coordinated omission").
 #
 # **Predict:** 120 requests at 90% busy: will their mean wait lie above or below the formula's?
 
@@ -247,7 +235,7 @@ def one_at_a_time(busy, count=120):
     """Arrivals for a server that is busy for this share, and each request's wait and service, measured."""
     service_s = statistics.fmean(times.latency_s for times in alone(20))
     arrivals = queueing.poisson_arrivals(busy / service_s, count, seed=3)
-    done = serve_at(Engine(paged, Limits(max_running=1)), chats(count, 10), arrivals)
+    done = run_at(Engine(paged, Limits(max_running=1)), chats(count, 10), arrivals)
     ends = [request.token_s[-1] for request in done]
     starts = [max(request.arrival_s, end) for request, end in zip(done, [0.0, *ends], strict=False)]
     waits = [start - request.arrival_s for start, request in zip(starts, done, strict=True)]
@@ -495,6 +483,78 @@ plt.show()
 # On a GPU a step waits for weights from memory, so dozens of rows come nearly free. LabLM's int8 weights fit into the caches of many CPUs, so there is little waiting to share.
 # What is saved here is what each step costs apart from its rows: Python, calls, and small matrices read by a vector. Attention and sampling
 # are paid for each request. So the curve bends early, and each client's own stream gets slower.
+# </details>
+#
+# So try a model whose float32 weights no cache of a usual computer holds; they are random, which changes no time. A step with one row then waits for memory, and one would expect further rows to come nearly free.
+#
+# **Predict:** how many times as fast is continuous batching now?
+
+# %%
+from labutils.bench.subject import speed_subject
+
+wide = speed_subject(vocab_size=4096)
+print(f"{wide.name}, float32: a step reads {wide.weight_bytes / 1e6:.0f} MB of weights")
+wide_paged, SHORT_AND_LONG = paged_llama(wide.model, positions=1024), [32 if i % 8 == 1 else 4 for i in range(24)]
+
+
+def asked():
+    return [Request(wide.token_ids[0, :8].tolist(), length, salt=str(i)) for i, length in enumerate(SHORT_AND_LONG)]
+
+
+engines = {}
+
+
+def contestant(name):
+    """Serves all requests with an engine of its own, which is kept: it counts its steps."""
+    engine = engines[name] = Engine(wide_paged, Limits(max_running=8))
+    return run(engine, asked()) if name == "continuous" else run_static(engine, asked(), batch=8)
+
+
+names = ("static batches", "continuous")
+timings = measure_interleaved({name: lambda name=name: contestant(name) for name in names}, repeats=5, warmup=1)
+steps = engines["static batches"].steps / engines["continuous"].steps
+gain = paired_ratio(timings["static batches"].samples_s, timings["continuous"].samples_s)
+print(f"{steps:.2f} times as many steps; continuous batching is {gain} as fast (95% interval over 5 rounds)")
+for name in names:
+    print(f"{name:<15}{1e3 * timings[name].median_s / engines[name].steps:6.1f} ms a step")
+del wide, wide_paged, engines
+
+# %% [markdown]
+# Each engine has its own mean step, for its steps have more rows or fewer. Where a step of several rows takes longer by as much as steps were saved, nothing is won. Whose fault is that? Ask the matrix alone:
+
+# %%
+import numpy as np
+
+draws = np.random.default_rng(0)
+matrices = [
+    draws.standard_normal((5632, 1024), dtype=np.float32) for _ in range(10)
+]  # 231 MB, read one after the other
+tensors = [torch.from_numpy(matrix) for matrix in matrices]
+columns = {}
+
+
+def both_libraries(x):
+    """All products of some rows, by each library."""
+    rows_of_torch = torch.from_numpy(x)
+    return {
+        "NumPy": lambda: [x @ matrix.T for matrix in matrices],
+        "torch": lambda: [torch.nn.functional.linear(rows_of_torch, tensor) for tensor in tensors],
+    }
+
+
+# %%
+for rows in (1, 2, 8, 16):
+    products = both_libraries(draws.standard_normal((rows, 1024), dtype=np.float32))
+    columns[rows] = {n: t.median_s for n, t in measure_interleaved(products, repeats=5, warmup=1).items()}
+    print(f"{rows:>2} rows: " + ", ".join(f"{name} {1e3 * seconds:5.1f} ms" for name, seconds in columns[rows].items()))
+print(f"8 rows ÷ 1 row: {', '.join(f'{n} {columns[8][n] / columns[1][n]:.1f}' for n in products)}")
+del matrices, tensors
+
+# %% [markdown]
+# <details><summary>Explain</summary>
+#
+# Reading the weights is only the least that a product costs. For one row a library streams the matrix once. For two it takes its general product, which first copies the matrix, piece by piece, into another order; that pays with hundreds of rows and not with two. So "rows come free" is a
+# property of kernels, not of memory: our packed kernels of chapter 03 were written for a few rows, and serving engines bring kernels of their own. Our float32 path uses NumPy here; compare the columns to see what another library would change.
 # </details>
 #
 # ## 5 · Long prompts and short steps
@@ -1022,7 +1082,7 @@ print(
 LOADS, COUNT_AT, load_rows = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0), 100, []
 for load in LOADS:
     arrivals = queueing.poisson_arrivals(load / service_s, COUNT_AT, seed=4)
-    done = serve_at(Engine(paged, Limits(max_running=8)), chats(COUNT_AT, 10), arrivals)
+    done = run_at(Engine(paged, Limits(max_running=8)), chats(COUNT_AT, 10), arrivals)
     times = [request.times for request in done]
     duration_s = max(t.token_s[-1] for t in times) - min(t.arrival_s for t in times)
     rate, share = queueing.goodput(times, duration_s=duration_s, ttft_s=ttft_s, tpot_s=tpot_s)
@@ -1312,28 +1372,19 @@ ch11_steps.route(route)
 # **Predict:** what share of the prompts' tokens is found in memory, each way?
 
 # %%
-from labutils.serving.blocks import chained_hashes
+from labutils.serving.routing import PrefixRouter
 
-
-def by_prefix(engines, request, slack=3):
-    """The engine whose memory holds most of the prompt's beginning, unless its queue is too long."""
-    lines = [len(e.scheduler.waiting) + len(e.scheduler.running) for e in engines]
-    names = chained_hashes(request.token_ids, paged.block_size)
-    known = [len(e.scheduler.pool.match(names)) for e in engines]
-    fit = [i for i, line in enumerate(lines) if line <= min(lines) + slack]
-    return engines[max(fit, key=lambda i: (known[i], -lines[i], -i))]
-
-
-# %%
 texts = [long_text[200 * i : 200 * i + 160] for i in range(6)]
 order = random.Random(5).sample([(d, q) for d in range(6) for q in range(4)], 24)
 memories = [paged_llama(model, positions=64 * 16) for _ in range(2)]
 for name in ("in turn", "by prefix"):
     engines = [Engine(memory, Limits(max_running=2)) for memory in memories]
+    router = PrefixRouter(block_size=paged.block_size, blocks=64, slack=3)
     requests = [Request(texts[d] + prompts["chat"][q], 8) for d, q in order]
     begin = time.perf_counter()
     for number, request in enumerate(requests):
-        (engines[number % 2] if name == "in turn" else by_prefix(engines, request)).submit(request)
+        waiting = {i: len(e.scheduler.waiting) + len(e.scheduler.running) for i, e in enumerate(engines)}
+        engines[number % 2 if name == "in turn" else router(request.token_ids, waiting)].submit(request)
         for engine in engines * 3:  # some steps pass before the next one arrives
             engine.step()
     while any(engine.busy for engine in engines):
@@ -1342,7 +1393,7 @@ for name in ("in turn", "by prefix"):
     print(f"{name:<9} {share:4.0%} of the prompts' tokens found in memory, {time.perf_counter() - begin:.2f} s for all")
 
 # %% [markdown]
-# Each memory has room for some of the documents. In turn, both replicas read nearly all of them, and each evicts what it will need again. Routed by prefix, each document stays in
+# The router asks no replica: it remembers what it sent where, as many blocks for each as a replica holds. Each memory has room for some of the documents. In turn, both replicas read nearly all of them, and each evicts what it will need again. Routed by prefix, each document stays in
 # one place. The share depends on the order of requests alone; the seconds are those of one run each, and on two small replicas they may go either way. The slack keeps a popular document from burying one replica while the other is idle.
 #
 # ## 13 · Points for the ledger
