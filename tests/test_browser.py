@@ -201,6 +201,34 @@ def test_a_chinese_hint(lab, page):
         assert ("应为" in check.inner_text()) == (operation == "*") and "Traceback" not in check.inner_text()
 
 
+@pytest.mark.parametrize("stem", ["12_applications", "13_capstone"])
+def test_an_executed_chapter_shows_its_figures_formulas_and_sounds(lab, page, stem):
+    root, address = lab
+    path = root / "executed" / f"{stem}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "notebooks" / "solutions" / path.name, path)
+    environment = server_environment(root, root.parent)
+    subprocess.run([sys.executable, "-m", "jupyter", "trust", str(path)], env=environment, check=True)  # else no sound
+    code = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    data = [output["data"] for c in code for output in c["outputs"] if "data" in output]
+    open_notebook(page, address, f"executed/{path.name}")
+    figures, sounds = page.locator(".jp-OutputArea img"), page.locator(".jp-OutputArea audio")
+    assert figures.count() >= sum("image/png" in each for each in data) > 0
+    assert all(figure.evaluate("each => each.complete && each.naturalWidth > 0") for figure in figures.all())
+    assert sounds.count() == sum("".join(each.get("text/html", "")).count("<audio") for each in data)
+    assert all(sound.evaluate(DURATION) > 0 for sound in sounds.all())
+    assert page.locator("mjx-merror, .MathJax_Error").count() == 0 and page.locator("mjx-container").count() > 0
+    shot(page, page.locator("body"), f"browser-{stem}.png")
+
+
+DURATION = """sound => new Promise(found => {
+    const tell = () => found(sound.duration || 0);
+    sound.onloadedmetadata = sound.onerror = tell;
+    setTimeout(tell, 20000);
+    sound.load();
+})"""
+
+
 def see_the_plot(page):
     """The speed-quality plot is there, and is a picture of some size."""
     picture = cell(page, "draw_speed_quality([record]").locator(".jp-OutputArea img")

@@ -1419,6 +1419,8 @@ else:
     print(SKIPPED)
 
 # %% [markdown]
+# No sound? JupyterLab plays stored sounds only in a notebook that you trust: run the cell yourself, or choose *Trust Notebook* in the command palette (View). GitHub shows no player at all.
+#
 # ### From sound to features
 #
 # A recogniser does not look at samples. It cuts windows of 25 ms, one every 10 ms, takes the power at each frequency, adds it up in bands that are as

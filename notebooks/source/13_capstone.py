@@ -529,6 +529,8 @@ print(techniques_table(records, x="memory", y="bits per byte"))
 print("you said", my_guess)
 
 # %% [markdown]
+# *Left: the size of the weights against the surprise on held-out text. Right: the compute of a thousand answers against right answers. Filled, pale and hollow as above.*
+#
 # <details><summary>Explain</summary>
 #
 # Read three things off your own figures. *Which techniques lead on every pair of axes?* Those are safe to recommend here. *Which change sides?* A model that is small and quick may still be worse on text outside its task: the
