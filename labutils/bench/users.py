@@ -6,6 +6,7 @@ replicas are two processes that serve half of the users each.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import statistics
@@ -16,7 +17,17 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 
 from labutils.capstone.designs import Design
-from labutils.capstone.users import LIMIT_S, THINK_S, Bracket, Crowd, Questions, busiest, serve_crowd, users_within
+from labutils.capstone.users import (
+    LIMIT_S,
+    THINK_S,
+    Bracket,
+    Crowd,
+    Questions,
+    allowed_late,
+    busiest,
+    serve_crowd,
+    users_within,
+)
 from labutils.data import service
 from labutils.measurement.ledger import host_description
 from labutils.models.load import load_model
@@ -108,17 +119,12 @@ def search(rung: Rung, *, rounds: int, say: Callable[[str], None]) -> Iterator[B
     """A search of a rung for each seed from 1 to `rounds`."""
     model, asked = paged_design(rung.design, rung.running), questions()
     start = max(1, int(0.8 * rung.replicas * busiest(model, asked, running=rung.running)))
-    crowds = Replicas(rung) if rung.replicas > 1 else None
-    for seed in range(1, rounds + 1):
-        if crowds:
-            bracket = users_within(functools.partial(crowds, seed=seed), start=start)
-        else:
-            measure = functools.partial(serve_crowd, model, asked, running=rung.running, seed=seed)
-            bracket = users_within(lambda users, measure=measure: measure(users=users), start=start)
-        say(f"{rung.name}: {bracket}")
-        yield bracket
-    if crowds:
-        crowds.close()
+    alone = functools.partial(serve_crowd, model, asked, running=rung.running)
+    with contextlib.closing(Replicas(rung)) if rung.replicas > 1 else contextlib.nullcontext(alone) as measure:
+        for seed in range(1, rounds + 1):
+            bracket = users_within(functools.partial(measure, seed=seed), start=start)
+            say(f"{rung.name}: {bracket}")
+            yield bracket
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ def bench_users(*, rounds: int, say: Callable[[str], None] = print, rungs: tuple
 def p99(crowd: Crowd) -> float | None:
     """The nearest-rank 99th percentile; None for a run that was given up."""
     ordered = sorted(crowd.latency_s)
-    found = ordered[math.ceil(round(0.99 * len(ordered), 9)) - 1]
+    found = ordered[-1 - allowed_late(len(ordered))]
     return found if math.isfinite(found) else None
 
 

@@ -233,11 +233,14 @@ def calibrated_decoder(design: Design, seen: Mapping[str, Statistics], shares: M
     return fast_decoder(loaded, max_length=512)
 
 
+def _stored_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def stored_scores(path: Path = RESULTS) -> dict[str, list[float]]:
     """Scores of the stored run by variant, in the order of `drawn_requests(MEANINGS)`; variants that are complete."""
     rows: dict[str, dict[int, str]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
+    for row in _stored_rows(path):
         rows.setdefault(row["variant"], {})[row["first"]] = row["right"]
     whole = {name: "".join(right for _, right in sorted(blocks.items())) for name, blocks in rows.items()}
     return {name: [float(c) for c in right] for name, right in whole.items() if len(right) == 2 * MEANINGS}
@@ -251,7 +254,7 @@ def store_run(path: Path = RESULTS, *, minutes: float = 3.5) -> bool:
     began, tokenizer, seen = time.monotonic(), load_model().tokenizer, {}
     requests = drawn_requests(MEANINGS)
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {(r["variant"], r["first"]) for r in map(json.loads, path.read_text().splitlines() if path.exists() else ())}
+    done = {(row["variant"], row["first"]) for row in _stored_rows(path)}
     for name in [*COMPRESSED, *MIXES]:
         missing = [first for first in range(0, 2 * MEANINGS, BLOCK) if (name, first) not in done]
         if missing and name in MIXES:

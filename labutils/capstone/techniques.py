@@ -11,7 +11,7 @@ from statistics import fmean
 import torch
 
 from labutils.applications.tasks import Task, answer
-from labutils.decoding.proposers import PromptLookup
+from labutils.decoding.proposers import NoDraft, PromptLookup
 from labutils.decoding.speculate import generate_speculative
 from labutils.generation.fast_llama import FastLlama
 from labutils.generation.sampling import Sampler
@@ -69,7 +69,7 @@ def guessing(decoder: FastLlama, decode, stop: Collection[int], *, draft_tokens:
         began, ids = time.perf_counter(), torch.tensor([list(prompt)])
         made = generate_speculative(decoder, PromptLookup(), ids, new_tokens, draft_tokens=draft_tokens, stop=stop)
         new = made.token_ids[0, len(prompt) :].tolist()
-        return Written(decode([token for token in new if token not in stop]), len(new), time.perf_counter() - began)
+        return Written(_shown(new, decode, stop), len(new), time.perf_counter() - began)
 
     return write
 
@@ -80,23 +80,14 @@ def voting(decoder: FastLlama, decode, stop: Collection[int], *, votes: int, tem
     Wang et al. 2022, arXiv:2203.11171, with whole answers as what is counted: test-time compute for quality.
     """
     sampler = Sampler(temperature=temperature, generator=torch.Generator().manual_seed(seed))
+    options = {"draft_tokens": 0, "choose": sampler, "stop": stop}
 
     def write(prompt: Sequence[int], new_tokens: int) -> Written:
-        began, texts, tokens = time.perf_counter(), [], 0
-        for _ in range(votes):
-            made = generate_speculative(
-                decoder,
-                PromptLookup(),
-                torch.tensor([list(prompt)]),
-                new_tokens,
-                draft_tokens=0,
-                choose=sampler,
-                stop=stop,
-            )
-            new = made.token_ids[0, len(prompt) :].tolist()
-            texts.append(decode([token for token in new if token not in stop]))
-            tokens += len(new)
-        return Written(Counter(texts).most_common(1)[0][0], tokens, time.perf_counter() - began)
+        began, ids = time.perf_counter(), torch.tensor([list(prompt)])
+        made = [generate_speculative(decoder, NoDraft(), ids, new_tokens, **options) for _ in range(votes)]
+        answers = [each.token_ids[0, len(prompt) :].tolist() for each in made]
+        texts = Counter(_shown(new, decode, stop) for new in answers)
+        return Written(texts.most_common(1)[0][0], sum(map(len, answers)), time.perf_counter() - began)
 
     return write
 
@@ -115,9 +106,13 @@ def library(loaded: LanguageModel, decode, stop: Collection[int]) -> Write:
             eos_token_id=list(stop),
         )
         new = made[0, len(prompt) :].tolist()
-        return Written(decode([token for token in new if token not in stop]), len(new), time.perf_counter() - began)
+        return Written(_shown(new, decode, stop), len(new), time.perf_counter() - began)
 
     return write
+
+
+def _shown(token_ids: Sequence[int], decode: Callable[[list[int]], str], stop: Collection[int]) -> str:
+    return decode([token for token in token_ids if token not in stop])
 
 
 def compare(techniques: Sequence[Technique], task: Task, *, model: str, chapter: str, rounds: int = 8) -> list[Record]:

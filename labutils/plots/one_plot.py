@@ -16,14 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from labutils.applications.scores import paired_difference
 from labutils.measurement.ledger import Record, check_drawable
 from labutils.measurement.timing import bootstrap_interval, difference_is_sure
 from labutils.plots.speed_quality import quality_is_sure
-from labutils.plots.style import series_style
+from labutils.plots.style import plain_log_scale, series_style
 
 OTHER = "other chapters"
 
@@ -132,9 +131,12 @@ def standing(record: Record, records: Sequence[Record], x: Axis, y: Axis) -> str
     ahead = [(x.better(other, record), y.better(other, record)) for other in rivals]
     if (True, True) in ahead:
         return "beaten"
-    behind = [(x.better(record, other), y.better(record, other)) for other in rivals]
-    passed = any(any(ours) and not any(theirs) for ours, theirs in zip(ahead, behind, strict=True))
-    return "tied" if passed else "leads"
+    passed = (
+        not x.better(record, other) and not y.better(record, other)
+        for other, theirs in zip(rivals, ahead, strict=True)
+        if any(theirs)
+    )
+    return "tied" if any(passed) else "leads"
 
 
 def draw_techniques(
@@ -149,10 +151,11 @@ def draw_techniques(
     across, up = AXES[x], AXES[y]
     records = placed(records, across, up)
     ax = ax or Figure(figsize=(9.5, 5.6), layout="constrained").subplots()
+    stands = {id(record): standing(record, records, across, up) for record in records}
     families = list(dict.fromkeys(record.family or OTHER for record in records))
     for index, family in enumerate(families):
-        _draw_family(ax, [r for r in records if (r.family or OTHER) == family], records, across, up, family, index)
-    found = Counter(standing(record, records, across, up) for record in records)
+        _draw_family(ax, [r for r in records if (r.family or OTHER) == family], stands, across, up, family, index)
+    found = Counter(stands.values())
     ax.set_title(
         f"{found['leads']} lead (filled), {found['tied']} are tied on one axis and behind on the other (pale), "
         f"{found['beaten']} are beaten on both (hollow)",
@@ -161,11 +164,7 @@ def draw_techniques(
     for axis, which in ((across, "x"), (up, "y")):
         ax.set(**{f"{which}label": f"{axis.label}; better is {'right' if which == 'x' else 'up'}"})
         if axis.log:
-            ax.set(**{f"{which}scale": "log"})
-            lines = getattr(ax, f"{which}axis")
-            lines.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            lines.set_major_formatter("{x:g}")
-            lines.set_minor_locator(NullLocator())
+            plain_log_scale(ax, which)
         if axis.lower_is_better:
             getattr(ax, f"invert_{which}axis")()
     ax.margins(0.15, 0.3)
@@ -175,10 +174,10 @@ def draw_techniques(
     return ax.get_figure()
 
 
-def _draw_family(ax, members, records, x: Axis, y: Axis, family: str, index: int) -> None:
+def _draw_family(ax, members, stands: dict[int, str], x: Axis, y: Axis, family: str, index: int) -> None:
     style = series_style(index)
     for number, record in enumerate(members):
-        where, stands = (x.value(record), y.value(record)), standing(record, records, x, y)
+        where = x.value(record), y.value(record)
         spans = [
             [[abs(v - low)], [abs(high - v)]]
             for v, (low, high) in zip(where, (x.interval(record), y.interval(record)), strict=True)
@@ -186,7 +185,7 @@ def _draw_family(ax, members, records, x: Axis, y: Axis, family: str, index: int
         ax.errorbar(
             *where, xerr=spans[0], yerr=spans[1], fmt="none", ecolor=style["color"], alpha=0.4, capsize=2, zorder=2
         )
-        face = {"leads": style["color"], "tied": (*to_rgb(style["color"]), 0.3), "beaten": "white"}[stands]
+        face = {"leads": style["color"], "tied": (*to_rgb(style["color"]), 0.3), "beaten": "white"}[stands[id(record)]]
         ax.scatter(
             *where,
             s=60,

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 from labutils.measurement.ledger import Record, check_drawable
 from labutils.measurement.timing import bootstrap_interval, difference_is_sure
-from labutils.plots.style import series_style
+from labutils.plots.style import plain_log_scale, series_style
 
 
 @dataclass(frozen=True)
@@ -180,10 +179,7 @@ def draw_speed_quality(
     if height < 1e-3:  # rounding, which an axis of its size would show as a difference
         ax.set_ylim(middle - 5e-3, middle + 5e-3)
     if _spread(records) > 10:
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_locator(NullLocator())
+        plain_log_scale(ax, "x")
     if quality.lower_is_better:
         ax.invert_yaxis()
     ax.grid(alpha=0.25)
