@@ -97,6 +97,21 @@ def test_the_rule_can_fail():
     assert allowed("cli", "measurement")
 
 
+def test_a_new_topic_needs_its_name_only(monkeypatch):
+    """What CONTRIBUTING promises; the demonstration chapter of the tests shows the other four lines at work."""
+    assert floor_of("toy") is None
+    monkeypatch.setitem(globals(), "FLOORS", [FLOORS[0], FLOORS[1] | {"toy"}, *FLOORS[2:]])
+    assert all(allowed("toy", tool) for tool in ("measurement", "layers", "training", "paths"))
+    assert all(allowed(user, "toy") for user in ("models", "capstone", "checks", "plots", "bench"))
+    assert not any(allowed("toy", other) for other in (*TOPICS, "models", "checks", "cli"))
+
+
+def test_contributing_shows_the_house_as_it_is():
+    from house_map import BLOCK, PAGE, mermaid
+
+    assert BLOCK.search(PAGE.read_text(encoding="utf-8"))[0] == mermaid(), "run python tests/house_map.py"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_files_and_functions_stay_short(path):
     source = path.read_text(encoding="utf-8")

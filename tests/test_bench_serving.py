@@ -16,11 +16,13 @@ from labutils.bench.child import Child
 from labutils.bench.serving import Bench, Settings, bench_serving, environment
 from labutils.bench.serving_engines import ENGINES, Ours, drive
 from labutils.bench.serving_profile import profile
-from labutils.bench.serving_rows import ServingRow, as_table, judge, same_twice
+from labutils.bench.serving_rows import ServingRow, as_markdown, as_table, judge, same_twice
 from labutils.cli.main import main
+from labutils.measurement.timing import paired_ratio
 from labutils.models.gguf import export_gguf
 from labutils.models.load import load_model
-from labutils.paths import DATA
+from labutils.models.tokenizer import chat_ids
+from labutils.paths import DATA, ROOT
 
 PROMPTS = [[1, 5 + i, 9, 40 + i, 7] for i in range(6)]
 
@@ -184,21 +186,27 @@ def test_bad_settings_are_refused_before_anything_starts():
 
 @pytest.mark.slow
 def test_llama_cpp_writes_as_many_tokens_of_the_same_text(tmp_path):
+    """Up to the end of an answer: told to go on, llama.cpp never chooses that token (2026.10.11549)."""
     install_aside(tmp_path / "aside", ["xllamacpp==2026.10.11549"])
     model, tokenizer = load_model("lablm-small")
     export_gguf(model, tokenizer, tmp_path / "m.gguf", format="F32")
-    prompts = [tokenizer(text).input_ids for text in ("def add(a, b):", "import os\n", "class Stack:")]
-    job = {"prompts": prompts, "new_tokens": 8, "at_once": 3}
+    code = [tokenizer(text).input_ids for text in ("def add(a, b):", "import os\n", "class Stack:")]
+    chat = chat_ids(tokenizer, [{"role": "user", "content": "Where is my order A12345?"}], add_generation_prompt=True)
     told = json.dumps(["llama.cpp", {"folder": str(tmp_path / "m.gguf"), "threads": 1}])
     paths = environment(1) | {"PYTHONPATH": os.pathsep.join([environment(1)["PYTHONPATH"], str(tmp_path / "aside")])}
     child = Child([sys.executable, "-m", "labutils.bench.serving_engines", told], environment=paths)
+    bench = Bench.__new__(Bench)
+    bench.tokenizer = tokenizer
     try:
-        found = child.ask(job)
+        for prompts, count in ((code, 8), ([chat], 40)):
+            job = {"prompts": prompts, "new_tokens": count, "at_once": 3}
+            found, expected = child.ask(job), drive(Ours(str(DATA / "lablm-small"), 1), job)
+            assert all(bench._same(ll["text"], ours["text"]) for ll, ours in zip(found, expected, strict=True))
+            assert not bench._same(found[0]["text"], [*expected[0]["text"][:3], 9])
+            assert all(0 <= r["arrived"] < r["first"] < r["last"] for r in found)
     finally:
         child.close()
-    expected = drive(Ours(str(DATA / "lablm-small"), 1), job)
-    assert [r["text"] for r in found] == [tokenizer.decode(r["text"]) for r in expected]
-    assert all(0 <= r["arrived"] < r["first"] < r["last"] for r in found)
+    assert tokenizer.eos_token_id in expected[0]["text"][:-1]
 
 
 class InProcess:
@@ -244,3 +252,19 @@ def test_a_wrong_text_is_a_bar_that_fails(monkeypatch):
         bench._compare()
     assert [bar.holds for bar in bench.bars] == [True, False]
     assert bench.bars[0].measured == "6/6" and "ours float32: 6/6 texts the same" in said[0]
+
+
+def test_the_readme_shows_the_stored_run():
+    """Its table, and how far an engine of ours is from itself."""
+    rows = [json.loads(line) for line in (DATA / "results" / "serving.jsonl").read_text().splitlines()]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert as_markdown(rows, at_once=8) in readme
+    for model in {row["model"] for row in rows}:
+        here = {row["engine"]: row for row in rows if row["model"] == model and row["at_once"] == 8}
+        samples = [
+            [row["new_tokens"] * len(times) / max(last for *_, last in times) for times in row["rounds"]]
+            for row in (here["ours int8"], here["ours int8, again"])
+        ]
+        ratio = paired_ratio(*samples)
+        assert f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" in readme.replace("\n", " ")
+    assert all(row["same_text"].split()[0] in ("32/32", "16/16") for row in rows if row["bits"] == 32)

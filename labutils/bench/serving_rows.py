@@ -126,3 +126,19 @@ def as_table(rows: Sequence[ServingRow]) -> str:
         line += "{:>11.1f}{:>9.1f}{:>13.2f}{:>8.2f}".format(*times)
         lines.append(f"{line}    {row.good_share:>5.0%}  {row.same_text}  {row.settings}".rstrip())
     return "\n".join(lines)
+
+
+def as_markdown(rows: Sequence[Mapping], *, at_once: int) -> str:
+    """The README's table of stored rows: each engine under one load, a model behind the other, the fastest first."""
+    lines = ["| | tokens/s | 95% interval | first token p50, p99 (ms) | a later token p50, p99 (ms) |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    here = [row for row in rows if row["at_once"] == at_once and AGAIN not in row["engine"]]
+    for model in dict.fromkeys(row["model"] for row in here):
+        lines.append(f"| **{model}** | | | | |")
+        for row in sorted((r for r in here if r["model"] == model), key=lambda r: -r["tokens_per_s"]):
+            low, high = row["interval"]
+            first, later = ([1e3 * row[name][part] for part in ("p50", "p99")] for name in ("ttft_s", "tpot_s"))
+            shown = [f"{row['tokens_per_s']:,.0f}", f"{low:,.0f} to {high:,.0f}"]
+            shown += ["{:,.0f}, {:,.0f}".format(*first), "{:.1f}, {:.1f}".format(*later)]
+            lines.append(f"| {row['engine']} | {' | '.join(shown)} |")
+    return "\n".join(lines)

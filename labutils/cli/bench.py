@@ -1,6 +1,7 @@
 """`python -m labutils bench NAME`: measure and compare on this machine."""
 
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
 
 HELP = (
@@ -143,10 +144,9 @@ def run_serving(args: Namespace) -> int:
     few |= {"width": 1} if args.no_speed_model else {}
     count = 4 if args.quick else args.new_tokens
     settings = Settings(new_tokens=count, rounds=args.rounds, threads=args.threads or 1, **slo, **few)
-    rows, bars = bench_serving(settings, say=lambda line: print(line, flush=True))
+    save = partial(write_json, path=args.json) if args.json else lambda rows: None
+    _, bars = bench_serving(settings, say=lambda line: print(line, flush=True), save=save)
     print(*bars, sep="\n")
-    if args.json:
-        write_json(rows, args.json)
     return 0
 
 

@@ -1064,7 +1064,7 @@ my_guess = None  # a pair of shares
 from labutils.generation.decode import generate_batch
 
 texts = [tasks[kind].prompts[i] for i in range(16) for kind in ways_round]
-texts = [ids if i % 4 else documents[i % 8] for i, ids in enumerate(texts)]  # every fourth one is a long document
+texts = [ids if i % 4 else documents[i % 8][:120] for i, ids in enumerate(texts)]  # every fourth one begins a document
 lengths = [len(ids) for ids in texts]
 orders = {"as they come": [list(range(i, i + 8)) for i in range(0, 32, 8)], "by length": batches_by_length(lengths, 8)}
 
@@ -1582,10 +1582,9 @@ def judged(texts, count=None):
 
 if can_recognise:
     decoders = {"language model": (language_model, 8), "grammar": (recognise.open_decoder("jsgf", service_jsgf()), 24)}
+    heard_by = {}  # for the rest of the section
     for name, (decoder, count) in decoders.items():
-        done = [recognise.recognise(decoder, sound) for sound in sounds[:count]]
-        if name == "grammar":
-            by_grammar = done  # for the end of the section
+        done = heard_by[name] = [recognise.recognise(decoder, sound) for sound in sounds[:count]]
         rate, low, high = judged([d.text for d in done])
         factors, latencies = [d.real_time_factor for d in done], [d.latency_s for d in done]
         print(
@@ -1734,8 +1733,8 @@ if can_speak:
     for db, some in noisy.items():
         for name, count in counts.items():
             if name in ("grammar", "language model"):
-                heard_texts = [recognise.recognise(decoders[name][0], sound).text for sound in some[:count]]
-                pairs = [(q.words, text) for q, text in zip(queries, heard_texts, strict=False)]
+                done = heard_by[name] if db == 40 else [recognise.recognise(decoders[name][0], s) for s in some[:count]]
+                pairs = [(q.words, d.text) for q, d in zip(queries[:count], done, strict=False)]
             else:
                 known = [i for i in range(count) if TEST_VOICES[i % 4] in TRAIN_VOICES]
                 pairs = [(queries[i].words, texts_of(ours, [some[i]])[0]) for i in known]
@@ -1836,7 +1835,7 @@ if can_speak:
 #
 # ### From the spoken question to the answer
 #
-# The parts in a row: the endpointer notices the end, the grammar's last work gives the text, LabLM answers, and espeak-ng speaks the first sentence of the answer. The
+# The parts in a row: the endpointer notices the end, the grammar's last work gives the text, LabLM answers in int8, and espeak-ng speaks the first sentence of the answer. The
 # promise is one second from the end of the question, for the first written token and for the first sound.
 #
 # **Predict:** which part takes longest?
@@ -1845,7 +1844,7 @@ if can_speak:
 my_guess = None  # endpointer, recogniser, first token, whole answer or speaking
 
 # %%
-from labutils.generation.stream import CachedDecoder, stream
+from labutils.generation.stream import stream
 from labutils.models.spoken import written_form
 
 
@@ -1853,7 +1852,9 @@ def answered(question):
     """LabLM's answer, and the seconds to its first token and to the end of its first sentence."""
     ids = torch.tensor([chat_ids(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)])
     text, spent, first_s, sentence_s = "", 0.0, None, None
-    for token in stream(CachedDecoder(float_model), tokenizer, ids, 48, stop={END}):
+    decoder = variants["int8"]
+    decoder.truncate(0)
+    for token in stream(decoder, tokenizer, ids, 48, stop={END}):
         text, spent = text + token.text, spent + token.seconds
         first_s = first_s or spent
         if sentence_s is None and text.rstrip().endswith((".", "!", "?")):
@@ -1864,7 +1865,7 @@ def answered(question):
 # %%
 if can_recognise:
     rows, same = [], 0
-    for query, sound, found in zip(queries, spoken, by_grammar, strict=True):
+    for query, sound, found in zip(queries, spoken, heard_by["grammar"], strict=True):
         inside = in_noise(torch.cat([silence, sound, silence, silence]), 30)
         stretches = recognise.endpoints(inside)
         end_s = (len(silence) + len(sound)) / RATE
