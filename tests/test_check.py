@@ -38,6 +38,7 @@ from labutils.course.check import (
     _command,
     _environment,
     as_text,
+    cell_timeout_s,
     check_notebook,
     prepared,
 )
@@ -168,10 +169,11 @@ def test_run_has_a_cell_timeout_an_ascii_sanitizer_and_no_plugin_of_the_user(mon
     """A dead kernel waits out the timeout; nbval reads the sanitizer as the locale has it; xdist splits a run."""
     parser = ArgumentParser()
     command.add_arguments(parser)
-    assert parser.parse_args(["x.ipynb"]).timeout == CELL_TIMEOUT_S == Options(tmp_path).timeout_s == 120
+    assert parser.parse_args(["x.ipynb"]).timeout is Options(tmp_path).timeout_s is None  # the chapter's own
     parser = ArgumentParser()
     grade_command.add_arguments(parser)
-    assert parser.parse_args(["folder"]).timeout == CELL_TIMEOUT_S  # what was right at home is right in class
+    assert parser.parse_args(["folder"]).timeout is None  # what was right at home is right in class
+    assert (cell_timeout_s("00_start_here"), cell_timeout_s("09_distributed_inference")) == (CELL_TIMEOUT_S, 300)
     assert "--nbval-cell-timeout=120" in _command(CELL_TIMEOUT_S) and SANITIZER.isascii()
     monkeypatch.setenv("PYTEST_ADDOPTS", "-n 2 --dist load")
     environment = _environment(tmp_path, tmp_path)

@@ -117,3 +117,14 @@ def test_without_the_right_or_apt_nothing_is_tried(apt, capsys, change):
     assert not install_packages("away")
     assert all(call[0] == "dpkg-query" for call in apt.calls)
     assert capsys.readouterr().out == "what needs away is left out; on Debian: sudo apt-get install away\n"
+
+
+@pytest.mark.parametrize(
+    ("installed", "missing"),
+    [({"jax"}, ["jax>=99"]), ({"jax", "libtpu"}, []), ({"jax", "jax-cuda12-plugin"}, []), ({"libtpu"}, ["jax>=99"])],
+)
+def test_a_jax_built_for_an_accelerator_is_never_replaced(tmp_path, monkeypatch, installed, missing):
+    text = '[project.optional-dependencies]\ntpu = ["numpy>=1", "jax>=99"]\n'
+    (tmp_path / "pyproject.toml").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(extras, "_is_installed", installed.__contains__)
+    assert missing_packages("tpu", tmp_path) == missing

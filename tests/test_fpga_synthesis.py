@@ -11,9 +11,34 @@ import pytest
 from labutils.fpga import netlist, synthesis, tools
 from labutils.fpga.floorplan import Tile, owner_of, tiles
 from labutils.fpga.hardware import ArraySpec
-from labutils.fpga.simulate import build_array
+from labutils.fpga.simulate import build_array, simulate
 from labutils.fpga.synthesis import Area, Placement, array_area, place_and_route, yosys_script
 from labutils.fpga.tools import ToolError, first_error, run_tool, warm_up
+
+
+def test_two_int4_products_share_one_multiplier_and_are_right_for_all_codes(fpga_tools):
+    m, (x, w0, w1, y0, y1) = netlist.packed_products()
+    area, _ = synthesis.synthesize(synthesis.to_rtlil(m, [x, w0, w1, y0, y1]), dsp=True)
+    assert area.dsps == 1
+    codes = np.array(np.meshgrid(*[np.arange(-8, 8)] * 3)).reshape(3, -1)
+    found = simulate(m, list(zip((x, w0, w1), codes, strict=True)), [y0, y1])
+    assert (found == (codes[0] * codes[1:]).T).all()
+
+
+def test_product_tables_are_what_synthesis_finds(fpga_tools):
+    weights, places = (-8, -3, 0, 1, 5, 7), np.arange(16)
+    assert netlist.product_tables(3)[0] == 0xAAAA and netlist.product_tables(0) == [0] * 8
+    bits = [places >> i & 1 == 1 for i in range(4)]
+    area, found = synthesis.synthesize(synthesis.to_rtlil(*netlist.constant_products(weights)), carry=False)
+    assert area.lut4 < 8 * len(weights)
+    for i, weight in enumerate(weights):
+        word = sum(
+            netlist.lut4(table, bits).astype(int) << bit for bit, table in enumerate(netlist.product_tables(weight))
+        )
+        signed = np.where(places >= 8, places - 16, places) * weight
+        assert (np.where(word >= 128, word - 256, word) == signed).all()
+        inputs = {f"x{j}": places if j == i else np.zeros_like(places) for j in range(len(weights))}
+        assert (netlist.evaluate(found, inputs, f"y{i}") == word).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])

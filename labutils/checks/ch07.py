@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 
-from labutils.checks import cases_of, exercise, expect_function, expect_raises, expect_true
+from labutils.checks import CheckFailed, cases_of, exercise, expect_function, expect_raises, expect_true
 from labutils.xla import generate, hlo
 from labutils.xla.lazy import jax, jnp
 
@@ -152,20 +152,18 @@ def _loop(step, cache, token, position, new_tokens, *, moves=1, keeps=True, echo
 
 @exercise("7.4")
 def decode_scan(answer):
-    """The tokens of the Python loop, with the step traced once."""
-    calls = []
+    """The tokens of the Python loop, from one program whose size does not depend on their number."""
 
-    def run(decode, step, **case):
-        def watched(*arguments):
-            calls.append(1)
-            return step(*arguments)
+    def run(step, **case):
+        return np.asarray(answer(step, **case))
 
-        calls.clear()
-        return np.asarray(decode(watched, **case))
+    def program_lines(new_tokens):
+        program = jax.jit(lambda cache, token, at: answer(_toy, cache, token, at, new_tokens))
+        return len(program.lower(jnp.int32(4), jnp.int32(2), jnp.int32(3)).as_text().splitlines())
 
     start = {"step": _toy, "cache": jnp.int32(4), "token": jnp.int32(2), "position": jnp.int32(3), "new_tokens": 9}
     expect_function(
-        partial(run, answer),
+        run,
         _loop,
         cases=[start, start | {"token": jnp.int32(7), "new_tokens": 12}],
         mistakes=[
@@ -176,8 +174,12 @@ def decode_scan(answer):
             (lambda **case: _loop(**case)[-1:], "only the last token: scan stacks what the body returns second"),
         ],
     )
-    words = f"Python called the step {len(calls)} times for 12 tokens"
-    expect_true(len(calls) <= 3, words, hint="lax.scan traces its body once: put the loop into lax.scan(body, …)")
+    hint = "lax.scan traces its body once: put the loop into lax.scan(body, …)"
+    try:
+        short, long = program_lines(8), program_lines(64)
+    except jax.errors.JAXTypeError:
+        raise CheckFailed("Python asked for a token's value, so this cannot be one program", hint=hint) from None
+    expect_true(long == short, f"the program has {short} lines for 8 tokens and {long} for 64", hint=hint)
 
 
 @exercise("7.5")
@@ -188,11 +190,17 @@ def break_even_tokens(answer):
     def saved(slow_token_s, fast_token_s):
         return slow_token_s - fast_token_s
 
+    def unguarded(compile_s, slow_token_s, fast_token_s):
+        return compile_s / saved(slow_token_s, fast_token_s) if slow_token_s >= fast_token_s else float("inf")
+
     expect_function(
         answer,
         hlo.break_even_tokens,
-        cases=cases_of(names, (3.0, 0.02, 0.005), (0.8, 0.004, 0.003), (2.0, 0.01, 0.03)),
+        cases=cases_of(
+            names, (3.0, 0.02, 0.005), (0.8, 0.004, 0.003), (2.0, 0.01, 0.03), (1.0, 0.01, 0.003), (1.0, 0.01, 0.01)
+        ),
         mistakes=[
+            (unguarded, "equal speed never pays: return float('inf') there, too"),
             (lambda compile_s, **t: compile_s / saved(**t), "slower code never pays: return float('inf') there"),
             (
                 lambda compile_s, **t: abs(compile_s / saved(**t)),

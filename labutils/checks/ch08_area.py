@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from labutils.checks import CheckFailed, exercise, expect_equal, expect_function, expect_true
-from labutils.checks.ch08 import element_run, module_of
+from labutils.checks import CheckFailed, cases_of, exercise, expect_equal, expect_function, expect_true
+from labutils.checks.ch08 import element_run, module_of, whole_numbers
 from labutils.fpga import hardware, netlist, planted, simulate, synthesis
 from labutils.quantization import integer
 
@@ -24,10 +24,10 @@ def telling_inputs(answer):
     """Inputs on which each of four broken arrays differs from numpy."""
     given = answer()
     expect_true(isinstance(given, tuple) and len(given) == 2, "return x and w", hint="return x, w")
-    x, w = (np.asarray(part) for part in given)
+    x, w = (np.asarray(whole_numbers(part)) for part in given)
     expect_equal((x.ndim, x.shape[-1:], w.shape), (2, (3,), (3, 3)), hint="x is (rows, 3), w is (3, 3)")
     for name, codes in (("x", x), ("w", w)):
-        whole = codes.dtype.kind == "i" and codes.min() >= -128 and codes.max() <= 127
+        whole = codes.dtype == np.int64 and codes.min() >= -128 and codes.max() <= 127
         expect_true(whole, f"{name} must hold int8 codes", hint="whole numbers from -128 to 127")
     expect_true(1 <= len(x) <= 16, f"x has {len(x)} rows", hint="1 to 16 rows are enough")
     arrays = planted.planted_arrays()
@@ -170,11 +170,72 @@ def pipelined_element(answer):
     )
 
 
+def _needed(weight_bytes, clock_mhz, memory_gb_per_s, *, up=math.ceil):
+    return up(memory_gb_per_s * 1e3 / weight_bytes / clock_mhz)
+
+
+@exercise("8.10")
+def multipliers_needed(answer):
+    """Weights from memory in a cycle, rounded up."""
+    expect_function(
+        answer,
+        _needed,
+        cases=cases_of("weight_bytes clock_mhz memory_gb_per_s", (1.0, 116, 1.6), (0.5, 183, 1.6), (2.0, 250, 3.1)),
+        mistakes=[
+            (lambda **case: _needed(**case, up=float), "there are no parts of multipliers: round up with math.ceil"),
+            (lambda **case: _needed(**case, up=math.floor), "rounded down, the engine falls behind: math.ceil"),
+            (
+                lambda weight_bytes, clock_mhz, memory_gb_per_s: _needed(1 / weight_bytes, clock_mhz, memory_gb_per_s),
+                "smaller weights come faster: divide by the bytes of one",
+            ),
+            (
+                lambda weight_bytes, clock_mhz, memory_gb_per_s: _needed(1, clock_mhz, memory_gb_per_s),
+                "a weight has weight_bytes bytes: the memory brings fewer or more weights than bytes",
+            ),
+            (
+                lambda **case: math.ceil(_needed(**case, up=float) ** 0.5),
+                "that is the side of an array: count them all",
+            ),
+            (
+                lambda **case: math.ceil(1 / _needed(**case, up=float)),
+                "upside down: weights a second over cycles a second",
+            ),
+        ],
+    )
+
+
+@exercise("8.12")
+def product_tables(answer):
+    """Bit i of x · weight, for sixteen codes x."""
+
+    def read(weight, code=lambda place: place - 16 * (place >= 8), bits=range(8), places=range(16)):
+        return [sum((code(p) * weight >> bit & 1) << where for where, p in enumerate(places)) for bit in bits]
+
+    def checked(weight):
+        return [int(table) for table in answer(weight)]
+
+    expect_function(
+        checked,
+        netlist.product_tables,
+        cases=[{"weight": weight} for weight in (3, -5, 7, -8)],
+        mistakes=[
+            (lambda weight: read(weight, code=int), "places 8 to 15 are negative codes: place - 16"),
+            (lambda weight: read(weight, bits=range(7, -1, -1)), "the highest bit comes first: begin with bit 0"),
+            (
+                lambda weight: read(weight, places=range(15, -1, -1)),
+                "read from the left: place 0 is a table's lowest bit",
+            ),
+            (lambda weight: read(weight, bits=range(4)), "a product of two 4-bit codes has eight bits, not four"),
+            (lambda weight: read(weight, code=lambda p: p - 8), "the codes are in two's complement: place 0 is x = 0"),
+        ],
+    )
+
+
 BUDGET = 1300  # LUTs, and no multiplier
 FLOOR = 0.05  # bits per byte that may be lost
 
 
-@exercise("8.10")
+@exercise("8.11")
 def my_design(answer, losses):
     """The quality floor, then the chip, then the best: judged by synthesis.
 

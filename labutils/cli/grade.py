@@ -17,9 +17,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("folder", type=Path, help="the folder of hand-ins, one file or one folder per learner")
     parser.add_argument("--out", type=Path, help="where to write (default: FOLDER/grades)")
-    parser.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="seconds for one cell (120), as in `check`"
-    )
+    parser.add_argument("--timeout", type=float, metavar="S", help="seconds for one cell (as in `check`)")
     parser.add_argument("--total", type=float, default=900.0, metavar="S", help="seconds for one run (900)")
     parser.add_argument("--memory", type=float, default=8.0, metavar="GIB", help="memory of one hand-in (8 GiB)")
     parser.add_argument("--jobs", type=int, default=1, help="hand-ins at a time (1)")

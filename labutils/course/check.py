@@ -27,6 +27,9 @@ from labutils.language import ENGLISH, language, speaking, translated
 from labutils.paths import tool_cache_dir
 
 CELL_TIMEOUT_S = 120.0
+LONG_CELLS_S = dict.fromkeys(
+    ("08", "09", "12", "13"), 300.0
+)  # their longest cells take a quarter of it on one slow core
 LIMITS = Limits()
 STARTUP = "from labutils.course import guard\nguard.install(get_ipython(), {answers!a}, {is_solution})\n"
 # nbval reads the sanitizer file in the locale's encoding: keep it ASCII
@@ -52,13 +55,22 @@ class Report:
         return {"chapter": self.chapter, "verdicts": [v.as_dict() for v in self.verdicts], "notes": self.notes}
 
 
-def check_notebook(path: Path, root: Path, *, timeout_s: float = CELL_TIMEOUT_S, limits: Limits = LIMITS) -> Report:
+def cell_timeout_s(chapter: str) -> float:
+    """Returns how long a cell of a chapter may run, at home and in class.
+
+    >>> cell_timeout_s("02_quantization_formulas"), cell_timeout_s("08_fpga")
+    (120.0, 300.0)
+    """
+    return LONG_CELLS_S.get(chapter[:2], CELL_TIMEOUT_S)
+
+
+def check_notebook(path: Path, root: Path, *, timeout_s: float | None = None, limits: Limits = LIMITS) -> Report:
     """Give a verdict on each exercise of a learner's notebook, which is only read.
 
     Args:
         path: The learner's notebook.
         root: The course's folder, or that of a hand-out kit.
-        timeout_s: How long one cell may run.
+        timeout_s: How long one cell may run; by default as long as its chapter allows.
         limits: What a whole run may use.
 
     Raises:
@@ -67,7 +79,8 @@ def check_notebook(path: Path, root: Path, *, timeout_s: float = CELL_TIMEOUT_S,
     learner = read_hand_in(path)
     reference = find_reference(root, learner, path.name)
     with speaking(language_of(learner)):
-        return _Checking(reference, learner, root, timeout_s, limits).report()
+        seconds = timeout_s or cell_timeout_s(reference.stem)
+        return _Checking(reference, learner, root, seconds, limits).report()
 
 
 class _Checking:
@@ -289,7 +302,9 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     try:
         limits = Limits(**json.loads(args.limits))
-        report = check_notebook(Path(args.notebook), Path(args.root), timeout_s=float(args.timeout), limits=limits)
+        report = check_notebook(
+            Path(args.notebook), Path(args.root), timeout_s=float(args.timeout) or None, limits=limits
+        )
         result = report.as_dict()
     except UnusableError as error:
         result = {"unusable": str(error)}

@@ -1,5 +1,6 @@
 """Optional heavy packages, installed when a chapter needs them. Standard library only."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from labutils.course.setup_cell import is_missing
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = frozenset({"applications"})  # only their files are used: what they require stays away
+JAX_DRIVERS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
 
 
 def missing_packages(name: str, root: Path = ROOT) -> list[str]:
@@ -22,7 +24,18 @@ def missing_packages(name: str, root: Path = ROOT) -> list[str]:
     extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     if name not in extras:
         raise ValueError(f"name must be an extra of pyproject.toml ({', '.join(extras)}); got {name!r}")
-    return [requirement for requirement in extras[name] if is_missing(requirement)]
+    return [
+        requirement for requirement in extras[name] if is_missing(requirement) and not _fits_accelerator(requirement)
+    ]
+
+
+def _fits_accelerator(requirement: str) -> bool:
+    """Whether it is about a JAX built for this host's TPU or GPU: pip would replace it, and leave its driver behind."""
+    return requirement.startswith("jax") and _is_installed("jax") and any(map(_is_installed, JAX_DRIVERS))
+
+
+def _is_installed(name: str) -> bool:
+    return any(True for _ in importlib.metadata.distributions(name=name))
 
 
 def install_extra(name: str, root: Path = ROOT) -> bool:

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from labutils.course import verdicts
-from labutils.course.check import CELL_TIMEOUT_S
 from labutils.course.contained import Limits, run_contained
 from labutils.course.hand_in import SIZE_LIMIT_BYTES, reference_folder
 from labutils.language import language
@@ -41,7 +40,7 @@ class Options:
     """How to grade."""
 
     root: Path
-    timeout_s: float = CELL_TIMEOUT_S
+    timeout_s: float | None = None
     limits: Limits = Limits(time_s=900.0)
     jobs: int = 1
 
@@ -139,7 +138,7 @@ def check_contained(file_name: str, content: bytes, options: Options) -> dict:
         copy = folder / file_name
         copy.write_bytes(content)
         out = folder / "result.json"
-        arguments = [str(copy), str(options.root), str(options.timeout_s), json.dumps(asdict(inner)), str(out)]
+        arguments = [str(copy), str(options.root), str(options.timeout_s or 0), json.dumps(asdict(inner)), str(out)]
         path_of_modules = os.pathsep.join(filter(None, [str(options.root), os.environ.get("PYTHONPATH", "")]))
         env = {
             **os.environ,

@@ -25,6 +25,44 @@ def multiplier(bits: int) -> tuple["Module", list["Signal"]]:
     return m, [x, w, y]
 
 
+def packed_products() -> tuple["Module", list["Signal"]]:
+    """Two int4 products x · w0 and x · w1 from one multiplier, x · (w0 + 2^8 w1), and its ports x, w0, w1, y0, y1.
+
+    The lower byte is the first product; the upper is one too small where that is negative.
+    """
+    from amaranth.hdl import Module, Signal, signed
+
+    m = Module()
+    x, w0, w1 = (Signal(signed(4), name=name) for name in ("x", "w0", "w1"))
+    y0, y1 = (Signal(signed(8), name=name) for name in ("y0", "y1"))
+    factor, product = Signal(signed(13)), Signal(signed(17))
+    m.d.comb += [factor.eq(w0 + (w1 << 8)), product.eq(x * factor)]
+    m.d.comb += [y0.eq(product[:8]), y1.eq(product[8:] + product[7])]
+    return m, [x, w0, w1, y0, y1]
+
+
+def product_tables(weight: int) -> list[int]:
+    """The tables of bits 0 to 7 of x · weight, for 4-bit codes x: LUT4s that are a multiplier by a fixed weight.
+
+    >>> [hex(table) for table in product_tables(1)[:2]]  # bits 0 and 1 of x itself
+    ['0xaaaa', '0xcccc']
+    """
+    codes = [place - 16 * (place >= 8) for place in range(16)]
+    return [sum((x * weight >> bit & 1) << place for place, x in enumerate(codes)) for bit in range(8)]
+
+
+def constant_products(weights: Sequence[int]) -> tuple["Module", list["Signal"]]:
+    """Products by fixed weights, each of a 4-bit input of its own, and the ports and so on."""
+    from amaranth.hdl import Module, Signal, signed
+
+    m, ports = Module(), []
+    for i, weight in enumerate(weights):
+        x, y = Signal(signed(4), name=f"x{i}"), Signal(signed(8), name=f"y{i}")
+        m.d.comb += y.eq(x * weight)
+        ports += [x, y]
+    return m, ports
+
+
 def multiplier_netlist(bits: int, *, booth: bool = True) -> tuple[Area, dict[str, Any]]:
     """Synthesises a multiplier into nothing but four-input tables: no carry chains, no wide multiplexers."""
     return synthesize(to_rtlil(*multiplier(bits)), booth=booth, carry=False)

@@ -111,6 +111,17 @@ def total_cycles(n: int, rows: int, *, pipelined: bool = False) -> int:
     return n + rows + 2 * n - 2 + pipelined
 
 
+def with_loading(spec: ArraySpec, bound: float, rows: int) -> float:
+    """Of an array's bound, Fmax · N² · lanes, what is left where each tile is loaded, used for `rows` rows and drained.
+
+    reached = bound · rows / total_cycles
+
+    >>> with_loading(ArraySpec(8), 24.0, 2)
+    2.0
+    """
+    return bound * rows / total_cycles(spec.n, rows, pipelined=spec.pipelined)
+
+
 def skew(x: Int[np.ndarray, "rows n"]) -> Int[np.ndarray, "cycles n"]:
     """Column k delayed by k cycles, with zeros before and after: what the rows of the array see at their left edge.
 

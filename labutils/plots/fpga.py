@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 from labutils.fpga.floorplan import tiles
 from labutils.fpga.hardware import ArraySpec
-from labutils.fpga.simulate import March
+from labutils.fpga.simulate import March, with_loading
 from labutils.fpga.synthesis import CHIP, Placement
 from labutils.plots.pruning import plain_log_axis
 from labutils.plots.style import PALETTE, series_style
@@ -94,33 +94,38 @@ def draw_floorplan(chip: Axes, zoom: Axes, placement: Placement, spec: ArraySpec
     columns, rows = [tile.column for tile in mine], [tile.row for tile in mine]
     zoom.set(xlim=(min(columns) - 1, max(columns) + 1), ylim=(max(rows) + 1, min(rows) - 1))
     chip.set(xlim=(-1, COLUMNS), ylim=(ROWS + 1, -1))
-    chip.set_title(f"{placement.used['TRELLIS_COMB'] / CHIP['luts']:.1%} of the chip's tables")
+    chip.set_title(f"{placement.used['TRELLIS_COMB'] / CHIP['luts']:.1%} of the chip's tables, test shell included")
     zoom.set_title(f"{spec}: {placement.fmax_mhz:.0f} MHz")
 
 
-def draw_board(ax: Axes, bounds: Mapping[str, tuple[float, float]], bandwidth_gb_per_s: float) -> dict[str, str]:
+def draw_board(
+    ax: Axes, arrays: Mapping[str, tuple[ArraySpec, float, float]], bandwidth_gb_per_s: float
+) -> dict[str, str]:
     """Roofline of a board by its datasheet: products a second over weights reused, and what each array waits for.
 
     Args:
         ax: where to draw.
-        bounds: for each array, its bound in GMAC/s and the bytes of one weight.
+        arrays: for each array its spec, its bound in GMAC/s and the bytes of one weight.
         bandwidth_gb_per_s: of the board's memory, at best.
 
     Returns:
-        "memory" or "arithmetic" for each array where every weight is used once: decoding, one sequence.
+        "memory" or "itself" for each array where every weight is used once: decoding, one sequence.
     """
     rows = np.array([1, 2, 4, 8, 16, 32, 64])
     waits = {}
-    for index, (name, (bound, weight_bytes)) in enumerate(bounds.items()):
+    for index, (name, (spec, bound, weight_bytes)) in enumerate(arrays.items()):
         fed = bandwidth_gb_per_s / weight_bytes * rows
-        ax.plot(rows, np.minimum(fed, bound), label=name, **series_style(index))
-        waits[name] = "memory" if fed[0] < bound else "arithmetic"
+        reached = np.array([with_loading(spec, bound, count) for count in rows])
+        style = series_style(index)
+        ax.plot(rows, reached, label=name, **style)
+        ax.plot(rows, fed, color=style["color"], linestyle=":", label="its weights from memory")
+        waits[name] = "memory" if fed[0] < reached[0] else "itself"
     ax.set_xscale("log", base=2)
-    plain_log_axis(ax, (1, 2, 5, 10, 20, 50, 100))
+    plain_log_axis(ax, (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500))
     ax.set_xticks(rows, [str(r) for r in rows])
     ax.set(xlabel="rows of x for each weight read (1: decoding one sequence)", ylabel="GMAC/s at most")
-    starved = [name for name, what in waits.items() if what == "memory"]
-    ax.set_title(f"Decoding one sequence, {len(starved)} of {len(waits)} arrays wait for the board's memory")
+    slow = [name for name, what in waits.items() if what == "itself"]
+    ax.set_title(f"Decoding one sequence, {len(slow)} of {len(waits)} arrays wait for themselves, not for the memory")
     ax.grid(alpha=0.25, which="both")
     ax.legend(fontsize="small")
     return waits

@@ -7,7 +7,7 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapters 00 and 01; NumPy |
-# | Time | 3 hours for you; all cells run in one to two minutes on one core (measured: 71 and 78 s, the core shared) |
+# | Time | 4 hours for you; all cells run in one to two minutes on one core (measured: 71 and 78 s, the core shared) |
 # | Memory, download | 1.6 GB at the peak (measured); JAX, about 130 MB, is installed by the first cell |
 # | Hardware | any computer; a Colab TPU is used where there is one |
 # | Exercises | 11, each checked in the cell below it |
@@ -21,7 +21,7 @@
 from labutils.course.extras import install_extra
 from labutils.xla import runtime
 
-install_extra("tpu")  # JAX; where it is already installed, nothing happens
+install_extra("tpu")  # JAX; where it is already installed, or built for an accelerator, nothing happens
 devices = runtime.start(devices=4)  # before anything else touches JAX: simulated devices are made at its start
 
 # %%
@@ -30,6 +30,7 @@ import math
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,10 @@ print(f"a prompt of {len(prompt_ids)} tokens")
 # once with **tracers**, stand-ins that have a shape and a dtype but no value, and notes every operation. XLA compiles
 # what was noted. Later calls with the same shapes run the program, not Python.
 #
-# **Predict:** the function below prints. How many lines will two calls print?
+# What happens to such a function, stage by stage: Python → *jaxpr* (what was noted) → *StableHLO* (portable, section 10) → *HLO* (optimised by XLA,
+# section 6) → a program for one chip. Pallas kernels (section 8) join at the end, through *Mosaic*, the TPU's kernel compiler.
+#
+# **Predict:** the function below prints. How often will its own `print` run in two calls?
 
 
 # %%
@@ -71,7 +75,7 @@ for value in (1.0, 20.0):
 print(jax.make_jaxpr(lambda x: 2 * x + 1)(jnp.float32(1.0)).pretty_print(use_color=False))
 
 # %% [markdown]
-# One line: the second call found its program. Below it stands what was noted, a *jaxpr*.
+# Once: the second call found its program. Below it stands what was noted, a *jaxpr*.
 #
 # A tracer has no value, so Python cannot branch on one. Both branches become part of the program instead, and a mask
 # chooses:
@@ -88,7 +92,7 @@ print("jnp.where:   ", jax.jit(lambda x: jnp.where(x > 10, x / 2, x))(jnp.float3
 #
 # `jit` keeps a program for each *key*: above all the arguments' shapes and dtypes, and the values of arguments declared static.
 # (Also in the key, and left out of this exercise: whether a number came from Python, a *weak type*, the nesting of tuples and
-# lists, and how arrays are spread over devices. `f(1.0)` and `f(np.float32(1.0))` compile twice.)
+# lists, and how arrays are spread over devices. The cell after the check shows it.)
 # Write `programs(calls)`: how many programs are compiled for a list of calls, each a tuple
 # (shape, dtype, static value). 1 line, 4 minutes, difficulty 1 of 3.
 #
@@ -113,7 +117,7 @@ ch07.programs(programs)
 
 # %% [markdown]
 # JAX announces every compilation, and `runtime.compilations` listens. **Predict** the count for these seven calls, then
-# run the cell. What did a text that grows by one token a step just cost you?
+# run the cell.
 
 
 # %%
@@ -128,6 +132,23 @@ with runtime.compilations("repeat_sum") as seen:
     for length, dtype, times in calls:
         jitted(np.ones(length, dtype), times=times)
 print(f"{len(calls)} calls, {len(seen)} compilations, {sum(c.seconds for c in seen) * 1e3:.0f} ms of compiling")
+
+# %% [markdown]
+# The everyday trap is the rest of the key. A Python number has a *weak* type, for it takes the other operand's dtype; the same number from NumPy has not.
+# **Question:** which of these five calls compile?
+
+
+# %%
+def doubled(tree):
+    return jax.tree.map(lambda leaf: 2 * leaf, tree)
+
+
+jitted = jax.jit(doubled)
+for words in ("1.0", "2.0", "np.float32(1.0)", "(1.0, 2.0)", "[1.0, 2.0]"):
+    value = eval(words)
+    with runtime.compilations("doubled") as seen:
+        jitted(value)
+    print(f"f({words}):".ljust(20), f"type {jax.typeof(jax.tree.leaves(value)[0])}, {len(seen)} new program(s)")
 
 # %% [markdown]
 # ## 2 · LabLM as a pure function
@@ -153,8 +174,8 @@ print("shares:", shares, "  mixed:", shares @ values)
 # ## Exercise 7.2: cached_attention
 #
 # Write `cached_attention(query, keys, values, position)` for one head in `jnp`: query (head_dim,), keys and values
-# (max_length, head_dim), `position` the query's own, a traced number. Slots behind it hold rubbish. The check compiles it
-# once and asks at several positions. 3 lines, 8 minutes, difficulty 2 of 3.
+# (max_length, head_dim), `position` the query's own, a traced number. Slots after it contain arbitrary finite numbers. The check runs it
+# compiled, at several positions. 3 lines, 8 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary><code>keys[: position + 1]</code> would have a shape that depends on a value. What did the tiny example do instead?</details>
 # <details><summary>Hint 2</summary><code>jnp.where(jnp.arange(len(keys)) <= position, scores, -jnp.inf)</code>, then <code>jax.nn.softmax</code>.</details>
@@ -235,7 +256,13 @@ with torch.inference_mode():
 with jax.default_matmul_precision("highest"):  # a TPU would round float32 products to bfloat16 otherwise
     for name, (weights, shift) in bugs.items():
         worst = np.abs(logits_of_steps(weights, text_ids, shift) - wanted).max()
-        print(f"{name:16} largest difference of any logit in {len(text_ids)} steps: {worst:.1e}  {worst < 1e-4}")
+        print(f"{name:16} largest difference in {len(text_ids)} steps: {worst:.1e}, equal to torch: {worst < 1e-4}")
+
+# %% [markdown]
+# Rotary embeddings see only *differences* of positions. **Question:** why, then, does it matter that all positions are shifted by one?
+#
+# <details><summary>Answer</summary>The first token is written into slot 1, so slot 0 stays empty, and the mask (j ≤ position) makes it visible: every
+# query gives a share of its attention to a key of zeros.</details>
 
 # %% [markdown]
 # ## 3 · Buckets
@@ -277,7 +304,7 @@ ch07.bucket_for(bucket_for)
 # compilations, and which of the two is faster *the second time* it reads all twelve.
 
 # %%
-from labutils.measurement.timing import measure_interleaved
+from labutils.measurement.timing import measure_interleaved, paired_ratio
 from labutils.xla.generate import XlaLlama, padding_share
 
 LENGTHS, FOUR = (5, 9, 12, 16, 21, 30, 37, 48, 60, 77, 98, 120), (16, 32, 64, 128)
@@ -290,13 +317,14 @@ def read_all(decoder):
     return logits.block_until_ready()
 
 
+measured = []
 for name, buckets in readers.items():
     readers[name] = XlaLlama(model, max_length=MAX_LENGTH, buckets=buckets)
     with runtime.compilations("prefill") as seen:
         read_all(readers[name])
     compile_s += [c.seconds for c in seen]
-    spent = f"{len(seen):2} compilations, {sum(c.seconds for c in seen):.1f} s"
-    print(f"{name:13} {spent}, padding {padding_share(LENGTHS, buckets):.0%}")
+    measured.append((sum(c.seconds for c in seen), 100 * padding_share(LENGTHS, buckets)))
+    print(f"{name:13} {len(seen):2} compilations, {measured[-1][0]:.1f} s, padding {measured[-1][1]:.0f}%")
 
 # %%
 from labutils.measurement.threads import thread_count
@@ -304,10 +332,15 @@ from labutils.measurement.threads import thread_count
 with thread_count(1):  # as many as XLA uses here
     again = measure_interleaved({n: partial(read_all, d) for n, d in readers.items()}, repeats=7, warmup=1)
 print(*again.values(), sep="\n")
+longer = paired_ratio(again["four buckets"].samples_s, again["each length"].samples_s)
+print(f"four buckets compute {1 / (1 - measured[1][1] / 100):.2f} times the positions in {longer} the time")
 
 # %% [markdown]
-# How many buckets are enough? Each number below uses the last of every group of prompts as its bucket. The padding is
-# counted; the compile time is the median of the compilations above, times the number of buckets.
+# More positions cost less than in proportion, as long as a pass has fixed costs and the matrices can take more rows.
+#
+# How many buckets are enough? Each number below uses the last of every group of prompts as its bucket, buckets made for these twelve prompts.
+# The padding is counted; the compile time is the median of the compilations above, times the number of buckets. The crosses are what was
+# measured above, with four powers of two and with a program for each length.
 
 # %%
 counts = (1, 2, 3, 4, 6, 12)
@@ -317,14 +350,16 @@ figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
 axes.plot(seconds, shares, **series_style(0))
 for n, x, y in zip(counts, seconds, shares, strict=True):
     axes.annotate(f" {n}", (x, y), xytext=(3, 4), textcoords="offset points")
+axes.plot(*zip(*measured, strict=True), "x", color="black", markersize=11, label="measured: 12 lengths, 16 32 64 128")
 axes.set(xlabel="compiling prefill (s)", ylabel="padding (% of positions computed)")
 axes.margins(0.1)
-axes.set_title(f"4 buckets: {seconds[3] / seconds[-1]:.0%} of the compile time of 12 for {shares[3]:.0f}% padding")
+axes.set_title(f"1 bucket leaves {shares[0]:.0f}% padding, 4 leave {shares[3]:.0f}%, 12 none")
 axes.grid(alpha=0.25)
+axes.legend()
 plt.show()
 
 # %% [markdown]
-# *The figure shows padding over compile time for 1 to 12 buckets (the number at each point) and these twelve prompts.*
+# *The figure shows padding over compile time for 1 to 12 buckets (the number at each point) and these twelve prompts; crosses: as measured above.*
 #
 # **Explain.** The first buckets buy most. With a program for every length nothing is padded, and the next unseen length
 # compiles again while a user waits. Serving systems compile a few buckets *before* the first request.
@@ -373,7 +408,9 @@ print("carry at the end:", total, "  stacked:", sums)
 #
 # Write `decode_scan(step, cache, token, position, new_tokens)`: greedy decoding as one scan. `step(token, cache, position)`
 # returns (logits, cache). `token` is the first to be fed; return the `new_tokens` chosen tokens, an int32 array. The check
-# counts how often Python calls `step`. 6 lines, 12 minutes, difficulty 3 of 3.
+# looks whether the program grows with `new_tokens`. 6 lines, 12 minutes, difficulty 3 of 3.
+#
+# (A scan always runs to its end. A loop that may stop at the end-of-text token is `lax.while_loop`, with a condition on the carry.)
 #
 # <details><summary>Hint 1</summary>The carry is what the next step needs: (token, cache, position). What is stacked is the chosen token.</details>
 # <details><summary>Hint 2</summary><code>token = jnp.argmax(logits).astype(jnp.int32)</code>; the body returns <code>(token, cache, position + 1), token</code>; there are no xs: <code>jax.lax.scan(body, (token, cache, position), length=new_tokens)</code>.</details>
@@ -401,7 +438,7 @@ def decode_scan(step, cache, token, position, new_tokens):
 ch07.decode_scan(decode_scan)
 
 # %% [markdown]
-# Compiling takes seconds, so a compiled decoder starts in debt. If each token saves some time, when is the debt paid?
+# Compiling takes seconds, so a compiled decoder begins with a delay. If each token saves some time, after how many does it break even?
 #
 # ## Exercise 7.5: break_even_tokens
 #
@@ -428,70 +465,120 @@ def break_even_tokens(compile_s, slow_token_s, fast_token_s):
 ch07.break_even_tokens(break_even_tokens)
 
 # %% [markdown]
-# **Predict, then measure:** torch as chapter 01 left it (a static cache), one jitted step called from Python, and the
-# whole loop as one program. All on one thread, interleaved, the same prompt and the same 64 greedy tokens. The first call
-# of each is timed apart: it compiles. (`python -m labutils bench xla` adds compiled torch, which takes a minute.)
+# **Predict, then measure:** torch as chapter 01 left it (a static cache), the course's own decoder in NumPy (`FastLlama`, chapter 01), one jitted
+# step called from Python, and the whole loop as one program. All on one thread, interleaved, the same prompt and the same 64 greedy tokens. First
+# calls compile, so they are timed apart, on three fresh decoders of each kind in turns. (`python -m labutils bench xla` adds compiled torch,
+# which takes a minute.)
 
 # %%
 from labutils.generation.decode import generate_static
+from labutils.generation.fast_llama import FastLlama
 
 NEW_TOKENS, prompt = 64, torch.tensor([prompt_ids])
-jitted, scanned = (XlaLlama(model, max_length=MAX_LENGTH) for _ in range(2))
+fast, shared = FastLlama(model, max_length=MAX_LENGTH), llama.params_of(model, shape)
+
+
+def fresh(whole):
+    """A decoder that has compiled nothing, as a function that generates."""
+    decoder = XlaLlama(model, max_length=MAX_LENGTH, params=shared)
+    return lambda: decoder.generate(prompt_ids, NEW_TOKENS, in_one_program=whole)
+
+
+def seconds_of(generate):
+    start = time.perf_counter()
+    generate()
+    return time.perf_counter() - start
+
+
 ways = {
     "eager torch": lambda: generate_static(model, prompt, NEW_TOKENS)[0, len(prompt_ids) :].tolist(),
-    "jitted step": lambda: jitted.generate(prompt_ids, NEW_TOKENS, in_one_program=False),
-    "scanned loop": lambda: scanned.generate(prompt_ids, NEW_TOKENS),
+    "plain NumPy": lambda: fast.generate(prompt, NEW_TOKENS)[0, len(prompt_ids) :].tolist(),
+    "jitted step": fresh(False),
+    "scanned loop": fresh(True),
 }
-first_s, tokens = {}, {}
-with thread_count(1):
-    for name, generate in ways.items():
-        start = time.perf_counter()
-        tokens[name] = generate()
-        first_s[name] = time.perf_counter() - start
-    runs = measure_interleaved(ways, repeats=7, warmup=1)
-print("same tokens:", all(found == tokens["eager torch"] for found in tokens.values()))
 
 # %%
-from labutils.measurement.timing import paired_ratio
+with thread_count(1):
+    tokens = {name: generate() for name, generate in ways.items()}  # JAX's own first start is in none of the times
+    first_s = {name: [] for name in ("jitted step", "scanned loop")}
+    for _ in range(3):
+        for name, samples in first_s.items():
+            samples.append(seconds_of(fresh(name == "scanned loop")))
+    runs = measure_interleaved(ways, repeats=7, warmup=1)
+print("same tokens:", all(found == tokens["eager torch"] for found in tokens.values()))
+for run in runs.values():
+    ratio = paired_ratio(runs["eager torch"].samples_s, run.samples_s)
+    print(run)
+    print(f"    {NEW_TOKENS / run.median_s:.0f} tokens/s, {ratio} as fast as eager torch")
+
+# %%
 from labutils.xla import hlo
 
 token_s = {name: run.median_s / NEW_TOKENS for name, run in runs.items()}
-paid = {}
-for name, run in runs.items():
-    compile_s = max(first_s[name] - run.median_s, 0)
-    ratio = paired_ratio(runs["eager torch"].samples_s, run.samples_s)
-    paid[name] = hlo.break_even_tokens(compile_s, token_s["eager torch"], token_s[name])
-    print(run)
-    print(f"    {1 / token_s[name]:.0f} tokens/s, {ratio} as fast; first call {compile_s:.1f} s longer", end="; ")
-    print("the baseline" if name == "eager torch" else f"paid for after {paid[name]:.0f} tokens")
+compile_s, paid = {}, {}
+for name, samples in first_s.items():
+    compile_s[name] = [max(seconds - runs[name].median_s, 0.0) for seconds in sorted(samples)]
+    paid[name] = [hlo.break_even_tokens(s, token_s["eager torch"], token_s[name]) for s in compile_s[name]]
+    spread = ", ".join(f"{seconds:.2f}" for seconds in compile_s[name])
+    print(
+        f"{name}: first calls {spread} s longer; breaks even after", ", ".join(f"{n:.0f}" for n in paid[name]), "tokens"
+    )
 
 # %%
-counts = np.linspace(0, 2.5 * max([n for n in paid.values() if np.isfinite(n)] + [400]), 9)
+reach = [n for numbers in paid.values() for n in numbers if np.isfinite(n)]
+counts = np.linspace(0, 2 * max([*reach, 200]), 50)
 figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
-for index, (name, run) in enumerate(runs.items()):
-    total_s = max(first_s[name] - run.median_s, 0) * (name != "eager torch") + counts * token_s[name]
-    axes.plot(counts, total_s, label=name, **series_style(index))
-best = min(paid, key=lambda name: paid[name] if name != "eager torch" else float("inf"))
-never = "Compilation does not pay here" if np.isinf(paid[best]) else f"{best}: paid for after {paid[best]:.0f} tokens"
-axes.set(xlabel="tokens generated since the program started", ylabel="time, compilation included (s)", title=never)
+for index, name in enumerate(runs):
+    colour = series_style(index)["color"]
+    shortest, middle, longest = compile_s.get(name, [0.0] * 3)
+    axes.plot(
+        counts, middle + counts * token_s[name], label=name, color=colour, linestyle=("-", ":", "--", "-.")[index]
+    )
+    if name in paid:
+        axes.fill_between(counts, *(s + counts * token_s[name] for s in (shortest, longest)), color=colour, alpha=0.2)
+best = min(paid, key=lambda name: paid[name][1])
+title = f"{best}: breaks even after {paid[best][0]:.0f} to {paid[best][-1]:.0f} tokens"
+axes.set_title(title if np.isfinite(paid[best][-1]) else "Compilation does not pay here")
+axes.set(xlabel="tokens generated since the program started", ylabel="time, compilation included (s)")
 axes.grid(alpha=0.25)
 axes.legend()
 plt.show()
 
 # %% [markdown]
-# *Computed from the medians above: the time to generate so many tokens, compilation included. Where a line crosses that
-# of eager torch, compilation has paid for itself. Each compilation was timed once, so take the crossing as an order of magnitude.*
+# *Computed from the times above: how long it takes to generate so many tokens, compilation included (lines: median of three compilations; bands: all
+# three). Where a line crosses that of eager torch, compilation has paid for itself. Measured: one thread, float32, batch 1.*
 #
 # **Explain.** LabLM is tiny: much of an eager step is Python starting small operations, and that is what compilation
-# removes. The larger the matrices, the less there is to remove; what remains then is fusion, and memory not copied. The
-# command above runs a random model of 0.2 billion weights as well, whose decoding waits for memory: see whether
-# compilation pays for itself there at all.
+# removes. So does a plain decoder with few calls a layer, and it compiles nothing: compare the two lines before you praise the compiler. The larger
+# the matrices, the less there is to remove; what remains then is fusion, and memory not copied. The command above runs a random model of 0.2 billion
+# weights as well, whose decoding waits for memory: see whether compilation pays for itself there at all.
+#
+# The delay need not be paid at every start: a **persistent compilation cache** keeps programs on disk, under a key of the program, the compiler and the
+# flags. It takes one line, and another that asks it to keep small programs, too.
+
+# %%
+import contextlib
+import tempfile
+
+from jax.experimental.compilation_cache import compilation_cache
+
+with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as settings:
+    for name, value in (("compilation_cache_dir", folder), ("persistent_cache_min_compile_time_secs", 0.0)):
+        before = getattr(jax.config, f"jax_{name}")
+        jax.config.update(f"jax_{name}", value)
+        settings.callback(jax.config.update, f"jax_{name}", before)
+    compilation_cache.reset_cache()  # so that it looks at the settings anew
+    with thread_count(1):
+        cold, warm = seconds_of(fresh(True)), seconds_of(fresh(True))
+    kept = [path.stat().st_size for path in Path(folder).iterdir()]
+print(f"first call {cold:.2f} s; from the cache on disk {warm:.2f} s; {len(kept)} files, {sum(kept) / 1e6:.1f} MB")
+compilation_cache.reset_cache()
 
 # %% [markdown]
 # ## 6 · Reading what XLA made
 #
 # The program that XLA runs can be read. Below, a product with what follows it: `fusion` means that several operations
-# became one loop over memory. **Question:** where did `tanh` and the addition go?
+# became one instruction. **Question:** where did `tanh` and the addition go, and is the product's result stored in between?
 
 # %%
 tiny = jax.jit(lambda x, w, b: jnp.tanh(x @ w + b))
@@ -500,7 +587,8 @@ for line in text[text.index("ENTRY") :].splitlines():
     print(line.split(", metadata")[0].split(", backend_config")[0][:118])
 
 # %% [markdown]
-# They are one instruction, computed together without storing what lies between.
+# Look at the instructions' names. An instruction's result is stored, what happens inside it is not. Where the product is an instruction of its own, it
+# went to a library of kernels, and its result is stored before one fusion adds and takes the tanh; in a single fusion nothing is stored in between.
 #
 # Now LabLM's step, with the layers in a scan and unrolled. `cost_analysis()` is the compiler's own count of operations.
 #
@@ -649,6 +737,7 @@ found = [100 * run.utilisation(128) for run in runs_of_q.values()]
 axes.plot(list(runs_of_q), found, "x", color="black", markersize=11, label="simulated, q")
 least, most = (systolic.mxu_utilisation(rows, 256, 256) for rows in (1, 4096))
 axes.set(xscale="log", yscale="log", xlabel="rows in one product (tokens in the pass)", ylabel="utilisation (%)")
+axes.set_xticks(ROWS, [str(rows) for rows in ROWS], minor=False)
 axes.set_title(f"One row keeps {least:.1%} of the array busy, 4096 rows {most:.0%}")
 axes.grid(alpha=0.25, which="both")
 axes.legend()
@@ -663,6 +752,40 @@ plt.show()
 # they work, which helps from about 128 rows on.
 
 # %% [markdown]
+# A starved unit is half of the story: the weights also have to come from memory (HBM). A product of B rows in bfloat16 does 2B FLOP for each weight of
+# 2 bytes, an intensity of B FLOP/byte, and chapter 01's roofline says what that allows:
+#
+# $$\text{FLOP/s} \le \min(\text{peak},\; B \cdot \text{bandwidth})$$
+#
+# Peak in bfloat16 and HBM bandwidth of four generations, as Google documents them (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x): v5e 197 TFLOP/s and
+# 819 GB/s, v5p 459 and 2765, v6e 918 and 1638, TPU7x (Ironwood) 2307 and 7380. **Predict:** how many rows does each need until memory is no longer the limit?
+
+# %%
+CHIPS = {"v5e": (197, 819), "v5p": (459, 2765), "v6e": (918, 1638), "TPU7x": (2307, 7380)}  # TFLOP/s, GB/s
+batch = 2.0 ** np.arange(0, 13)
+figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+for index, (chip, (peak, bandwidth)) in enumerate(CHIPS.items()):
+    axes.plot(batch, np.minimum(peak, batch * bandwidth / 1e3), label=chip, **series_style(index))
+    ridge = 1e3 * peak / bandwidth
+    print(
+        f"{chip:6} ridge at {ridge:.0f} rows; one row: {bandwidth / 1e3:.1f} TFLOP/s, {1 / ridge:.2%} of the peak",
+        end="; ",
+    )
+    print(f"7 billion weights in bfloat16, one text: at most {bandwidth / 14:.0f} tokens/s")
+rows_needed = [1e3 * peak / bandwidth for peak, bandwidth in CHIPS.values()]
+axes.set(xscale="log", yscale="log", xlabel="rows in one product (texts decoded together)", ylabel="TFLOP/s at most")
+axes.set_xticks(batch[::2], [f"{rows:.0f}" for rows in batch[::2]], minor=False)
+axes.set_title(f"Decoding leaves the memory roof at {min(rows_needed):.0f} to {max(rows_needed):.0f} rows, by chip")
+axes.grid(alpha=0.25, which="both")
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# *From the documented peaks and bandwidths, not measured: what memory and matrix units allow for products of B rows, weights in bfloat16. Slanted: waiting
+# for memory. Flat: the matrix units are full.*
+#
+# **Explain.** A newer chip is not faster for one text by its FLOP/s, but by its bandwidth, and the batch that fills it follows from their ratio.
+#
 # Memory is tiled as well. A vector register holds 8 × 128 numbers of 4 bytes, so a full tile is 8 × 128 in float32,
 # 16 × 128 in bfloat16, 32 × 128 in int8, and shapes are rounded up to whole tiles. **Question:** what does one row of 300
 # numbers take up in each?
@@ -673,8 +796,8 @@ for name, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
     print(f"{name:9} tile {systolic.tile_of(size)}, (1, 300) becomes {padded}: {300 / math.prod(padded):.1%} is used")
 
 # %% [markdown]
-# The unit multiplies bfloat16 (8 bits of precision) and adds in float32; int8 it adds in int32. *Where* one adds
-# matters more than what one multiplies. 4096 products of numbers near 1, three ways:
+# The unit multiplies bfloat16 (8 bits of precision) and adds in float32; int8 it adds in int32. The precision of the *sum*
+# matters more than the precision of the factors. 4096 products of numbers near 1, three ways:
 
 # %%
 x = jnp.asarray(inputs.uniform(0.5, 1.5, 4096), jnp.bfloat16)
@@ -721,6 +844,22 @@ for name in ("bfloat16", "int8"):
 # Each step gets one block of x, w and the result in fast memory (VMEM); while it works, the next blocks are on their way.
 # Nothing here needs a TPU: two interpreters run the kernel, one plainly, one simulating a TPU's memory.
 #
+# **A first kernel** adds one. It gets **Refs**, views of the blocks in fast memory, and returns nothing: it writes. The *grid* says how many steps there
+# are, a *BlockSpec* the shape of a block and which block belongs to step i.
+
+
+# %%
+def add_one(x_ref, out_ref):
+    out_ref[...] = x_ref[...] + 1
+
+
+block = pl.BlockSpec((2, 4), lambda i: (i, 0))  # step i: rows 2i and 2i + 1
+x = jnp.arange(24, dtype=jnp.int32).reshape(6, 4)
+settings = {"grid": (3,), "in_specs": [block], "out_specs": block, "interpret": True}
+added = pl.pallas_call(add_one, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), **settings)(x)
+print(f"{settings['grid'][0]} steps of (2, 4); right: {(added == x + 1).all()}; last row {added[-1]}")
+
+# %% [markdown]
 # ## Exercise 7.8: block_indices
 #
 # Write `block_indices(i, j, k)`: three pairs, the (row, column) of the block of x (rows, inner), of w (inner, columns),
@@ -780,8 +919,8 @@ ch07_device.matmul_kernel(matmul_kernel)
 
 # %% [markdown]
 # `labutils.xla.pallas_matmul` puts kernel, blocks and grid together. A grid axis may be declared *parallel*: its steps may
-# then run on different cores. The simulated TPU has two, and can watch for **races**: two cores touching the same memory
-# with nothing to say who comes first. **Predict:** which of the three axes must not be parallel?
+# then run on different cores. The simulated TPU has two (so have v5p and TPU7x; v5e and v6e have one), and can watch for **races**: two cores touching
+# the same memory with nothing to say who comes first. **Predict:** which of the three axes must not be parallel?
 
 # %%
 from jax.experimental.pallas import tpu as pltpu
@@ -793,7 +932,9 @@ w = jnp.asarray(inputs.integers(-128, 128, (384, 128)), jnp.int8)
 exact = np.asarray(x, np.int64) @ np.asarray(w, np.int64)
 product = partial(pallas_matmul.int8_matmul, x, w, blocks=(32, 128, 128))
 for name, interpret in (("plain", True), ("simulated memory", pltpu.InterpretParams())):
-    print(f"interpreter, {name}: exact {(np.asarray(product(interpret=interpret)) == exact).all()}")
+    print(f"interpreter, {name}: exact {(np.asarray(product(interpret=interpret)) == exact).all()}", end="; ")
+    small = pallas_matmul.int8_matmul(x, w, blocks=(64, 64, 64), interpret=interpret)
+    print(f"blocks of 64 × 64: {(np.asarray(small) == exact).all()}")
 for parallel in ((True, True, False), (True, True, True)):
     narrow = partial(pallas_matmul.int8_matmul, x[:32], w, blocks=(32, 128, 128), parallel=parallel)
     result, raced = pallas_matmul.races(narrow, cores=2)
@@ -828,6 +969,74 @@ def vmem_bytes(rows, columns, inner):
 ch07_device.vmem_bytes(vmem_bytes)
 
 # %% [markdown]
+# What people write kernels for is **attention**. Decoding reads the whole cache for one query. A kernel takes the cache block by block and keeps three things
+# in fast memory: the largest score m so far, the sum s of the exponentials, and the mixed values a. A block with scores $x_j$ and values $v_j$ changes them to
+#
+# $$m' = \max(m, \max_j x_j), \quad s' = e^{m - m'} s + \sum_j e^{x_j - m'}, \quad a' = e^{m - m'} a + \sum_j e^{x_j - m'} v_j$$
+#
+# and a / s is attention at the end (Dao et al. 2022, arXiv:2205.14135; split over blocks of keys for decoding: Flash-Decoding, 2023). No vector of all
+# scores is ever stored, and blocks behind the position are skipped.
+
+# %%
+BLOCK = 32
+
+
+def decode_attention_kernel(position_ref, query_ref, keys_ref, values_ref, out_ref, top_ref, sum_ref, mixed_ref):
+    block, position = pl.program_id(0), position_ref[0]
+
+    @pl.when(block == 0)
+    def _clear():
+        top_ref[...] = jnp.full_like(top_ref, -jnp.inf)
+        sum_ref[...], mixed_ref[...] = jnp.zeros_like(sum_ref), jnp.zeros_like(mixed_ref)
+
+    @pl.when(block * BLOCK <= position)
+    def _add():
+        scores = query_ref[...] @ keys_ref[...].T / query_ref.shape[1] ** 0.5  # (1, BLOCK)
+        at = block * BLOCK + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        scores = jnp.where(at <= position, scores, -jnp.inf)
+        top = jnp.maximum(top_ref[...], scores.max())
+        old, new = jnp.exp(top_ref[...] - top), jnp.exp(scores - top)
+        top_ref[...], sum_ref[...] = top, old * sum_ref[...] + new.sum()
+        mixed_ref[...] = old * mixed_ref[...] + new @ values_ref[...]
+
+    @pl.when(block == pl.num_programs(0) - 1)
+    def _write():
+        out_ref[...] = mixed_ref[...] / sum_ref[...]
+
+
+# %%
+def decode_attention(query, keys, values, position, interpret=True):
+    """One query (head_dim,) over a static cache (max_length, head_dim), block by block."""
+    row, cache = pl.BlockSpec((1, 64), lambda i: (0, 0)), pl.BlockSpec((BLOCK, 64), lambda i: (i, 0))
+    scalar = pl.BlockSpec((1,), lambda i: (0,), memory_space=pltpu.SMEM)
+    result = pl.pallas_call(
+        decode_attention_kernel,
+        out_shape=jax.ShapeDtypeStruct((1, 64), jnp.float32),
+        grid=(len(keys) // BLOCK,),
+        in_specs=[scalar, row, cache, cache],
+        out_specs=row,
+        scratch_shapes=[
+            pltpu.VMEM((1, 1), jnp.float32),
+            pltpu.VMEM((1, 1), jnp.float32),
+            pltpu.VMEM((1, 64), jnp.float32),
+        ],
+        interpret=interpret,
+    )(jnp.array([position], jnp.int32), query[None], keys, values)
+    return result[0]
+
+
+query, (keys, values) = (
+    jnp.asarray(inputs.normal(size=64), "float32"),
+    jnp.asarray(inputs.normal(size=(2, 160, 64)), "float32"),
+)
+for name, interpret in (("plain", True), ("simulated memory", pltpu.InterpretParams())):
+    worst = max(
+        np.abs(decode_attention(query, keys, values, at, interpret) - cached_attention(query, keys, values, at)).max()
+        for at in (0, 31, 32, 100, 159)
+    )
+    print(f"interpreter, {name}: largest difference from your cached_attention at five positions {worst:.1e}")
+
+# %% [markdown]
 # ## 9 · The real compiler, without a TPU
 #
 # Google's TPU compiler is a library, `libtpu` (Linux on x86-64, 0.2 GB, under its own terms, so never part of this
@@ -858,19 +1067,22 @@ for kernel in report["kernels"]:
 
 # %%
 SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "s8"}
+print(f"{'x':38} {'cycles estimated':>16} {'a row':>7} {'formula, 4 units':>17}")
 for product in (p for p in report["products"] if p["rows"] in (1, 8, 1024)):
     wanted = f"{SHORT[product['dtype']]}[{product['rows']},1024]"
     layout = next(text for text in product["layouts"] if text.startswith(wanted))
     each = product["cycles"] / product["rows"]
-    print(f"x {layout:36} {product['cycles']:6} cycles estimated, {each:8.0f} a row")
+    formula = systolic.array_cycles(product["rows"], 1024, 1024) / 4
+    print(f"{layout:38} {product['cycles']:16} {each:7.0f} {formula:17.0f}")
 
 # %% [markdown]
 # `T(8,128)` is the tile; a second pair such as `(4,1)` says that four int8 rows share a 4-byte word. For one row the
 # compiler takes a thinner tile than the full one: our table in section 7 was the upper limit. The cycles are the
-# compiler's estimate, not a time. They agree with section 7 that a row is cheapest in company, and they show something that
-# section 7's formula does not: eight rows may cost *less in all* than one. A likely reason, which this output does not prove: a
-# single row does not go through the matrix unit. For a thousand rows the formula is too high, because it counts one matrix unit
-# and a v5e core has four (cloud.google.com/tpu/docs/v5e). The practical rule: pad a batch to eight.
+# compiler's estimate, not a time. The formula counts one matrix unit, of which a v5e core has four (docs.cloud.google.com/tpu/docs/v5e), so it is divided
+# by four; and it loads each tile *before* the rows, which a real unit does meanwhile.
+#
+# Eight rows cost less *in all* than one, which no formula for one unit explains. A likely reason, which this output does not prove: a single row does not go
+# through the matrix unit, but is multiplied and added up on the **vector unit**, which has far fewer multipliers. The practical rule: pad a batch to eight.
 
 # %% [markdown]
 # ## 10 · One artefact, two platforms
@@ -899,7 +1111,52 @@ except ValueError as error:
 #
 # Chapter 09 writes tensor parallelism by hand. With XLA you only say *where each array lies*, and the compiler adds the
 # communication. A matrix (out_features, in_features) can be cut along its outputs (each device computes some of the
-# result) or along its inputs (each device adds a part of every result, so an **all-reduce** must sum the parts).
+# result) or along its inputs (each device computes a part of *every* result, so an **all-reduce** must add the parts up and give the sum to all).
+#
+# JAX's words for it: a `Mesh` names the axes of a grid of devices; a `PartitionSpec`, usually imported as `P`, says for each axis of an array which axis of
+# the mesh cuts it (`None`: whole on every device); a `NamedSharding` is the two together. Two layers, three ways: `jit` is told where the arrays lie and
+# adds the communication (XLA's partitioner, Shardy); `shard_map` runs *your* function on each device's part, and you write the sum; **explicit** sharding
+# makes the layout part of an array's type.
+
+# %%
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+pair = devices[:2] if len(devices) > 1 else jax.devices("cpu")[:2]  # a single chip: simulated devices once more
+auto = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,), devices=pair)
+layouts = (P(), P("model", None), P(None, "model"))  # x whole; up along its outputs; down along its inputs
+arrays = [jnp.asarray(inputs.normal(size=size), "float32") for size in ((4, 256), (768, 256), (256, 768))]
+placed = [jax.device_put(a, NamedSharding(auto, layout)) for a, layout in zip(arrays, layouts, strict=True)]
+
+
+def two_layers(x, up, down):
+    return jax.nn.relu(x @ up.T) @ down.T
+
+
+by_parts = jax.shard_map(
+    lambda *parts: jax.lax.psum(two_layers(*parts), "model"), mesh=auto, in_specs=layouts, out_specs=P()
+)
+for name, function in (("jit", two_layers), ("shard_map", by_parts)):
+    compiled = jax.jit(function).lower(*placed).compile()
+    off = np.abs(np.asarray(compiled(*placed)) - np.asarray(two_layers(*arrays))).max()
+    print(f"{name:10}{dict(hlo.collectives(compiled.as_text()))}, largest difference from one device {off:.0e}")
+
+# %%
+explicit = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Explicit,), devices=pair)
+with jax.set_mesh(explicit):
+    x, up, down = (jax.device_put(a, layout) for a, layout in zip(arrays, layouts, strict=True))
+    hidden = jax.nn.relu(x @ up.T)
+    print("types:", jax.typeof(up), "and", jax.typeof(hidden))
+    try:
+        hidden @ down.T
+    except Exception as error:
+        print("refused:", str(error).split(".")[0])
+    y = jnp.einsum("bh,oh->bo", hidden, down, out_sharding=P())
+    print("with out_sharding:", jax.typeof(y), "right:", np.allclose(y, two_layers(*arrays), atol=1e-3))
+
+# %% [markdown]
+# With explicit sharding (the default of `jax.make_mesh`) nothing is guessed: a sum over a cut axis has to say where its result shall lie. The rest of the
+# section leaves the choice to the compiler, as `labutils/xla/sharding.py` does in its four short functions.
 #
 # Megatron (Shoeybi et al. 2019, arXiv:1909.08053) needs two all-reduces a layer: one after attention, one after the
 # MLP. Nothing is gathered in between.
@@ -930,7 +1187,7 @@ ch07_device.cuts(cuts)
 # %%
 from labutils.xla import sharding
 
-mesh = sharding.device_mesh(devices[:2] if len(devices) > 1 else devices)
+mesh = sharding.device_mesh(pair)
 megatron = sharding.MEGATRON
 choices = {"Megatron": megatron, "all along outputs": dict.fromkeys(megatron, "out")}
 choices |= {"all along inputs": dict.fromkeys(megatron, "in"), "nothing cut": {}}
@@ -947,15 +1204,18 @@ for name, choice in choices.items():
     )
 
 # %% [markdown]
-# The results agree in every row: a layout changes where the work is done, never what comes out. What differs is the
-# talk; even with no weight cut, the attention over a spread cache has to be put together. On one CPU the devices share one memory, so no speed is shown; between chips every collective waits for a wire.
+# The results agree in every row: a layout changes where the work is done, never what comes out, but for the order of sums. What differs is the
+# communication. With everything cut along outputs, no matrix finds the input it needs on its own device: each half layer's middle result has to be put together
+# again, and so does its end. With everything cut along inputs, every product is a partial sum, and each needs an all-reduce of its own. Even with no weight
+# cut, the attention over a spread cache has to be put together. On one CPU the devices share one memory, so no speed is shown; between chips every
+# collective waits for a wire.
 #
-# The real compiler agrees, for one, two and four chips of a v5e (a model of LabLM's sizes with four KV heads):
+# The real compiler agrees, for one, two and four chips of a v5e (a model of LabLM's sizes with four KV heads, in bfloat16, so half the bytes of the float32 above):
 
 # %%
 for decoder in report["decoders"]:
     print(
-        f"{decoder['chips']} chips: {decoder['arguments_bytes'] / 1e6:5.1f} MB of weights and cache a chip, "
+        f"{decoder['chips']} chip(s): {decoder['arguments_bytes'] / 1e6:5.1f} MB of weights and cache a chip, "
         f"{decoder['aliased_bytes'] / 1e6:.1f} MB of it donated, {decoder['temporary_bytes'] / 1e6:.1f} MB temporary, "
         f"in the loop over {decoder['layers']} layers: {decoder['collectives'] or 'no collectives'}"
     )
@@ -978,10 +1238,10 @@ else:
     print(f"compiled for a TPU in section 9, executed on {jax.default_backend()}: no TPU here")
 
 # %% [markdown]
-# ## 13 · Three points for the ledger
+# ## 13 · Points for the ledger
 #
-# Speed from section 5. The quality of the JAX model is measured through JAX: `AsTorch` wears it as a Hugging Face model,
-# and the course's own bits per byte asks it, on the same documents as torch.
+# Speed from section 5. The quality of the JAX model is measured through JAX: `AsTorch` wraps it so that it looks like a Hugging Face model,
+# and the course's own bits per byte asks it, on the same documents as torch. Plain NumPy is chapter 01's and stays out of this ledger.
 
 # %%
 from labutils.models.compare import bits_by_document, paired_quality
@@ -998,7 +1258,7 @@ print("JAX:  ", quality["jitted step"])
 # %%
 from labutils.measurement import ledger
 
-for name, run in runs.items():
+for name, run in ((name, runs[name]) for name in quality):
     record = ledger.Record(
         technique=name if name == "eager torch" else f"XLA, {name}",
         model="lablm",
@@ -1026,7 +1286,7 @@ print(speed_quality_table(records))
 
 # %% [markdown]
 # *The figure shows all records of your ledger so far: tokens per second, prompt included, against bits per byte. The points
-# of this chapter lie at one height: a compiler changes the speed and nothing else.*
+# of this chapter lie at one height, for the compiled programs choose the same tokens: see the two intervals printed above.*
 #
 # **Question for the plot:** which of your records is the fastest at this height, and was it measured on as many threads?
 # Reach the menus with Tab. `print(speed_quality_table(records))` prints the same.
@@ -1040,10 +1300,10 @@ speed_quality_widget(records)
 # ## What you have
 #
 # - LabLM as a pure function, equal to torch at every step, and a comparison that has been seen to fail;
-# - a feeling for what compiles anew, what buckets cost, when compilation has paid for itself;
+# - a sense of what triggers a recompilation, what buckets cost, when compilation has paid for itself, and a cache that spares the next start;
 # - a program read: fusions, loops, collectives, and a cost analysis that you know not to trust;
-# - a Pallas kernel, exact in int32, whose memory you can predict to the byte;
-# - weights over a mesh, with two all-reduces a layer.
+# - a Pallas kernel, exact in int32, whose memory you can predict to the byte, and one that attends block by block;
+# - weights over a mesh in JAX's own words, with two all-reduces a layer.
 #
 # **Open question:** a chat service has prompts of 10 to 8000 tokens and answers of 1 to 2000, on TPUs. Which shapes would
 # you compile before the first request, what would each one too few and each one too many cost, and which numbers of this

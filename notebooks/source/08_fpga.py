@@ -6,11 +6,11 @@
 #
 # | | |
 # | --- | --- |
-# | Prerequisites | chapter 02; binary numbers |
-# | Time | 3 hours for you; all cells run in two to four minutes (measured: 111 and 212 s, the core shared); the first run ever, one to two more |
+# | Prerequisites | chapters 01 (decoding) and 02; chapter 03's C kernels are met once; binary numbers |
+# | Time | 4 hours for you; all cells run in two to four minutes (measured: 111 and 212 s, the core shared); the first run ever, one to two more |
 # | Memory, download | 0.9 GB at the peak (measured); 60 MB of tools, 240 MB of disk |
 # | Hardware | any computer; no FPGA: all is simulated or estimated |
-# | Exercises | 10, each checked in the cell below it |
+# | Exercises | 12, each checked in the cell below it |
 
 # %%
 from labutils.course.extras import install_extra
@@ -278,8 +278,8 @@ for n in (8, 256):
     print(f"N = {n:>3}: " + ", ".join(f"{rows} rows {share:.1%}" for rows, share in shares.items()))
 
 # %% [markdown]
-# **Explain.** One row is a poor guest: the array loads N² weights to use each of them once. This is chapter 01's decode again,
-# with registers in the place of memory: a systolic array likes prefill and batches. (Real arrays load the next weights behind
+# **Explain.** A single row makes poor use of the array, which loads N² weights and uses each only once. This is chapter 01's decode again,
+# with registers in the place of memory: a systolic array suits prefill and batches. (Real arrays load the next weights behind
 # the current ones, which hides the load, not the reading of the weights.)
 
 # %% [markdown]
@@ -392,7 +392,7 @@ reference = x_codes.int() @ integer_layer.weight.int().T + integer_layer.bias
 print(f"{x_codes.shape[0]} x {w_codes.shape[0]} times {w_codes.shape[0]} x {w_codes.shape[1]}: {cycles} cycles")
 print(f"as the formula says: {cycles == 512 * total_cycles(8, len(x_codes))}")
 print(f"every sum equal to torch's integer product: {(torch.from_numpy(sums) == reference).all().item()}")
-print(f"simulated in {seconds:.0f} s; at 100 MHz it would take {cycles / 100e6 * 1e3:.2f} ms")
+print(f"simulated in {seconds:.0f} s; a chip would take {cycles / 100e6 * 1e3:.2f} ms, if it ran at 100 MHz")
 
 # %% [markdown]
 # The sums are int32; the next layer wants int8. Chapter 02's requantization needs no float, so it can stand below the array:
@@ -466,7 +466,7 @@ print(f"against the unquantized layer: SQNR {sqnr_db(x @ weight.T, y):.1f} dB (c
 # Write `lut4(table, a, b, c, d)`: `table` an int, the inputs boolean arrays of one shape; return a boolean array. 1 line, 4 minutes,
 # difficulty 1 of 3.
 #
-# <details><summary>Hint 1</summary>Four booleans are the four bits of a place in the table: which number is it?</details>
+# <details><summary>Hint 1</summary>Four booleans are the four bits of a place in the table: which number is it? (numpy's <code>+</code> of two booleans is a boolean again; <code>2 * b</code> is a number.)</details>
 # <details><summary>Hint 2</summary><code>(table &gt;&gt; place &amp; 1) == 1</code></details>
 
 
@@ -515,16 +515,20 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# *Four-input tables of a signed b × b multiplier, synthesised two ways; dotted: the square law through 8 bits.*
+# *Four-input tables of a signed b × b multiplier, synthesised two ways; dotted: the square law, drawn through the point at 8 bits.*
 #
-# **Explain.** A multiplier is b rows of b bits, so area goes with b²: quantization pays *twice* here, where a memory only pays once. And the
-# synthesis script matters as much as a bit or two: an area without its script is no number.
+# **Explain.** A multiplier is b rows of b bits, so area goes roughly with b² (at 2 and 3 bits it lies below the dotted line): quantization pays
+# *twice* here, where a memory only pays once. And the synthesis script matters as much as a bit or two, so an area without its script says little.
+# **Booth's recoding** reads one factor two bits at a time, which halves the rows. The netlist above may hold nothing but LUT4s, so that numpy can
+# run it: `-noccu2` forbids the chip's **carry chains** (cell CCU2C, two bits of an adder each). All other areas of this chapter allow them. The
+# next cell prints the same 8-bit multiplier under six scripts.
 
 # %%
 from labutils.fpga.netlist import multiplier
 from labutils.fpga.synthesis import synthesize, to_rtlil, yosys_script
 
-for choices in ({}, {"booth": False}, {"booth": False, "wide": True}, {"dsp": True}):
+plain = {"booth": False}
+for choices in ({"carry": False}, plain | {"carry": False}, {}, plain, plain | {"wide": True}, {"dsp": True}):
     area, _ = synthesize(to_rtlil(*multiplier(8)), **choices)
     print(f"{area.luts:>3} LUTs, {area.dsps} DSP: {yosys_script(**choices)}")
 
@@ -549,8 +553,9 @@ shares["binary x 8"] = ((eight.luts - adder) / 8, adder / 8)
 figure, axes = plt.subplots(figsize=(8.5, 4), layout="constrained")
 plots.draw_area(axes, shares)
 plt.show()
-dsp = array_area(build_array(spec_for(1, 8, 8)), dsp=True)
-print(f"int8 on a DSP: {dsp.luts} LUTs and {dsp.dsps} of the chip's 28 DSPs; an int4 product takes a whole DSP too")
+for name in ("int8", "int4"):
+    dsp = array_area(build_array(spec_for(1, *PAIRS[name])), dsp=True)
+    print(f"{name} on a DSP: {dsp.luts} LUTs and {dsp.dsps} of the chip's 28 DSPs")
 
 # %% [markdown]
 # *LUTs for one product of each precision: the adder for the sum, as wide as 8.5 asks, and the rest, the multiplier.*
@@ -558,6 +563,28 @@ print(f"int8 on a DSP: {dsp.luts} LUTs and {dsp.dsps} of the chip's 28 DSPs; an 
 # **Explain.** The multiplier shrinks with b², the adder hardly at all: for a single sign it is nearly everything, until eight signs share
 # one. DSPs are free area while they last: a 25k chip has 28, an 8 × 8 array needs 64. And unlike a CPU, an FPGA has no favourite
 # widths: five bits are as good as four or eight.
+
+# %% [markdown]
+# An int4 product leaves most of an 18 × 18 multiplier idle. **Packing** puts two weights into one factor, 8 bits apart:
+#
+# $$x\,(w\_0 + 2^8 w\_1) = x w\_0 + 2^8\, x w\_1$$
+#
+# The lower eight bits are the first product, the upper ones the second, less one where the first is negative (its sign borrows from
+# them). **Tiny numbers:** x = 3, w₀ = −1, w₁ = 2: 3 · (−1 + 512) = 1533 = 5 · 256 + 253; 253 is −3 in eight bits, and 5 + 1 = 6.
+
+# %%
+from labutils.fpga.netlist import packed_products
+
+m, (x, w0, w1, y0, y1) = packed_products()
+area, _ = synthesize(to_rtlil(m, [x, w0, w1, y0, y1]), dsp=True)
+codes = np.array(np.meshgrid(*[np.arange(-8, 8)] * 3)).reshape(3, -1)
+found = simulate(m, list(zip((x, w0, w1), codes, strict=True)), [y0, y1])
+right = (found == (codes[0] * codes[1:]).T).all()
+print(f"two int4 products: {area.dsps} DSP and {area.luts} LUTs; all {len(found)} cases right: {right}")
+
+# %% [markdown]
+# The repair of the upper product costs a few LUTs. Two int8 products do not fit: their results need 16 bits each, so that the packed factor
+# would have 24, and this chip's multipliers take 18. (Xilinx' take 27, where the same trick works for int8.)
 
 # %% [markdown]
 # ## 6 · A register, and what it does to the clock
@@ -654,9 +681,9 @@ for row in saved["rows"]:
     print(f"{row['gmac_per_s']:>6.1f} GMAC/s, {1e3 * row['gmac_per_s'] / luts:.1f} per 1000 LUTs")
 
 # %% [markdown]
-# And this computer? It must play with its best int8: PyTorch's quantized linear layer (fbgemm or its like) and the C kernels of
-# chapter 03; `torch._int_mm` would be a slow fallback on many CPUs, and a comparison with it a lie. **Predict:** how many 8 × 8 int8
-# arrays does one core equal?
+# And this computer? To be fair, it uses its best int8: PyTorch's quantized linear layer (fbgemm or its like) and the C kernels of
+# chapter 03. (`torch._int_mm` falls back to slow code on many CPUs, so comparing with it would mislead.) Decoding one sequence has one row,
+# a batch has many, so there is a column for each. **Predict:** how many 8 × 8 int8 arrays does one core equal in each?
 
 # %%
 from labutils.measurement.threads import thread_count
@@ -683,40 +710,89 @@ engine = torch.backends.quantized.engine
 print(
     f"int8, one CPU thread, {SIZE} x {SIZE}, PyTorch's engine {engine}; inputs quantized on the way; median of 9, interleaved"
 )
-best_cpu = max(cpu.values())
-for row in saved["rows"]:
-    if row["gmac_per_s"]:
-        print(f"{row['design']:<40} {row['gmac_per_s'] / best_cpu:.2f} of the best measured here")
+from labutils.fpga.simulate import with_loading
+
+best = {rows: max(value for name, value in cpu.items() if f", {rows} rows" in name) for rows in (1, 64)}
+print(f"\n{'how many arrays one core equals':<40}{'64 rows, bound':>15}{'64 rows':>10}{'1 row':>8}")
+arrays = {r["design"]: (ArraySpec(**r["spec"]), r["gmac_per_s"]) for r in saved["rows"] if r["gmac_per_s"]}
+for name, (spec, bound) in arrays.items():
+    loaded = {rows: best[rows] / with_loading(spec, bound, rows) for rows in best}
+    print(f"{name:<40}{best[64] / bound:>15.0f}{loaded[64]:>10.0f}{loaded[1]:>8.0f}")
 
 # %% [markdown]
-# **Explain.** An 8 × 8 int8 array on a small FPGA is far slower than one core of a computer; signs come nearest, and signs ruin the model
-# (section 8). The comparison even flatters the array: its numbers are bounds for an array that is never loaded or drained, the CPU's
-# are measured with its inputs quantized on the way, and the CPU's best comes from many rows where decoding has one. A CPU core
-# multiplies dozens of int8 pairs a cycle, at many times the clock. FPGAs of another size do compete: LUT-LLM (arXiv:2511.06174) reports
-# a 1.7B language model on an AMD V80, with tables in place of multipliers.
+# **Explain.** The first column compares the CPU with an array that is never loaded and never drained. The other two let the array load,
+# stream and drain by section 2's formula, as it was built: with one row it is mostly busy loading. An 8 × 8 int8 array on a small FPGA is far
+# slower than one core of a computer; signs come nearest, and signs ruin the model (section 8). A CPU core multiplies dozens of int8 pairs a
+# cycle, at many times the clock. FPGAs of another size do compete: LUT-LLM (arXiv:2511.06174) reports a 1.7B language model on an AMD V80,
+# with tables in place of multipliers; FlightLLM (arXiv:2401.03868) runs 7B models on a U280 with HBM.
 #
 # And we have not fed it yet. The OrangeCrab board carries this chip and a 16-bit DDR3L memory; Lattice's memory guide (FPGA-TN-02035,
-# table 6.1) allows 400 MHz, two transfers a cycle: 1.6 GB/s *at best, by the datasheets, not measured*.
+# table 6.1) allows 400 MHz, two transfers a cycle: 1.6 GB/s *at best, by the datasheets, not measured*. **Predict:** does one sequence wait for
+# the memory or for the array?
 
 # %%
 BOARD_GB_PER_S = 16 / 8 * 2 * 0.4
-bytes_of = {"8x8 int8, acc25, pipelined, LUT": 1.0, "8x8 int4, acc17, pipelined, LUT": 0.5}
-bytes_of["8x8 binary x 8, acc11, pipelined, LUT"] = 1 / 8
-bounds = {r["design"]: (r["gmac_per_s"], bytes_of[r["design"]]) for r in saved["rows"] if r["design"] in bytes_of}
-figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-waits = plots.draw_board(axes, bounds, BOARD_GB_PER_S)
+BYTES = {"8x8 int8, acc25, pipelined, LUT": 1.0, "8x8 int4, acc17, pipelined, LUT": 0.5}
+BYTES["8x8 binary x 8, acc11, pipelined, LUT"] = 1 / 8
+figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+plots.draw_board(axes, {name: (*arrays[name], size) for name, size in BYTES.items()}, BOARD_GB_PER_S)
 plt.show()
-per_token = sum(w.numel() for w in model.parameters())
-for name, (bound, size) in bounds.items():
-    seconds = max(per_token * size / BOARD_GB_PER_S, per_token / bound) / 1e9
-    print(f"{name:<38} one sequence waits for {waits[name]}; LabLM at most {1 / seconds:.0f} tokens/s")
+per_token, tokens_per_s = sum(w.numel() for w in model.parameters()) / 1e9, {}
+for name, size in BYTES.items():
+    spec, bound = arrays[name]
+    found = tokens_per_s[name] = {"the memory": BOARD_GB_PER_S / size / per_token}
+    found |= {"the array": with_loading(spec, bound, 1) / per_token, "loading hidden": bound / spec.n / per_token}
+    print(f"{name:<38} one sequence, tokens/s: " + ", ".join(f"{what} {rate:.0f}" for what, rate in found.items()))
 
 # %% [markdown]
-# *What the board's memory (1.6 GB/s, datasheet) and the array's bound allow, over the rows of x that share one reading of the weights.
-# Slanted: waiting for memory. Flat: waiting for the array. Activations, attention and control are left out: all bounds are optimistic.*
+# *GMAC/s over the rows of x that share one reading of the weights. Dotted: what the board's memory (1.6 GB/s, datasheet) can feed. Solid: what
+# the array reaches when it loads, streams and drains each tile. The lower of the two counts. Activations, attention and control are left out,
+# so all of it is optimistic.*
 #
-# **Why no watt stands here.** Efficiency is what FPGAs are praised for. But no step of this flow measures power: it needs the chip's
+# **Explain.** Of the three numbers in a line the smallest decides. "Loading hidden" is an array that loads the next tile while it works: even then
+# weights enter N a cycle, one for each column, and each is used once. An array is built for weights that stay; decoding brings new ones in every cycle.
+#
+# **Why there is no power figure here.** Efficiency is what FPGAs are praised for. But no step of this flow measures power: it needs the chip's
 # activity and its supply, hence a board and a meter. A figure from a datasheet's maximum would be invention.
+
+# %% [markdown]
+# ## Exercise 8.10: multipliers_needed
+#
+# What would you build instead? A **matrix-vector engine**: multipliers side by side, each with a new weight in *every* cycle, and a tree of adders
+# below. Write `multipliers_needed(weight_bytes, clock_mhz, memory_gb_per_s)`: the smallest number of multipliers that takes the weights as fast as the
+# memory brings them. **Tiny numbers:** 1 byte, 100 MHz, 0.95 GB/s: 9.5 weights a cycle, 10 multipliers. 1 line, 6 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>How many weights does the memory bring in a second, and how many in a cycle?</details>
+# <details><summary>Hint 2</summary>memory · 10⁹ / bytes / (clock · 10⁶), rounded up with <code>math.ceil</code>.</details>
+
+
+# %%
+# EXERCISE multipliers_needed
+def multipliers_needed(weight_bytes, clock_mhz, memory_gb_per_s):
+    """Multipliers that keep up with a memory."""
+    ### BEGIN SOLUTION
+    return math.ceil(memory_gb_per_s * 1e9 / weight_bytes / (clock_mhz * 1e6))
+    ### END SOLUTION
+
+
+# %%
+# CHECK multipliers_needed
+ch08_area.multipliers_needed(multipliers_needed)
+
+# %%
+luts = {"8x8 int8, acc25, pipelined, LUT": element_areas["int8"].luts}
+luts |= {"8x8 int4, acc17, pipelined, LUT": element_areas["int4"].luts, list(BYTES)[-1]: eight.luts / 8}
+for row in (r for r in saved["rows"] if r["design"] in BYTES):
+    name, clock = row["design"], sorted(row["fmax_mhz"])[1]
+    count = multipliers_needed(BYTES[name], clock, BOARD_GB_PER_S)
+    print(f"{name}: {row['area']['luts']} LUTs, {tokens_per_s[name]['the array']:.0f} tokens/s by the formula")
+    print(
+        f"    {count} multipliers, about {count * luts[name]:.0f} LUTs: {tokens_per_s[name]['the memory']:.0f} tokens/s"
+    )
+
+# %% [markdown]
+# (The engine's area is the number of multipliers times section 5's area of an element, its clock is the array's, and its speed the memory's
+# bound: computed, not synthesised.) A fraction of the area, several times the tokens: an engine that fits its memory beats one with more multipliers.
 
 # %% [markdown]
 # ## 8 · You are the architect
@@ -762,7 +838,7 @@ for name, bits in {**PAIRS, "binary": (1, 1)}.items():
     )
 
 # %% [markdown]
-# ## Exercise 8.10: my_design
+# ## Exercise 8.11: my_design
 #
 # Choose: `my_design = {"x_bits": …, "w_bits": …, "n": …}`, a pair from the table above and N from 1 to 8. It must keep the quality
 # floor (0.05), fit 1300 LUTs with sums for 768 terms and the register of 8.9, and make as many products a cycle as any such design can. Yosys
@@ -782,12 +858,75 @@ my_design = {"x_bits": 5, "w_bits": 5, "n": 4}
 ch08_area.my_design(my_design, losses)
 
 # %% [markdown]
+# ## 9 · The table is the multiplier
+#
+# A LUT4 holds *any* function of four bits. Multiplying a 4-bit code x by a weight that never changes is eight such functions, one for each bit of the
+# product, so the weight disappears into the tables: no memory brings it, and no register keeps it. Networks have been built this way (LogicNets,
+# Umuroglu et al. 2020, arXiv:2004.03021); LUT-LLM keeps tables of products in memory instead, and T-MAC (arXiv:2407.00088) looks them up on a CPU.
+#
+# **Tiny numbers:** weight 3, bit 0 of 3x is 1 for each odd x: the table has ones at the odd places, 0xAAAA.
+
+# %% [markdown]
+# ## Exercise 8.12: product_tables
+#
+# Write `product_tables(weight)`: eight ints, the tables of bits 0 to 7 of x · weight, lowest bit first. Place p of a table belongs to the code x whose four
+# bits are p in two's complement: places 0 to 7 are x = 0 … 7, places 8 to 15 are x = −8 … −1. 5 lines, 10 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary><code>x * weight &gt;&gt; bit &amp; 1</code> is one bit of the product, for negative numbers too.</details>
+# <details><summary>Hint 2</summary>Add <code>that &lt;&lt; place</code> over the sixteen places; the code of a place is <code>place - 16 * (place &gt;= 8)</code>.</details>
+
+
+# %%
+# EXERCISE product_tables
+def product_tables(weight):
+    """Tables of the product's bits."""
+    ### BEGIN SOLUTION
+    tables = [0] * 8
+    for place in range(16):
+        x = place - 16 * (place >= 8)
+        for bit in range(8):
+            tables[bit] |= (x * weight >> bit & 1) << place
+    return tables
+    ### END SOLUTION
+
+
+# %%
+# CHECK product_tables
+ch08_area.product_tables(product_tables)
+
+# %% [markdown]
+# Your tables, run for all codes; then Yosys, asked for the sixteen products at once. **Predict:** how many LUT4s does a product by a fixed weight take,
+# where the general 4-bit multiplier took the number of section 5?
+
+# %%
+from labutils.fpga.netlist import constant_products
+
+weights, places = range(-8, 8), np.arange(16)
+bits = [places >> i & 1 == 1 for i in range(4)]
+words = np.array([sum(lut4(t, *bits) << i for i, t in enumerate(product_tables(w))) for w in weights])
+by_hand = np.where(words >= 128, words - 256, words)  # eight bits, read as a signed number
+codes = np.where(places >= 8, places - 16, places)
+print(f"all {words.size} products right: {(by_hand == np.outer(weights, codes)).all()}")
+area, _ = synthesize(to_rtlil(*constant_products(weights)), carry=False)
+each = area.lut4 / len(weights)
+print(f"Yosys: {area.lut4} LUT4 for {len(weights)} weights, {each:.1f} each; any 4-bit weight: {tables[4][0]}")
+print(
+    f"all {per_token * 1e3:.1f} million weights of LabLM: {per_token * 1e9 * each / 24_288:.0f} chips like ours, adders left out"
+)
+
+# %% [markdown]
+# **Explain.** A fixed weight costs a fraction of a multiplier, because its zeros and equal bits need no tables, and it needs no memory bandwidth at all.
+# The price is that *every* weight now takes area, used or not, where the array reused its multipliers for all of them. So whole networks in tables
+# are small networks, or tables of *groups* of values in a large memory.
+
+# %% [markdown]
 # ## What you have
 #
-# - a processing element and a systolic array of your own, equal to numpy in every bit, and inputs that tell four broken ones;
+# - a processing element and a systolic array of your own, equal to numpy in every bit, and inputs that tell four broken ones apart;
 # - LabLM's `k_proj` computed by hardware in simulation, with chapter 02's requantization below it;
 # - area as a function of bits, from real synthesis, and a multiplier checked for every possible input;
 # - a routed chip with its floorplan and bitstream, and an honest place beside a CPU: behind it;
+# - the engine that a board's memory deserves, and multipliers that are nothing but tables;
 # - `python -m labutils bench fpga`: the table for N = 4, three seeds (`--array 8` for the other).
 #
 # **Open question:** you are to serve LabLM from an FPGA board, one user at a time, 200 tokens per second. Which number decides first:

@@ -192,6 +192,28 @@ def decode_scan(step, cache, token, position, new_tokens):
 # %% WRONG decode_scan | traces its body once
 # EXERCISE decode_scan
 def decode_scan(step, cache, token, position, new_tokens):
+    step, tokens = jax.jit(step), []  # traced once, and called for each token all the same
+    for _ in range(new_tokens):
+        logits, cache = step(token, cache, position)
+        token, position = jnp.argmax(logits).astype(jnp.int32), position + 1
+        tokens.append(token)
+    return jnp.stack(tokens)
+
+
+# %% WRONG decode_scan | traces its body once | same
+# EXERCISE decode_scan
+def decode_scan(step, cache, token, position, new_tokens):
+    tokens = []
+    for _ in range(new_tokens):
+        logits, cache = step(token, cache, position)
+        token, position = jnp.argmax(logits).astype(jnp.int32), position + 1
+        tokens.append(int(token))
+    return jnp.array(tokens, jnp.int32)
+
+
+# %% WRONG decode_scan | traces its body once | same
+# EXERCISE decode_scan
+def decode_scan(step, cache, token, position, new_tokens):
     tokens = []
     for _ in range(new_tokens):
         logits, cache = step(token, cache, position)
@@ -200,7 +222,13 @@ def decode_scan(step, cache, token, position, new_tokens):
     return jnp.stack(tokens)
 
 
-# %% WRONG break_even_tokens | return float('inf')
+# %% WRONG break_even_tokens | equal speed never pays
+# EXERCISE break_even_tokens
+def break_even_tokens(compile_s, slow_token_s, fast_token_s):
+    return compile_s / (slow_token_s - fast_token_s) if slow_token_s >= fast_token_s else float("inf")
+
+
+# %% WRONG break_even_tokens | slower code never pays
 # EXERCISE break_even_tokens
 def break_even_tokens(compile_s, slow_token_s, fast_token_s):
     return compile_s / (slow_token_s - fast_token_s)

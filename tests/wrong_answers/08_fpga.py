@@ -286,6 +286,12 @@ def telling_inputs():
     return np.full((3, 3), 1000), np.full((3, 3), -1000)
 
 
+# %% WRONG telling_inputs | a sum must pass 32767 | same
+# EXERCISE telling_inputs
+def telling_inputs():  # int8 products wrap in numpy, which must not count as a difference
+    return np.full((4, 3), 100, dtype=np.int8), np.full((3, 3), -100, dtype=np.int8)
+
+
 # %% WRONG requantizer | the shift alone rounds down
 # EXERCISE requantizer
 def requantizer(p, multiplier, shift):
@@ -415,3 +421,53 @@ my_design = {"x_bits": 5, "w_bits": 5, "n": 3}
 # %% WRONG my_design | another precision meets the floor
 # EXERCISE my_design
 my_design = {"x_bits": 8, "w_bits": 4, "n": 3}
+
+
+# %% WRONG multipliers_needed | round up with math.ceil
+# EXERCISE multipliers_needed
+def multipliers_needed(weight_bytes, clock_mhz, memory_gb_per_s):
+    return memory_gb_per_s * 1e9 / weight_bytes / (clock_mhz * 1e6)
+
+
+# %% WRONG multipliers_needed | the engine falls behind
+# EXERCISE multipliers_needed
+def multipliers_needed(weight_bytes, clock_mhz, memory_gb_per_s):
+    return int(memory_gb_per_s * 1e9 / weight_bytes / (clock_mhz * 1e6))
+
+
+# %% WRONG multipliers_needed | divide by the bytes of one
+# EXERCISE multipliers_needed
+def multipliers_needed(weight_bytes, clock_mhz, memory_gb_per_s):
+    return math.ceil(memory_gb_per_s * 1e9 * weight_bytes / (clock_mhz * 1e6))
+
+
+# %% WRONG multipliers_needed | than bytes
+# EXERCISE multipliers_needed
+def multipliers_needed(weight_bytes, clock_mhz, memory_gb_per_s):
+    return math.ceil(memory_gb_per_s * 1e9 / (clock_mhz * 1e6))
+
+
+# %% WRONG product_tables | negative codes
+# EXERCISE product_tables
+def product_tables(weight):
+    return [sum((x * weight >> bit & 1) << x for x in range(16)) for bit in range(8)]
+
+
+# %% WRONG product_tables | begin with bit 0
+# EXERCISE product_tables
+def product_tables(weight):
+    codes = [*range(8), *range(-8, 0)]
+    return [sum((x * weight >> bit & 1) << p for p, x in enumerate(codes)) for bit in reversed(range(8))]
+
+
+# %% WRONG product_tables | not four
+# EXERCISE product_tables
+def product_tables(weight):
+    codes = [*range(8), *range(-8, 0)]
+    return [sum((x * weight >> bit & 1) << p for p, x in enumerate(codes)) for bit in range(4)]
+
+
+# %% WRONG product_tables | two's complement
+# EXERCISE product_tables
+def product_tables(weight):
+    return [sum((x * weight >> bit & 1) << p for p, x in enumerate(range(-8, 8))) for bit in range(8)]
