@@ -6,7 +6,9 @@
 Prints the 50th and 99th percentile of the time to first token and of the time per token.
 """
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -55,7 +57,10 @@ def replicas(tmp_path, lablm):
             command += ["--served-model-name", "lablm", "--host", "127.0.0.1", "--port", str(port)]
             command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager"]
             with (tmp_path / f"log{number}").open("wb") as log:
-                started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path))
+                server = subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
+                )
+                started.append(server)
             urls.append(f"http://127.0.0.1:{port}")
         limit = time.monotonic() + PATIENCE_S
         for number, url in enumerate(urls):
@@ -66,9 +71,14 @@ def replicas(tmp_path, lablm):
         yield urls, started
     finally:
         for process in started:
-            process.terminate()
-        for process in started:
-            process.wait(60)
+            end(process)
+
+
+def end(process):
+    """Ends a server with the processes of its engine, which outlive it otherwise."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
 
 
 def answers(url):
@@ -117,8 +127,7 @@ def test_two_replicas_answer_as_generate_does_and_one_that_dies_loses_nothing_of
             values = [1e3 * answer.value[place] for answer in found]
             print(f"{name}: p50 {quantile(values, 0.5):.1f} ms, p99 {quantile(values, 0.99):.1f} ms")
         assert sum(map(same_text(lablm), chats[:12], (answer.value[1] for answer in found))) >= 11
-        started[1].kill()
-        started[1].wait(60)
+        end(started[1])
         left = list(dispatch(chats, ask, engine, settings))
     assert len(left) == len(chats)
     assert all("cannot be reached" in answer.error for answer in left if answer.error)

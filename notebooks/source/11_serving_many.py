@@ -1354,8 +1354,8 @@ else:
 #   -d '{"model": "Qwen/Qwen3-4B", "messages": [{"role": "user", "content": "Hi"}], "stream": true}'
 # ```
 #
-# Its names are now yours: sequences at once, token budget (`--max-num-batched-tokens`), block size, prefix caching, preemption. These lines were not run here;
-# `notebooks/RENTED_GPUS.md` says how a class rents GPUs.
+# Its names are now yours: sequences at once, token budget (`--max-num-batched-tokens`), block size, prefix caching, preemption. These lines were not run here.
+# What was: two servers of vLLM's CPU backend with LabLM, behind chapter 09's dispatcher (`tests/test_vllm.py`, where you name a Python that has vLLM). `notebooks/RENTED_GPUS.md` says how a class rents GPUs.
 
 # %% [markdown]
 # ### Beside other engines
