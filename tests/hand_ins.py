@@ -184,12 +184,12 @@ def mixed_chapter_00(root: Path) -> tuple[dict, tuple[str, ...]]:
         "tokens_per_second": "right",
         "bits_per_byte": "def bits_per_byte(nats, text):\n    return nats.sum().item() / len(text.encode())",
         "predict_all": "def predict_all(model, batches)\n    return 0",
-        "accuracy": "right",
+        "refuted": "right",
         "clock_cycles": "right",
     }
     notebook = of_chapter_00(root, **answers)
     cell_of(notebook, "CHECK", "bits_per_byte")["source"] = ["# CHECK bits_per_byte\n", "print('✓ 0.2 bits_per_byte')"]
-    notebook["cells"].remove(cell_of(notebook, "EXERCISE", "accuracy"))
+    notebook["cells"].remove(cell_of(notebook, "EXERCISE", "refuted"))
     notebook["cells"].append(cell_of(notebook, "EXERCISE", "clock_cycles"))
     return notebook, ("right", "wrong", "blank", "syntax error", "missing", "doubled")
 

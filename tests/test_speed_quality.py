@@ -208,7 +208,7 @@ def test_roofline_plot_places_points_and_names_their_share():
     ax = draw_roofline(roof(), [decode, prefill]).axes[0]
     labels = [t.get_text() for t in ax.get_legend().get_texts()]
     assert labels == ["measured roof", "decode: 80% of the roof", "prefill: 80% of the roof"]
-    assert ax.get_title() == "decode waits for memory, prefill waits for arithmetic (cpu, float32, 1 thread)"
+    assert ax.get_title() == "memory limits decode; arithmetic limits prefill (cpu, float32, 1 thread)"
     assert ax.collections[0].get_offsets().tolist() == [[0.5, 4.0]]
 
 
@@ -216,9 +216,13 @@ def test_roofline_plot_reports_a_probe_error_and_draws_without_points():
     wrong = RooflinePoint("cached", flop=6e9, moved_bytes=12e9, seconds=1.0)
     assert wrong.share(roof()) == "probe error (120%)"
     assert "Below 10.0 FLOP per byte" in draw_roofline(roof()).axes[0].get_title()
-    assert "waits for memory" in roofline_finding(roof(), [wrong])
+    assert "memory limits cached" in roofline_finding(roof(), [wrong])
     slow = RooflinePoint("eager", flop=1e9, moved_bytes=2e9, seconds=1.0)  # a fifth of the 5 GFLOP/s that memory allows
-    assert limit_of(roof(), slow) == "neither (overhead)"
+    assert limit_of(roof(), slow) == "overhead"
+    fast = RooflinePoint("tuned", flop=4e9, moved_bytes=8e9, seconds=1.0)
+    assert roofline_finding(roof(), [slow, fast, slow]).startswith(
+        "overhead limits eager and eager; memory limits tuned"
+    )
     with pytest.raises(ValueError, match="must be positive; got 0"):
         RooflinePoint("x", 0, 1, 1)
 
@@ -230,7 +234,7 @@ def tokens() -> list[StreamedToken]:
 def test_print_stream_writes_text_then_speed():
     out = io.StringIO()
     times = print_stream(tokens(), file=out)
-    assert out.getvalue() == "<a> b\n[3 tokens, 10.0 tokens/s, first token after 0.500 s]\n"
+    assert out.getvalue() == "<a> b\n[3 tokens: the first after 0.500 s, then 10.0 tokens/s]\n"
     assert times.tokens_per_s == 10.0
 
 
@@ -238,7 +242,7 @@ def test_show_stream_fills_the_widget_and_escapes_the_text():
     box = stream_widget()
     show_stream(tokens(), box)
     assert "&lt;a&gt; b" in box.children[0].value
-    assert box.children[1].value == "3 tokens, 10.0 tokens/s, first token after 0.500 s"
+    assert box.children[1].value == "3 tokens: the first after 0.500 s, then 10.0 tokens/s"
 
 
 def test_empty_streams_state_the_rule():

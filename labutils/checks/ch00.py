@@ -1,7 +1,8 @@
-"""Checks of chapter 00: rates, bits per byte, ceilings, and three repairs of the article."""
+"""Checks of chapter 00: rates, bits per byte, ceilings, what a ceiling refutes, and two repairs of the article."""
 
 import math
 import statistics
+from functools import partial
 
 import torch
 
@@ -16,7 +17,11 @@ def tokens_per_second(answer):
     expect_function(
         answer,
         lambda new_tokens, seconds: new_tokens / statistics.median(seconds[1:]),
-        cases=[{"new_tokens": 32, "seconds": TIMES_S}, {"new_tokens": 10, "seconds": [5.0, 1.0, 2.0, 9.0]}],
+        cases=[
+            {"new_tokens": 32, "seconds": TIMES_S},
+            {"new_tokens": 10, "seconds": [5.0, 1.0, 2.0, 9.0]},
+            {"new_tokens": 10, "seconds": [5.0, 1.0, 2.0, 9.0, 4.0]},
+        ],
         mistakes=[
             (
                 lambda new_tokens, seconds: statistics.median(seconds[1:]) / new_tokens,
@@ -33,6 +38,10 @@ def tokens_per_second(answer):
             (
                 lambda new_tokens, seconds: new_tokens / statistics.mean(seconds),
                 "you averaged over all runs: leave the warm-up out and take the median",
+            ),
+            (
+                lambda new_tokens, seconds: new_tokens / statistics.median_low(seconds[1:]),
+                "of an even number of runs the median is the mean of the middle two: statistics.median",
             ),
             (
                 lambda new_tokens, seconds: new_tokens / min(seconds),
@@ -142,32 +151,46 @@ def predict_all(answer):
     )
 
 
+def _claim(name, parameters, active, bits, streams, tokens_per_s):
+    sizes = {"parameters": parameters, "active_parameters": active, "bits": bits}
+    return {"name": name, **sizes, "streams": streams, "tokens_per_s": tokens_per_s}
+
+
+CLAIMS = [
+    _claim("7B, 4 bits", 7e9, 7e9, 4, 1, 20.0),
+    _claim("7B, 16 bits", 7e9, 7e9, 16, 1, 20.0),
+    _claim("30B mixture, 4 bits", 30e9, 3.3e9, 4, 1, 40.0),
+    _claim("7B, 16 bits, 16 streams", 7e9, 7e9, 16, 16, 80.0),
+    _claim("70B, 4 bits", 70e9, 70e9, 4, 1, 3.0),
+    _claim("1B, 8 bits", 1e9, 1e9, 8, 1, 12.0),
+]
+
+
+def _refuted(claims, bandwidth_bytes_per_s, *, size="active_parameters", scale=8, shared=True, above=True):
+    """The claims above their ceiling, with one thing at a time gone wrong."""
+    found = []
+    for claim in claims:
+        ceiling = bandwidth_bytes_per_s / (claim[size] * claim["bits"] / scale) * (claim["streams"] if shared else 1)
+        if (claim["tokens_per_s"] > ceiling) is above:
+            found.append(claim["name"])
+    return found
+
+
 @exercise("0.5")
-def accuracy(answer):
-    """Share of rows whose largest logit is at the label."""
-    logits = torch.tensor([[2.0, 0.9, 0.1], [0.3, 0.2, 0.6], [0.4, 0.7, 0.1], [0.8, 0.1, 0.7]])
-    labels = torch.tensor([0, 2, 0, 0])
+def refuted(answer):
+    """The claims that no machine of this bandwidth can keep."""
     expect_function(
         answer,
-        lambda logits, labels: float((logits.argmax(dim=1) == labels).float().mean()),
-        cases=[{"logits": logits, "labels": labels}, {"logits": logits[:3], "labels": torch.tensor([1, 1, 1])}],
+        _refuted,
+        cases=[{"claims": CLAIMS, "bandwidth_bytes_per_s": bandwidth} for bandwidth in (80e9, 20e9, 1e12)],
         mistakes=[
+            (partial(_refuted, above=False), "those claims may be true: return the ones that the ceiling rules out"),
+            (partial(_refuted, size="parameters"), "a token reads the active parameters only, of a mixture of experts"),
             (
-                lambda logits, labels: int((logits.argmax(dim=1) == labels).sum()),
-                "that is how many are right: divide by how many there are",
+                partial(_refuted, shared=False),
+                "all streams share one read of the weights: multiply the ceiling by streams",
             ),
-            (
-                lambda logits, labels: float((logits > 0.5).float().mean()),
-                "a value above 0.5 is no success: compare the chosen class with the label",
-            ),
-            (
-                lambda logits, labels: float((logits.argmax(dim=1) != labels).float().mean()),
-                "that is the error rate: count the rows that agree",
-            ),
-            (
-                lambda logits, labels: float((logits.argmin(dim=1) == labels).float().mean()),
-                "you took the smallest logit: the chosen class has the largest",
-            ),
+            (partial(_refuted, scale=1), "bits are eight to the byte: divide them by 8"),
         ],
     )
 

@@ -1,11 +1,12 @@
-"""Checks of chapter 01: operations, attention, prefill and decode, the KV cache, intensity, and honest timing."""
+"""Checks of chapter 01: attention, prefill and decode, the KV cache, and honest timing."""
 
 import statistics
 from functools import partial
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from labutils.checks import cases_of, exercise, expect_close, expect_function
+from labutils.checks import cases_of, exercise, expect_close, expect_function, expect_true
 from labutils.checks.passes import generation_cases, watched
 from labutils.generation.cache import KVCache
 from labutils.generation.decode import decode_one_token, forward_logits, generate_cached, prefill
@@ -14,29 +15,40 @@ from labutils.language import translated
 NEW_TOKENS = 8
 
 
-def _flop(*, lstm=16, projections=8, square=4, linear=0):
-    def layer_flop(length, width):
-        each = length * width
-        return lstm * each * width, projections * each * width + square * each * length + linear * each
-
-    return layer_flop
+def _recurrent(query, key, value, *, late=False, forgets=False, turned=False, scale=1.0):
+    """Linear attention token by token, with one thing at a time gone wrong."""
+    state, rows = torch.zeros(key.shape[1], value.shape[1]), []
+    for q, k, v in zip(query, key, value, strict=True):
+        before, new = state, torch.outer(v, k) if turned else torch.outer(k, v)
+        state = new if forgets else state + new
+        rows.append(q @ (before if late else state) * scale)
+    return torch.stack(rows), state
 
 
 @exercise("1.1")
-def layer_flop(answer):
-    """FLOP of an LSTM and an attention layer over a text."""
+def linear_attention(answer):
+    """Outputs and last state of linear attention."""
+    make = torch.Generator().manual_seed(0)
     expect_function(
         answer,
-        _flop(),
-        cases=[{"length": 3, "width": 10}, {"length": 1024, "width": 256}],
+        _recurrent,
+        cases=cases_of("query key value", *(torch.randn(3, n, 4, generator=make) for n in (3, 6))),
+        rtol=1e-4,
+        atol=1e-5,
         mistakes=[
-            (_flop(lstm=8, projections=4, square=2), "those are multiplications: each has an addition, so double both"),
-            (_flop(lstm=4), "the LSTM has four gates, and you counted one"),
-            (_flop(lstm=8), "each gate multiplies the token and the hidden state: the LSTM has 8 products a token"),
-            (_flop(square=2), "scores are half of it: the weights also mix the values, again length² times width"),
-            (_flop(square=0, linear=4), "every position meets every position: the scores grow with length squared"),
-            (_flop(projections=0), "attention's four projections are missing: query, key, value and output"),
-            (lambda length, width: _flop()(length, width)[::-1], "the order is (LSTM, attention)"),
+            (partial(_recurrent, late=True), "a token must see itself: add its key and value to the state, then read"),
+            (partial(_recurrent, forgets=True), "the state holds the newest token only: add to it"),
+            (partial(_recurrent, turned=True), "the outer product is turned round: torch.outer(key, value)"),
+            (
+                partial(_recurrent, scale=0.5),
+                "nothing is divided here: neither a softmax nor a scale is part of the formula",
+            ),
+            (
+                lambda query, key, value: (query @ (key.T @ value), key.T @ value),
+                "each row reads the state as it was then",
+            ),
+            (lambda **case: _recurrent(**case)[::-1], "the order is (outputs, state)"),
+            (lambda **case: _recurrent(**case)[0], "return the outputs and the last state"),
         ],
     )
 
@@ -73,6 +85,23 @@ def causal_attention(answer):
             (partial(_attention, diagonal=0), "a token must see itself: mask from the first diagonal above, triu(1)"),
         ],
     )
+    with _Watch() as watch:
+        answer(**cases[0])
+    expect_true(
+        not watch.called,
+        "the answer calls PyTorch's own attention",
+        hint="write the steps yourself: scores, scale, mask, softmax, values",
+    )
+
+
+class _Watch(TorchFunctionMode):
+    """Notes whether PyTorch's own attention is called inside a `with` block, under whatever name."""
+
+    called = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.called = self.called or func is torch.nn.functional.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
 
 
 def _transformers(model, token_ids, new_tokens):
@@ -90,20 +119,40 @@ def _loop(model, token_ids, new_tokens, *, place=-1, pick=torch.argmax, last_onl
     return text
 
 
-@exercise("1.3")
+def _naive_passes(model, token_ids, new_tokens):
+    """The tokens of transformers' `generate`, and what each pass of the naive loop reads."""
+    case = {"model": model, "token_ids": token_ids, "new_tokens": new_tokens}
+    return _transformers(**case).tolist(), *watched(_loop, **case)[1:]
+
+
+@exercise("1.4")
 def greedy_naive(answer, model, token_ids):
-    """The tokens of transformers' generate."""
+    """The tokens of transformers' generate, and the whole text in every pass."""
+
+    def wrong(**settings):
+        return partial(watched, partial(_loop, **settings))
+
+    def without_prompt(model, token_ids, new_tokens):
+        return _loop(model, token_ids, new_tokens)[:, -new_tokens:]
+
+    def short(model, token_ids, new_tokens):
+        return _loop(model, token_ids, new_tokens - 1)
+
     expect_function(
-        answer,
-        _transformers,
+        partial(watched, answer),
+        _naive_passes,
         cases=generation_cases(model, token_ids, new_tokens=NEW_TOKENS),
         mistakes=[
-            (lambda **case: _loop(**case)[:, -NEW_TOKENS:], "only the new tokens came back: return the prompt too"),
-            (partial(_loop, place=0), "those are the logits after the first token: take the last, logits[:, -1:]"),
-            (partial(_loop, last_only=True), "the model saw only the last token: hand it the whole text every time"),
-            (partial(_loop, stuck=True), "the same token every time: hand the longer text to the model next time"),
-            (partial(_loop, pick=torch.argmin), "that is the least likely token: take argmax"),
-            (lambda **case: _loop(**case)[:, :-1], "one token too few: the loop runs new_tokens times"),
+            (partial(watched, without_prompt), "only the new tokens came back: return the prompt too"),
+            (wrong(place=0), "those are the logits after the first token: take the last, logits[:, -1:]"),
+            (wrong(last_only=True), "the model saw only the last token: hand it the whole text every time"),
+            (wrong(stuck=True), "the same token every time: hand the longer text to the model next time"),
+            (wrong(pick=torch.argmin), "that is the least likely token: take argmax"),
+            (partial(watched, short), "one token too few: the loop runs new_tokens times"),
+            (
+                partial(watched, generate_cached),
+                "the right tokens, but from a cache (`generate` has one too): here every pass reads the whole text",
+            ),
         ],
     )
 
@@ -136,7 +185,7 @@ class _PluggedIn(KVCache):
         return self.keys[layer_idx], values
 
 
-@exercise("1.4")
+@exercise("1.5")
 def layer_cache(answer, model, token_ids):
     """All keys and values come back, and LabLM computes the same logits with it."""
     make = torch.Generator().manual_seed(0)
@@ -167,10 +216,12 @@ def layer_cache(answer, model, token_ids):
     expect_close(torch.cat(logits), forward_logits(model, token_ids)[0, 3:], given=given, rtol=0.0, atol=1e-4)
 
 
-def _cached_loop(model, token_ids, new_tokens, *, anew=False, whole=False, twice=False, extra=0):
+def _cached_loop(model, token_ids, new_tokens, *, anew=False, whole=False, twice=False, apart=False, extra=0):
     """The cached loop, with one thing at a time gone wrong."""
     cache, text = KVCache(), token_ids
-    logits = prefill(model, text, cache)
+    logits = prefill(model, text[:, :-1] if apart else text, cache)
+    if apart:
+        logits = decode_one_token(model, text[:, -1], cache)
     if twice:
         logits = decode_one_token(model, text[:, -1], cache)
     for _ in range(new_tokens - 1 + extra):
@@ -180,7 +231,7 @@ def _cached_loop(model, token_ids, new_tokens, *, anew=False, whole=False, twice
     return text if extra else torch.cat([text, logits.argmax(dim=-1)[:, None]], dim=1)
 
 
-@exercise("1.5")
+@exercise("1.6")
 def greedy_cached(answer, model, token_ids):
     """The naive tokens, every position read once."""
 
@@ -196,51 +247,8 @@ def greedy_cached(answer, model, token_ids):
             (wrong(whole=True), "the whole text went into a cache that holds it already: feed only the new token"),
             (wrong(extra=1), "one pass too many: the last token is chosen, nobody needs the logits after it"),
             (wrong(twice=True), "the prompt's last token was read twice: prefill gives the first new token already"),
+            (wrong(apart=True), "the prompt's last token needs no pass of its own: prefill the whole prompt"),
             (wrong(anew=True), "a new cache for every token forgets the text: make one before the loop"),
-        ],
-    )
-
-
-def _cache_bytes(layers, heads, kv_heads, head_dim, positions, element_bytes):
-    return 2 * layers * kv_heads * head_dim * positions * element_bytes
-
-
-@exercise("1.6")
-def kv_cache_bytes(answer):
-    """Keys and values of the KV heads, in bytes."""
-    names = "layers heads kv_heads head_dim positions element_bytes"
-    expect_function(
-        answer,
-        _cache_bytes,
-        cases=cases_of(names, (80, 64, 8, 128, 4096, 2), (6, 4, 2, 64, 100, 4)),
-        mistakes=[
-            (lambda **shape: _cache_bytes(**{**shape, "kv_heads": shape["heads"]}), "count kv_heads, not heads"),
-            (lambda **shape: _cache_bytes(**shape) // 2, "half of it is missing: keys and values are both stored"),
-            (lambda **shape: _cache_bytes(**shape) * 8, "those are bits: element_bytes is in bytes already"),
-            (lambda **shape: _cache_bytes(**shape) // shape["layers"], "that is one layer: every layer has its own"),
-            (lambda **shape: _cache_bytes(**{**shape, "element_bytes": 1}), "each number takes element_bytes bytes"),
-        ],
-    )
-
-
-def _intensity(parameters, tokens, bytes_per_parameter, cache_bytes, reads=1):
-    return 2 * parameters * tokens / (reads * parameters * bytes_per_parameter + cache_bytes)
-
-
-@exercise("1.7")
-def flop_per_byte(answer):
-    """2 FLOP a parameter and token, each parameter read once."""
-    names = "parameters tokens bytes_per_parameter cache_bytes"
-    expect_function(
-        answer,
-        _intensity,
-        cases=cases_of(names, (7e9, 1, 2, 2e9), (5.8e6, 256, 4, 1.5e6)),
-        mistakes=[
-            (lambda **case: _intensity(**case) / 2, "each parameter multiplies and adds: 2 FLOP a parameter and token"),
-            (lambda **case: _intensity(**case, reads=case["tokens"]), "weights are read once a pass, not once a token"),
-            (lambda **case: 1 / _intensity(**case), "upside down: those are bytes per FLOP"),
-            (lambda **case: _intensity(**{**case, "tokens": 1}), "that is one token: the pass does all of them"),
-            (lambda **case: _intensity(**{**case, "cache_bytes": 0}), "the cache is read too: add cache_bytes"),
         ],
     )
 
@@ -292,7 +300,7 @@ def _timed(*, warm=True, blocks=False, statistic=statistics.median, waits=True):
     return speedup
 
 
-@exercise("1.8")
+@exercise("1.9")
 def speedup(answer):
     """2.0 on a machine that does its best to mislead."""
     given = "a simulated machine: queued work, slow first calls, half the speed from call 11 on, two odd calls"

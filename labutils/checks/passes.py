@@ -31,7 +31,7 @@ def watched(generate, *, model, token_ids, new_tokens: int) -> tuple[list, list[
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        tokens = generate(model, token_ids, new_tokens).tolist()
+        tokens = generate(model, token_ids, new_tokens)
     finally:
         hook.remove()
-    return tokens, read, held, first
+    return tokens.tolist() if hasattr(tokens, "tolist") else tokens, read, held, first

@@ -146,7 +146,8 @@ def hints(root: Path, stems: list[str]) -> dict[str, str]:
     checks = root / "labutils" / "checks"
     modules = [checks / name for name in SHARED]
     modules += [
-        root / "labutils" / "course" / f"{name}.py" for name in ("badge", "build", "check", "progress", "verdicts")
+        root / "labutils" / "course" / f"{name}.py"
+        for name in ("badge", "build", "check", "predictions", "progress", "verdicts")
     ]
     modules += [path for stem in stems for path in sorted(checks.glob(f"ch{stem[:2]}*.py"))]
     found: dict[str, str] = {}

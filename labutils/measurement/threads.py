@@ -22,7 +22,7 @@ class ThreadChoice:
 
     def __str__(self) -> str:
         rows = ", ".join(f"{count}: {timing.median_s * 1e3:.3g} ms" for count, timing in self.timings.items())
-        return f"{self.threads} threads ({rows})"
+        return f"{self.threads} thread{'s' if self.threads > 1 else ''} ({rows})"
 
 
 def thread_candidates(cores: int) -> tuple[int, ...]:

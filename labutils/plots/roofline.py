@@ -83,20 +83,23 @@ def draw_roofline(roof: Roofline, points: Sequence[RooflinePoint] = (), *, ax: A
 
 
 def roofline_finding(roof: Roofline, points: Sequence[RooflinePoint]) -> str:
-    """Returns the title: what each point waits for, by `limit_of`."""
+    """Returns the title: what limits the points, by `limit_of`."""
     where = f"{roof.device}, {roof.dtype}, {roof.threads} thread{'s' if roof.threads > 1 else ''}"
     if not points:
         return f"Below {roof.ridge_flop_per_byte:.1f} FLOP per byte this machine waits for memory ({where})"
-    return ", ".join(f"{p.label} waits for {limit_of(roof, p)}" for p in points) + f" ({where})"
+    limited: dict[str, list[str]] = {}
+    for point in points:
+        limited.setdefault(limit_of(roof, point), []).append(point.label)
+    return "; ".join(f"{limit} limits {' and '.join(labels)}" for limit, labels in limited.items()) + f" ({where})"
 
 
 def limit_of(roof: Roofline, point: RooflinePoint) -> str:
-    """What limits a kernel: "memory" or "arithmetic" where it reaches half of that roof, else "neither (overhead)".
+    """What limits a kernel: "memory" or "arithmetic" where it reaches half of that roof, else "overhead".
 
     Intensity alone says which roof a kernel could reach, not whether it does.
     """
     if 2 * point.flops_per_s < roof.attainable_flops_per_s(point.intensity_flop_per_byte):
-        return "neither (overhead)"
+        return "overhead"
     return "memory" if point.intensity_flop_per_byte < roof.ridge_flop_per_byte else "arithmetic"
 
 

@@ -13,15 +13,15 @@ from labutils.generation.stream import StreamedToken, StreamTimes
 
 
 def speed_line(tokens: list[StreamedToken]) -> str:
-    """Returns the live line: tokens so far, tokens/s of decoding, time to first token.
+    """Returns the live line: tokens so far, time to first token, and tokens/s from then on (median gap).
 
     >>> speed_line([StreamedToken(1, "a", 0.5), StreamedToken(2, "b", 0.1)])
-    '2 tokens, 10.0 tokens/s, first token after 0.500 s'
+    '2 tokens: the first after 0.500 s, then 10.0 tokens/s'
     """
     times = StreamTimes.of(tokens)
-    speed = "" if times.tokens_per_s is None else f" {times.tokens_per_s:.1f} tokens/s,"
+    speed = "" if times.tokens_per_s is None else f", then {times.tokens_per_s:.1f} tokens/s"
     count = "1 token" if len(tokens) == 1 else f"{len(tokens)} tokens"
-    return f"{count},{speed} first token after {times.time_to_first_token_s:.3f} s"
+    return f"{count}: the first after {times.time_to_first_token_s:.3f} s{speed}"
 
 
 def print_stream(tokens: Iterable[StreamedToken], *, file: TextIO | None = None) -> StreamTimes:

@@ -1,16 +1,16 @@
 # %% [markdown]
 # # 01 · How a language model generates
 #
-# **Goal:** see why text comes one token at a time, write the cache that makes it bearable, compute what the cache
-# costs, and time all of it without fooling yourself.
+# **Goal:** see why text comes one token at a time, take the model apart, write the cache that makes it bearable, compute
+# what the cache costs, and time all of it without fooling yourself.
 #
 # | | |
 # | --- | --- |
 # | Prerequisites | chapter 00; matrices; a little PyTorch |
-# | Time | 2 hours for you; all cells run in one to two minutes on one core (measured: 76 and 99 s, the core shared) |
+# | Time | 3.5 hours for you; all cells run in one to two minutes on one core (measured: 76 and 99 s, the core shared) |
 # | Memory, download | 1.7 GB at the peak (measured); nothing is downloaded |
 # | Hardware | any computer; a GPU is used where there is one |
-# | Exercises | 8, each checked in the cell below it |
+# | Exercises | 9, each checked in the cell below it; those marked *core* fit into one session of two hours |
 
 # %%
 import statistics
@@ -21,19 +21,20 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from labutils.course.predictions import calibration, predict
 from labutils.data.corpus import Document, stdlib_documents
 from labutils.models.load import load_model
-from labutils.plots.style import series_style
+from labutils.plots.style import plain_log_scale, series_style
 
 # %%
+CHARACTERS = 2000  # of each held-out module, as in chapter 00
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model, tokenizer = load_model("lablm", device=device)
-held_out = [Document(d.name, d.text[:2000]) for d in stdlib_documents("test")]
+held_out = [Document(d.name, d.text[:CHARACTERS]) for d in stdlib_documents("test")]
 long_text = tokenizer.bos_token + stdlib_documents("test")[0].text[:8000]
 text_ids = tokenizer(long_text, truncation=True, max_length=1024, return_tensors="pt")["input_ids"].to(device)
-print(
-    f"{device}, {torch.get_num_threads()} threads; {text_ids.shape[1]} tokens of {held_out[0].name}, never trained on"
-)
+threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+print(f"{device}, {threads}; {text_ids.shape[1]} tokens of {held_out[0].name}, never trained on")
 
 # %% [markdown]
 # ## 1 · Why one token at a time
@@ -42,70 +43,72 @@ print(
 #
 # $$p(x_1, \dots, x_n) = \prod_{i=1}^{n} p(x_i \mid x_1, \dots, x_{i-1})$$
 #
-# To *write* token i, tokens 1 to i−1 must be there: LSTM and Transformer both write one token at a time. To *read* a
-# text that is already there (training, or your prompt) they differ. An LSTM (Hochreiter and Schmidhuber 1997) carries a
-# state: $(h_i, c_i) = f(x_i, h_{i-1}, c_{i-1})$. Attention (Vaswani et al. 2017, arXiv:1706.03762, table 1) computes
-# every position from the inputs alone.
+# To *write* token i, tokens 1 to i−1 must be there, so every such model writes one token after the other. What differs is what it keeps
+# of the text so far:
 #
-# **Tiny numbers:** an LSTM with two hidden numbers reads three tokens. Which state needs which?
-
-# %%
-torch.manual_seed(0)
-tiny_lstm, tiny_text = nn.LSTM(2, 2, batch_first=True), torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
-with torch.inference_mode():
-    state = None
-    for position in range(3):  # no other order is possible: each step needs the state of the one before
-        output, state = tiny_lstm(tiny_text[:, position : position + 1], state)
-        print(f"state after token {position + 1}: {[round(v, 4) for v in output.flatten().tolist()]}")
-    whole, _ = tiny_lstm(tiny_text)
-print(f"one call on all three ends in:  {[round(v, 4) for v in whole[0, -1].tolist()]}")
+# - a **state of fixed size**, which each token changes. So did the LSTM (Hochreiter and Schmidhuber 1997); so do today's linear attention and
+#   state-space layers (Mamba-2: Dao and Gu 2024, arXiv:2405.21060), often in hybrids with a few attention layers;
+# - **everything**: attention (Vaswani et al. 2017, arXiv:1706.03762) keeps a key and a value of every token and looks at all of them.
 
 # %% [markdown]
-# One call looks parallel, but inside it the three steps still wait for one another.
+# Linear attention (Katharopoulos et al. 2020, arXiv:2006.16236), without its feature map and normaliser, adds one outer product for each token:
 #
-# How much work is it? Count a multiplication and an addition as two operations (FLOP), leave out everything that is not
-# a matrix product, and let all layers have one width d.
+# $$S_i = S_{i-1} + k_i^\top v_i, \qquad o_i = q_i\, S_i, \qquad S_0 = 0$$
 #
-# - **LSTM:** four gates; each multiplies the token (d numbers) *and* the hidden state (d numbers) by a d × d matrix.
-# - **Attention:** four d × d projections (query, key, value, output) for each token; then every position's query meets
-#   every key (a dot product of d numbers), and the resulting weights mix all values (again d numbers each).
+# **Tiny numbers:** queries, keys and values of two numbers. Whatever the length of the text, the state has four.
+
+# %%
+queries = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+keys = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+values = torch.tensor([[10.0, 0.0], [0.0, 10.0], [5.0, 5.0]])
+state = torch.zeros(2, 2)
+for position in range(3):  # one after the other: each step needs the state of the one before
+    state = state + torch.outer(keys[position], values[position])
+    print(f"state after token {position + 1}: {state.tolist()}, output {(queries[position] @ state).tolist()}")
+at_once = (queries @ keys.T).tril() @ values
+print("all rows at once:", at_once.tolist())
 
 # %% [markdown]
-# ## Exercise 1.1: layer_flop
+# The last line gives the same outputs for all tokens in one go. So a text that is already there (in training, or in your prompt) can be read
+# in parallel, and only writing has to wait. An LSTM cannot do that: its state goes through a nonlinear function at every token.
+
+# %% [markdown]
+# ## Exercise 1.1: linear_attention (core)
 #
-# Write `layer_flop(length, width)`: return the tuple (FLOP of an LSTM layer, FLOP of an attention layer) for reading
-# `length` tokens of `width` numbers. Count the full square of scores, without savings by the causal mask.
-# 3 lines, 8 minutes, difficulty 2 of 3.
+# Write `linear_attention(query, key, value)` for one head: all three have shape (positions, head_dim). Return the tuple (outputs, state):
+# outputs of shape (positions, head_dim), and the state after the last token, of shape (head_dim, head_dim). Go token by token, and keep
+# nothing of earlier tokens but the state.
+# 5 lines, 10 minutes, difficulty 2 of 3.
 #
-# <details><summary>Hint 1</summary>A vector of d numbers times a d × d matrix costs 2·d² FLOP. How many such products does one token need in each layer?</details>
-# <details><summary>Hint 2</summary>LSTM: 8 products a token. Attention: 4 products a token, plus 2·2·length²·width for scores and values.</details>
+# <details><summary>Hint 1</summary>Does a token see itself? Look at the formula: which state does the output read?</details>
+# <details><summary>Hint 2</summary>Collect the rows in a list; <code>torch.stack</code> makes a tensor of it.</details>
 
 
 # %%
-# EXERCISE layer_flop
-def layer_flop(length, width):
-    """FLOP of an LSTM layer and of an attention layer that read a text."""
+# EXERCISE linear_attention
+def linear_attention(query, key, value):
+    """Outputs of linear attention, token by token, and its last state."""
     ### BEGIN SOLUTION
-    lstm = length * 8 * 2 * width**2
-    attention = length * 4 * 2 * width**2 + 2 * 2 * length**2 * width
-    return lstm, attention
+    state, rows = torch.zeros(key.shape[1], value.shape[1]), []
+    for q, k, v in zip(query, key, value, strict=True):
+        state = state + torch.outer(k, v)
+        rows.append(q @ state)
+    return torch.stack(rows), state
     ### END SOLUTION
 
 
 # %%
-# CHECK layer_flop
+# CHECK linear_attention
 from labutils.checks import ch01
 
-ch01.layer_flop(layer_flop)
+ch01.linear_attention(linear_attention)
 
 # %% [markdown]
-# Set the two equal: the attention layer does fewer operations as long as length < 2·width. LabLM's width is 256.
+# What does that mean for time? Below stand three layers of one width: PyTorch's LSTM, attention, and linear attention. `read` takes a whole
+# text. `write` takes one more token: attention looks at all keys and values kept so far, linear attention only at its state.
 #
-# **Predict first:** below which length will attention read *faster* than the LSTM on this machine: shorter than 512
-# tokens, exactly there, or longer? And what about writing one more token after a long text?
-#
-# The attention layer in a few lines. `read` takes a whole text. `write` takes one more token and looks at the keys and
-# values kept from before (section 4 builds that cache).
+# **Predict:** how much longer does attention take for one more token after 16,384 tokens than after 64? And the two with a state? Write down
+# a factor for attention.
 
 
 # %%
@@ -125,29 +128,38 @@ class AttentionLayer(nn.Module):
         query, kept_keys[:, :, -1:], kept_values[:, :, -1:] = self.project(x)
         return self.out(scaled_dot_product_attention(query, kept_keys, kept_values).transpose(1, 2).flatten(2))
 
+    def write_linear(self, x, state):  # the same projections, and a state of (1, heads, head_dim, head_dim)
+        query, keys, values = self.project(x)
+        state.add_(keys.transpose(2, 3) @ values).mul_(0.5)  # halved, as gated layers forget: it must not overflow here
+        return self.out((query @ state).transpose(1, 2).flatten(2))
+
 
 # %%
-from labutils.measurement.timing import measure_interleaved
+my_growth = predict("one more token with attention: after 16,384 tokens over after 64", None, unit="times")
 
-WIDTH, LENGTHS, LONGER = 256, (32, 64, 128, 256, 512, 1024), (64, 256, 1024, 4096, 16384)
+# %%
+from labutils.measurement.timing import measure_interleaved, paired_ratio
+
+WIDTH, LENGTHS, LONGER = 256, (64, 256, 1024), (64, 256, 1024, 4096, 16384)
 lstm = nn.LSTM(WIDTH, WIDTH, batch_first=True).to(device).eval()
 attention = AttentionLayer(WIDTH, heads=4).to(device).eval()
-# %%
 readers, writers = {}, {}
 token, state = torch.randn(1, 1, WIDTH, device=device), torch.randn(2, 1, 1, WIDTH, device=device)
 for n in LENGTHS:
     x = torch.randn(1, n, WIDTH, device=device)
     readers[f"LSTM, {n} tokens"] = lambda x=x: lstm(x)
     readers[f"attention, {n} tokens"] = lambda x=x: attention.read(x)
-for n in LONGER:  # random keys, values and state: what they hold does not change the speed
-    kept = torch.randn(2, 1, 4, n, WIDTH // 4, device=device)
+
+# %%
+for n in LONGER:  # random keys, values and states: what they hold does not change the speed
+    kept, matrix = torch.randn(2, 1, 4, n, WIDTH // 4, device=device), torch.randn(1, 4, 64, 64, device=device)
     writers[f"LSTM, {n} tokens"] = lambda: lstm(token, (state[0], state[1]))
+    writers[f"linear attention, {n} tokens"] = lambda matrix=matrix: attention.write_linear(token, matrix)
     writers[f"attention, {n} tokens"] = lambda kept=kept: attention.write(token, *kept)
 with torch.inference_mode():
-    reading = measure_interleaved(readers, repeats=9, warmup=1, device=device)
-    writing = measure_interleaved(writers, repeats=9, warmup=1, device=device, calls_per_sample=5)
-for row in (reading["LSTM, 1024 tokens"], reading["attention, 1024 tokens"], *writing.values()):
-    print(row)
+    reading = measure_interleaved(readers, repeats=9, warmup=2, device=device, calls_per_sample=5)
+    writing = measure_interleaved(writers, repeats=15, warmup=2, device=device, calls_per_sample=20)
+print(*reading.values(), *writing.values(), sep="\n")
 
 
 # %%
@@ -157,40 +169,50 @@ def draw_times(axes, timings, names, lengths, *, scale, **labels):
         rows = [timings[f"{name}, {n} tokens"] for n in lengths]
         medians = [t.median_s * scale for t in rows]
         bars = [[abs(t.interval_s[side] - t.median_s) * scale for t in rows] for side in (0, 1)]
-        axes.errorbar(lengths, medians, yerr=bars, label=name, capsize=3, **series_style(index))
-    axes.set(xscale="log", yscale="log", xlabel="length of the text (tokens)", **labels)
+        axes.errorbar(lengths, medians, yerr=bars, capsize=3, **series_style(index))
+        axes.annotate(name, (lengths[-1], medians[-1]), xytext=(8, -3), textcoords="offset points")
+    axes.set(xscale="log", xlabel="length of the text (tokens)", **labels)
+    plain_log_scale(axes, "y")
     axes.set_xticks(lengths, [str(n) for n in lengths])
     axes.set_xticks([], minor=True)
+    axes.set_xlim(right=lengths[-1] ** 1.35 / lengths[0] ** 0.35)  # room for the names
     axes.grid(alpha=0.25)
-    axes.legend()
 
 
-def median_s(timings, name, n):
-    return timings[f"{name}, {n} tokens"].median_s
+def times_as_long(timings, name, n, other_name, other):
+    """How many times as long one takes as another, with the interval of the paired rounds."""
+    return paired_ratio(timings[f"{name}, {n} tokens"].samples_s, timings[f"{other_name}, {other} tokens"].samples_s)
 
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-shorter = [n for n in LENGTHS if median_s(reading, "attention", n) < median_s(reading, "LSTM", n)]
-title = f"Attention reads faster at {len(shorter)} of {len(LENGTHS)} lengths"
+slower = times_as_long(reading, "LSTM", 1024, "attention", 1024)
+title = f"Reading 1024 tokens: the LSTM takes {slower}\nas long as attention"
 draw_times(left, reading, ("LSTM", "attention"), LENGTHS, scale=1e3, ylabel="read the text (ms)", title=title)
-growth = [median_s(writing, name, 16384) / median_s(writing, name, 64) for name in ("LSTM", "attention")]
-title = f"One more token after 16384, against 64:\nLSTM ×{growth[0]:.2f}, attention ×{growth[1]:.2f}"
-draw_times(right, writing, ("LSTM", "attention"), LONGER, scale=1e6, ylabel="one more token (µs)", title=title)
+keepers = ("LSTM", "attention", "linear attention")
+growth = {name: times_as_long(writing, name, 16384, name, 64) for name in keepers}
+title = f"One more token after 16384, against 64:\nattention {growth['attention']}"
+draw_times(right, writing, keepers, LONGER, scale=1e6, ylabel="one more token (µs)", title=title)
 plt.show()
-print("attention reads faster than the LSTM at:", shorter, f"of {LENGTHS}; equal FLOP at {2 * WIDTH}")
+for name, ratio in growth.items():
+    print(f"{name}: one more token after 16384 takes {ratio} as long as after 64")
+my_growth.compare(growth["attention"].value)
 
 # %% [markdown]
-# *Left: median time to read a text of a given length, one LSTM layer beside one attention layer (width 256, batch 1,
-# float32, 9 rounds in which all lengths take turns, one warm-up). Right: one more token after such a text.*
-
-# %% [markdown]
-# **Explain.** Where the curves do not follow the FLOP, the reason is *what can be done at once*. The LSTM multiplies its
-# matrices by one vector, waits, and repeats: each step reads the weights again. Attention multiplies by all positions
-# together and reads each weight once. (With a GPU's thousands of units to fill, expect a wider gap: run it on one.)
+# *Medians with 95% intervals (width 256, batch 1, float32; all lengths take turns in each round).* Left, an LSTM layer and an attention layer
+# read a text; right, they and linear attention take one more token. A factor whose interval contains 1 shows no difference.
 #
-# Right: which curve lies higher is a matter of libraries, how it grows is not. The LSTM's memory has a fixed size;
-# attention's grows with the text, and so does its work. That growing memory is the subject of this chapter.
+# **Explain** both panels. For each token of n, the LSTM does 16·d² operations and attention 8·d² + 2·n·d, so at these lengths they differ by
+# at most a factor of two. What else decides who reads faster? And which layers must slow down as the text grows?
+#
+# <details><summary>An explanation</summary>
+#
+# Left: the LSTM multiplies its matrices by one vector, waits, and repeats, so each step reads the weights again. Attention multiplies by all
+# positions together and reads each weight once. Its scores grow with the square of the length, so for a text that is long enough it loses all
+# the same. Right: a state has a fixed size, and the work on it does not depend on the text. Attention's memory grows with the text, and so
+# does its work. Which curve lies lower at the left end is a matter of libraries.
+#
+# </details>
 
 # %% [markdown]
 # ## 2 · Attention by hand
@@ -205,12 +227,10 @@ print("attention reads faster than the LSTM at:", shorter, f"of {LENGTHS}; equal
 # Row i of S says how well position i's query fits each key; the causal mask M forbids looking ahead; softmax turns a
 # row into shares that sum to 1; the output mixes the values with these shares.
 #
-# **Tiny numbers:** three tokens, two numbers each. Before you run the cell: what is the first row of the shares?
+# **Tiny numbers:** the three tokens of section 1, two numbers each. Before you run the cell: what is the first row of the shares?
 
 # %%
-query = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-key = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
-value = torch.tensor([[10.0, 0.0], [0.0, 10.0], [5.0, 5.0]])
+query, key, value = queries, keys, values  # those of section 1
 torch.set_printoptions(precision=3, sci_mode=False)
 scores = query @ key.T / 2**0.5
 masked = scores.masked_fill(torch.ones(3, 3).triu(1).bool(), float("-inf"))
@@ -221,12 +241,12 @@ for name, tensor in (("scores", scores), ("masked", masked), ("shares", shares),
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
 for axes, (name, tensor) in zip(panels, {"scores": scores, "masked": masked, "shares": shares}.items(), strict=True):
-    axes.imshow(tensor.masked_fill(tensor.isinf(), float("nan")), cmap="cividis", vmin=0, vmax=1.5)
+    image = axes.imshow(tensor.masked_fill(tensor.isinf(), float("nan")), cmap="cividis", vmin=0)
     for row in range(3):
         for column in range(3):
             number = tensor[row, column].item()
-            colour = "white" if 0 <= number < 0.8 else "black"
-            axes.text(column, row, f"{number:.2f}", ha="center", va="center", color=colour)
+            light = number == -torch.inf or sum(image.cmap(image.norm(number))[:3]) > 1.5
+            axes.text(column, row, f"{number:.2f}", ha="center", va="center", color="black" if light else "white")
     axes.set(xlabel="key (position)", ylabel="query (position)", title=name, xticks=range(3), yticks=range(3))
 figure.suptitle("The mask empties the future; softmax shares out what is left")
 plt.show()
@@ -236,17 +256,21 @@ plt.show()
 # sum to 1. The token at position 0 can only look at itself.*
 #
 # Now look at the row of position 1. It uses the keys at positions 0 and 1 and its own query: **no later token can ever change it, and
-# no earlier query is needed**. Sections 3 and 4 rely on this.
+# no earlier query is needed**. Sections 4 and 5 rely on this.
+#
+# The scores of a long text are a huge matrix. FlashAttention (Dao et al. 2022, arXiv:2205.14135) computes the same outputs block by block and
+# never writes that matrix to memory; `scaled_dot_product_attention` uses such a kernel where there is one.
 
 # %% [markdown]
-# ## Exercise 1.2: causal_attention
+# ## Exercise 1.2: causal_attention (core)
 #
 # Write `causal_attention(query, key, value)` for one head: all three have shape (positions, head_dim); return the mixed
 # values, same shape. It is compared with `torch.nn.functional.scaled_dot_product_attention`, which you may not use.
 # 4 lines, 10 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>The steps of the tiny example, for any number of positions: scores, scale, mask, softmax, values.</details>
-# <details><summary>Hint 2</summary><code>torch.ones(n, n).triu(1).bool()</code> is true above the diagonal; <code>masked_fill</code> with <code>float("-inf")</code> before the softmax over dim 1.</details>
+# <details><summary>Hint 2</summary>With two positions there are four scores. Which one must not count, and what must it be for softmax to give it a share of zero?</details>
+# <details><summary>Hint 3</summary><code>torch.ones(n, n).triu(1).bool()</code> is true above the diagonal; <code>masked_fill</code> with <code>float("-inf")</code> before the softmax over dim 1.</details>
 
 
 # %%
@@ -265,7 +289,97 @@ def causal_attention(query, key, value):
 ch01.causal_attention(causal_attention)
 
 # %% [markdown]
-# ## 3 · Prefill and decode
+# ## 3 · Anatomy of LabLM
+#
+# Attention is one part of a layer. The whole model is a **residual stream**: each position carries a vector of `hidden_size` numbers, which
+# begins as a row of the embedding table. Every layer adds to it twice, once by attention and once by an MLP; the **head** turns the last
+# vector into one logit for each token. Before each addition, **RMSNorm** (Zhang and Sennrich 2019, arXiv:1910.07467) brings the vector to a
+# common size and multiplies each number by a learned **gain** g; the MLP is a **SwiGLU** (Shazeer 2020, arXiv:2002.05202):
+#
+# $$\begin{aligned}
+# \operatorname{norm}(x) &= \frac{x}{\sqrt{\operatorname{mean}(x^2) + \varepsilon}} \odot g \\
+# \operatorname{MLP}(x) &= W_\text{down}\,\big(\operatorname{SiLU}(W_\text{gate}\, x) \odot W_\text{up}\, x\big)
+# \end{aligned}$$
+#
+# **Tiny numbers:** the norm of [3, 4] with gain 1. The mean of the squares is 12.5, its root 3.54.
+
+# %%
+norm = model.model.layers[0].input_layernorm
+x = torch.tensor([3.0, 4.0])
+print("the norm of [3, 4]:", [round(v, 3) for v in (x / x.square().mean().sqrt()).tolist()])
+x = torch.randn(model.config.hidden_size, device=device)
+own = x / (x.square().mean() + norm.variance_epsilon).sqrt() * norm.weight
+print("LabLM's first norm agrees with the formula:", torch.allclose(own, norm(x), atol=1e-5))
+
+# %%
+from labutils.plots.anatomy import draw_block
+
+figure, axes = plt.subplots(figsize=(11, 4.8), layout="constrained")
+draw_block(model.config, ax=axes)
+plt.show()
+
+# %% [markdown]
+# *Read it from left to right: a box is a matrix (outputs × inputs) or a gain, and each branch ends in a sum.* Three more words:
+#
+# - **RoPE** (Su et al. 2021, arXiv:2104.09864) turns pairs of numbers of each query and key by an angle that grows with the position, so that
+#   scores depend on distances;
+# - **grouped-query attention**: several query heads share one key head and one value head (section 6 counts what that saves);
+# - a **tied** head is the embedding table itself, used a second time.
+#
+# Which matrices are large, how many operations does a token cost in each, and how many bytes must be read for it?
+
+# %%
+rows = dict(model.model.layers[0].named_parameters())
+rows |= {"final norm": model.model.norm.weight, "embedding = head": model.model.embed_tokens.weight}
+print(f"{'':36}{'shape':>10}{'parameters':>12}{'FLOP/token':>12}{'bytes/token':>12}")
+totals = [0, 0, 0]
+for name, weight in rows.items():
+    copies = model.config.num_hidden_layers if "." in name else 1
+    flop = 2 * weight.numel() if weight.ndim == 2 else 0  # a gain multiplies number by number: left out
+    counts = weight.numel(), flop, weight.numel() * weight.element_size()
+    totals = [total + copies * count for total, count in zip(totals, counts, strict=True)]
+    label, shape = f"{copies} × {name}" if copies > 1 else name, "×".join(map(str, weight.shape))
+    print(f"{label:36}{shape:>10}" + "".join(f"{count:12,}" for count in counts))
+print(f"{'all':46}" + "".join(f"{total:12,}" for total in totals))
+print(f"parameters that the library counts: {model.num_parameters():,}")
+
+# %% [markdown]
+# ## Exercise 1.3: parameter_count (core)
+#
+# Write `parameter_count(config)`: how many parameters a model of this kind has, from its configuration alone: `hidden_size`,
+# `intermediate_size`, `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim`, `vocab_size`, `tie_word_embeddings`. There
+# are no biases. 5 lines, 12 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>Which matrices are in the figure, and what are their two sides in words of the configuration?</details>
+# <details><summary>Hint 2</summary>The sides of q and o are hidden_size and heads · head_dim, which need not be equal. Count the gains, too, and look at <code>tie_word_embeddings</code>.</details>
+
+
+# %%
+# EXERCISE parameter_count
+def parameter_count(config):
+    """Parameters of a Llama-like model."""
+    ### BEGIN SOLUTION
+    hidden, head_dim = config.hidden_size, config.head_dim
+    attention = 2 * hidden * head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden
+    tables = 1 if config.tie_word_embeddings else 2
+    return config.num_hidden_layers * layer + hidden + tables * config.vocab_size * hidden
+    ### END SOLUTION
+
+
+# %%
+# CHECK parameter_count
+from labutils.checks import ch01_costs
+
+ch01_costs.parameter_count(parameter_count)
+
+# %% [markdown]
+# In a **mixture of experts** each layer has many MLPs, and a router sends a token to a few of them. So there are two counts: *all*
+# parameters, which need memory, and the *active* ones, which one token multiplies and reads. gpt-oss-120b sends each token to 4 of 128
+# experts in a layer; the table of section 6 lists both counts.
+
+# %% [markdown]
+# ## 4 · Prefill and decode
 #
 # Generation has two phases with different names and different costs (Pope et al. 2022, arXiv:2211.05102):
 #
@@ -281,14 +395,16 @@ ch01.causal_attention(causal_attention)
 # ones: 4 + 5 + 6 = 15 positions, where 4 + 1 + 1 = 6 would do.
 
 # %% [markdown]
-# ## Exercise 1.3: greedy_naive
+# ## Exercise 1.4: greedy_naive (core)
 #
 # Write `greedy_naive(model, token_ids, new_tokens)`: `token_ids` has shape (1, positions); return prompt and
 # continuation, shape (1, positions + new_tokens). `model(input_ids=…).logits` has shape (1, positions, vocab).
-# The tokens must equal those of `transformers`' `generate`. 4 lines, 10 minutes, difficulty 2 of 3.
+# The tokens must equal those of `transformers`' `generate`, and every pass must read the whole text: the check counts.
+# 4 lines, 10 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>The logits at a position are about the token <em>after</em> it. Which position do you need?</details>
-# <details><summary>Hint 2</summary>In a loop: <code>logits[:, -1:].argmax(dim=-1)</code> has shape (1, 1); <code>torch.cat</code> it to the text along dim 1.</details>
+# <details><summary>Hint 2</summary>A pass over n positions gives n rows of logits. Only one of them is about a token that is not there yet. Which shape must it have to be joined to the text?</details>
+# <details><summary>Hint 3</summary>In a loop: <code>logits[:, -1:].argmax(dim=-1)</code> has shape (1, 1); <code>torch.cat</code> it to the text along dim 1.</details>
 
 
 # %%
@@ -335,31 +451,37 @@ for generate in (generate_naive, generate_cached):
     print("    tokens equal those of transformers:", torch.equal(tokens, expected))
 
 # %% [markdown]
-# The two phases also have two times, and one number for both would describe neither: the **time to first token** is
-# prefill, the **time per output token** is decode.
+# The two phases also have two times, and one number for both would describe neither: the **time to first token** (TTFT) is prefill, the
+# **time per output token** (TPOT, the median gap, as in chapter 00) is decode.
 #
-# **Predict:** the first token needs a pass over 256 positions, each other token a pass over one. Will the first take 256
-# times as long?
+# **Predict:** the first token needs a pass over 256 positions, each other token a pass over one. How many times as long will the first take?
+
+# %%
+my_ratio = predict("time to first token of 256 positions over time per output token", None, unit="times")
 
 # %%
 from labutils.generation.stream import CachedDecoder, StreamTimes, stream
 
 runs = [StreamTimes.of(list(stream(CachedDecoder(model), tokenizer, text_ids[:, :256], 12))) for _ in range(6)][1:]
-first_s = statistics.median(run.time_to_first_token_s for run in runs)
-each_s = statistics.median(run.time_per_output_token_s for run in runs)
-print(
-    f"time to first token  {first_s * 1e3:.1f} ms for 256 positions (median of {len(runs)} runs, one warm-up dropped)"
-)
-print(
-    f"time per output token {each_s * 1e3:.1f} ms for 1 position: the first takes {first_s / each_s:.1f} times as long"
-)
+firsts = [run.time_to_first_token_s for run in runs]
+gaps = [run.time_per_output_token_s for run in runs]
+ratio = paired_ratio(firsts, gaps)
+print(f"median of {len(runs)} runs, one warm-up dropped")
+print(f"time to first token   {statistics.median(firsts) * 1e3:.1f} ms for 256 positions")
+print(f"time per output token {statistics.median(gaps) * 1e3:.1f} ms for 1 position: the first takes {ratio} as long")
+my_ratio.compare(ratio.value)
 
 # %% [markdown]
-# **Explain.** A pass over one position is not 256 times cheaper: it reads all the weights just the same, and starts the
-# same number of kernels. Section 6 puts numbers on it.
+# **Explain:** why is a pass over one position not 256 times cheaper than a pass over 256?
+#
+# <details><summary>An explanation</summary>
+#
+# It still reads every weight and launches just as many kernels. Section 7 puts numbers on it.
+#
+# </details>
 
 # %% [markdown]
-# ## 4 · The KV cache, written by you
+# ## 5 · The KV cache, written by you
 #
 # Section 2 said it: earlier rows never change, and a new token needs *its own* query, but the keys and values of *all*
 # tokens. So keep keys and values, and compute the new token only:
@@ -372,7 +494,7 @@ print(
 # section 2: the third row alone, without the other two queries.
 
 # %%
-kept_keys, kept_values = key[:2], value[:2]  # from tokens 1 and 2
+kept_keys, kept_values = key[:2], value[:2]  # from positions 0 and 1
 kept_keys = torch.cat([kept_keys, key[2:]])
 kept_values = torch.cat([kept_values, value[2:]])
 new_row = (query[2] @ kept_keys.T / 2**0.5).softmax(dim=0) @ kept_values
@@ -380,7 +502,7 @@ print("with the cache:", new_row)
 print("whole text:    ", (shares @ value)[2])
 
 # %% [markdown]
-# ## Exercise 1.4: layer_cache
+# ## Exercise 1.5: layer_cache (core)
 #
 # Write `update(keys, values)` of `LayerCache`, the cache of one layer. Both have shape (batch, kv_heads, new positions,
 # head_dim). Store them behind what is stored already, and return *all* keys and all values. The check then puts your
@@ -388,7 +510,8 @@ print("whole text:    ", (shares @ value)[2])
 # 5 lines, 10 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>Before the first call <code>self.keys</code> is <code>None</code>. Which axis grows?</details>
-# <details><summary>Hint 2</summary><code>self.keys = torch.cat([self.keys, keys], dim=2)</code>, likewise for the values; then return both attributes.</details>
+# <details><summary>Hint 2</summary>If 3 positions are stored and 1 is new, all keys together have 4. Which of the axes (batch, kv_heads, positions, head_dim) is that?</details>
+# <details><summary>Hint 3</summary><code>self.keys = torch.cat([self.keys, keys], dim=2)</code>, likewise for the values; then return both attributes.</details>
 
 
 # %%
@@ -438,14 +561,15 @@ for position in range(60, 64):
 print(f"largest difference of any logit: {max(differences):.1e}, within 1e-4: {max(differences) < 1e-4}")
 
 # %% [markdown]
-# ## Exercise 1.5: greedy_cached
+# ## Exercise 1.6: greedy_cached (core)
 #
 # Write `greedy_cached(model, token_ids, new_tokens)`: the same tokens as `greedy_naive`, made with `KVCache`, `prefill`
 # and `decode_one_token`. No position may be read twice, and none whose logits nobody uses: the check counts.
 # 7 lines, 12 minutes, difficulty 3 of 3.
 #
 # <details><summary>Hint 1</summary>Prefill already gives the first new token. How many decode steps remain?</details>
-# <details><summary>Hint 2</summary>After prefill: choose and append; then new_tokens − 1 times: decode the token just chosen, choose, append. <code>next_ids = logits.argmax(dim=-1)</code> has shape (1,); append <code>next_ids[:, None]</code>.</details>
+# <details><summary>Hint 2</summary>Write down the passes for a prompt of 4 tokens and 3 new ones: 4, 1, 1. What does each pass read, and what do its logits choose?</details>
+# <details><summary>Hint 3</summary>After prefill: choose and append; then new_tokens − 1 times: decode the token just chosen, choose, append. <code>next_ids = logits.argmax(dim=-1)</code> has shape (1,); append <code>next_ids[:, None]</code>.</details>
 
 
 # %%
@@ -468,9 +592,12 @@ def greedy_cached(model, token_ids, new_tokens):
 ch01.greedy_cached(greedy_cached, model, prompt_ids)
 
 # %% [markdown]
-# **Predict, then measure:** how does the time of *one* token grow with the text, without and with a cache? Both
-# contestants do the same work apart from the cache: only the last position goes through the output layer
-# (`logits_to_keep=1`), in both.
+# **Predict, then measure:** how does the time of *one* token grow with the text, without and with a cache? How many times as fast is the
+# cache after 512 tokens? Apart from the cache, both do the same work: in both, only the last position goes through the output layer
+# (`logits_to_keep=1`).
+
+# %%
+my_gain = predict("one token after 512: without a cache over with one", None, unit="times")
 
 
 # %%
@@ -497,32 +624,63 @@ for n in STEP_LENGTHS:
 per_token = measure_interleaved(steps, repeats=7, warmup=1, device=device)
 
 # %%
-ratios = {n: median_s(per_token, "no cache", n) / median_s(per_token, "KV cache", n) for n in STEP_LENGTHS}
-title = f"One token after 512: the cache makes it {ratios[512]:.1f} times as fast"
+ratios = {n: times_as_long(per_token, "no cache", n, "KV cache", n) for n in STEP_LENGTHS}
+title = f"One token after 512, without a cache:\n{ratios[512]} as long as with one"
 names = ("no cache", "KV cache")
 figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
 draw_times(axes, per_token, names, STEP_LENGTHS, scale=1e3, ylabel="time of one token (ms)", title=title)
 plt.show()
 print(*per_token.values(), sep="\n")
-print("times as fast:", {n: round(ratio, 2) for n, ratio in ratios.items()})
+for n, ratio in ratios.items():
+    told_apart = "" if ratio.low > 1 or ratio.high < 1 else "; not told apart"
+    print(f"after {n:3} tokens the pass without a cache takes {ratio} as long{told_apart}")
+my_gain.compare(ratios[512].value)
 
 # %% [markdown]
-# *The figure shows the median time of one more token after texts of growing length (LabLM, float32, batch 1, 7
-# rounds in which all take turns, one warm-up; bars are 95% intervals).*
+# *Median time of one more token after texts of growing length (LabLM, float32, batch 1, 7 rounds in which all take turns, one warm-up; bars
+# are 95% intervals).*
 #
-# **Explain.** Without a cache the pass covers the whole text; with one it covers a single position, and only attention
-# still looks back. Look at the left end too: for a very short text there is little to save, and bookkeeping and copying
-# may cost as much. A cache is a trade: less arithmetic for more memory.
+# **Explain:** what does each curve depend on, and why is there so little to gain at the left end?
+#
+# <details><summary>An explanation</summary>
+#
+# Without a cache the pass covers the whole text; with one it covers a single position, and only attention still looks back. For a very short
+# text there is little to save, and bookkeeping and copying may cost as much. A cache is a trade: less arithmetic for more memory.
+#
+# </details>
 
 # %% [markdown]
-# ## 5 · What the cache costs
+# Which token? So far the likeliest. Every loop here takes `choose`, from logits to a token, and `stop`, the tokens that end a text. The usual
+# recipe is *temperature*, which divides the logits, then *top-k* or *top-p*, which leave out the unlikely tail (top-p: Holtzman et al. 2020,
+# arXiv:1904.09751); *min-p* (Nguyen et al. 2024, arXiv:2407.01082) leaves out what is too unlikely beside the likeliest token.
+
+# %%
+from labutils.generation.sampling import Sampler
+
+distribution = prefill(model, text_ids[:, :64], KVCache())
+for temperature in (0.5, 1.0, 1.5):
+    sampler = Sampler(torch.Generator(device).manual_seed(0), temperature=temperature, top_p=0.9)
+    probs = sampler.probs(distribution)[0]
+    left = int((probs > 0).sum())
+    print(f"temperature {temperature}, top-p 0.9: {left} tokens are left, the likeliest has {probs.max():.2f}")
+line_ends = {token for token in range(len(tokenizer)) if "\n" in tokenizer.decode([token])}
+ended = generate_cached(model, prompt_ids, 60, stop=line_ends)
+print(f"stopped at a line's end: {ended.shape[1] - prompt_ids.shape[1]} of at most 60 new tokens")
+
+# %% [markdown]
+# ## 6 · What the cache costs
 #
-# A key and a value for each layer, KV head and position:
+# Full attention keeps a key and a value for each layer, KV head and position:
 #
 # $$\text{bytes} = 2 \cdot \text{layers} \cdot \text{KV heads} \cdot d_{\text{head}} \cdot \text{positions} \cdot \text{bytes per number}$$
 #
-# **Grouped-query attention** (Ainslie et al. 2023, arXiv:2305.13245; one KV head for all: Shazeer 2019,
-# arXiv:1911.02150) lets several query heads share one KV head, so the cache shrinks though the number of heads stays.
+# Models of today keep less, in four ways:
+#
+# - **grouped-query attention** (GQA, Ainslie et al. 2023, arXiv:2305.13245): several query heads share one KV head;
+# - **multi-head latent attention** (MLA, DeepSeek-V2, arXiv:2405.04434): one short vector of each position, from which keys *and* values of all
+#   heads are made;
+# - a **sliding window** in some layers: only the newest positions stay;
+# - **hybrids**: in most layers a state of fixed size, as in section 1, in place of a cache.
 #
 # **Tiny numbers:** Llama-2-7B has 32 layers and 32 heads of 128, all with their own keys and values.
 
@@ -532,80 +690,99 @@ print(f"Llama-2-7B, fp16: {llama_2_7b} bytes for one token = {llama_2_7b / 2**20
 print(f"a text of 4096 tokens: {4096 * llama_2_7b / 2**30} GiB, for one user")
 
 # %% [markdown]
-# ## Exercise 1.6: kv_cache_bytes
+# ## Exercise 1.7: kv_cache_bytes
 #
-# Write `kv_cache_bytes(layers, heads, kv_heads, head_dim, positions, element_bytes)`: the bytes of the cache for one
-# text. Each number takes `element_bytes`. 1 line, 5 minutes, difficulty 1 of 3.
+# Write `kv_cache_bytes(layers, positions, element_bytes)`: the bytes kept of one text of so many positions, at `element_bytes` a number. Each
+# layer is a dictionary: `{"kv_heads": 8, "head_dim": 64}`; the same with `"window": 128`, which keeps at most the newest 128 positions;
+# `{"latent_dim": 576}`, one vector for each position; or `{"state": 524288}`, so many numbers whatever the length.
+# 9 lines, 12 minutes, difficulty 2 of 3.
 #
-# <details><summary>Hint 1</summary>One of the arguments is not needed. Which heads are stored?</details>
-# <details><summary>Hint 2</summary>The formula above, with its 2 for key and value, and <code>kv_heads</code>.</details>
+# <details><summary>Hint 1</summary>How many positions does this layer keep, and how many numbers for each? Which of the four does not grow with the text?</details>
+# <details><summary>Hint 2</summary>Only the first two kinds store two vectors for each position, a key and a value.</details>
+# <details><summary>Hint 3</summary><code>min(positions, layer.get("window", positions))</code> is how many positions are kept.</details>
 
 
 # %%
 # EXERCISE kv_cache_bytes
-def kv_cache_bytes(layers, heads, kv_heads, head_dim, positions, element_bytes):
-    """Bytes of keys and values for one text."""
+def kv_cache_bytes(layers, positions, element_bytes):
+    """Bytes kept of one text."""
     ### BEGIN SOLUTION
-    return 2 * layers * kv_heads * head_dim * positions * element_bytes
+    numbers = 0
+    for layer in layers:
+        kept = min(positions, layer.get("window", positions))
+        if "state" in layer:
+            numbers += layer["state"]
+        elif "latent_dim" in layer:
+            numbers += kept * layer["latent_dim"]
+        else:
+            numbers += 2 * kept * layer["kv_heads"] * layer["head_dim"]
+    return numbers * element_bytes
     ### END SOLUTION
 
 
 # %%
 # CHECK kv_cache_bytes
-ch01.kv_cache_bytes(kv_cache_bytes)
+ch01_costs.kv_cache_bytes(kv_cache_bytes)
 
 # %% [markdown]
-# Arithmetic is a prediction: does a real cache agree? And what about models that you know? Their shapes stand in the
-# `config.json` of each on the Hugging Face hub (`meta-llama/Llama-2-7b-hf`, `meta-llama/Llama-2-70b-hf`,
-# `meta-llama/Llama-3.1-8B`, `Qwen/Qwen2.5-0.5B`); parameters are those of their model cards.
+# Arithmetic is a prediction: does a real cache agree? And what about models that you know? The shapes below are those of their `config.json`
+# on the Hugging Face hub, and the parameters those of their model cards. `LayerCache` is `labutils`' way to say what a layer keeps: shapes of
+# keys and values, and how many positions at most. A state counts as a single position.
 
 # %%
+from labutils.layers.architecture import LayerCache
 from labutils.measurement.resources import kv_bytes_per_position
 
 cache = KVCache()
 prefill(model, text_ids[:, :200], cache)
 print("LabLM, 200 tokens, float32: predicted", 200 * kv_bytes_per_position(model.config), "bytes,", end=" ")
 print("in the cache", cache.resident_bytes)
-LABLM = "LabLM (this course)"
-MODELS = {  # layers, heads, kv_heads, head_dim, longest text, parameters
-    "Llama-2-7B": (32, 32, 32, 128, 4096, 6.74e9),
-    "Llama-2-70B": (80, 64, 8, 128, 4096, 69.0e9),
-    "Llama-3.1-8B": (32, 32, 8, 128, 131072, 8.03e9),
-    "Qwen2.5-0.5B": (24, 14, 2, 64, 32768, 0.49e9),
-}
-c = model.config
-shape = (c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-MODELS[LABLM] = (*shape, c.max_position_embeddings, model.num_parameters())
 
+
+def full(kv_heads, head_dim, window=None):
+    return LayerCache(keys=(kv_heads, head_dim), values=(kv_heads, head_dim), window=window)
+
+
+latent = LayerCache(keys=(1, 512), values=(1, 64))  # the latent vector, and one key with the position in it
+linear = LayerCache(
+    keys=(32, 128 * 128), values=(0, 0), window=1
+)  # 32 states of 128 × 128; a short convolution is left out
+c = model.config
 
 # %%
-def cost_at(name, positions):
-    """GB of the fp16 cache, and attention's share of the next token's FLOP: 4·n·d a layer beside 2·parameters."""
-    layers, heads, kv_heads, head_dim, longest, parameters = MODELS[name]
-    cache_gb = 2 * layers * kv_heads * head_dim * positions * 2 / 1e9
-    attention_flop = 4 * positions * heads * head_dim * layers
-    return cache_gb, attention_flop / (attention_flop + 2 * parameters)
+MODELS = {  # what each layer keeps, longest text, all parameters, active ones
+    "Llama-2-7B": ([full(32, 128)] * 32, 4096, 6.74e9, 6.74e9),
+    "Llama-3.1-8B (GQA)": ([full(8, 128)] * 32, 131072, 8.03e9, 8.03e9),
+    "Qwen2.5-0.5B (GQA)": ([full(2, 64)] * 24, 32768, 0.49e9, 0.49e9),
+    "gpt-oss-120b (half windows)": ([full(8, 64, 128), full(8, 64)] * 18, 131072, 116.8e9, 5.1e9),
+    "DeepSeek-V3 (MLA)": ([latent] * 61, 131072, 671e9, 37e9),
+    "Qwen3-Next-80B (hybrid)": ([linear, linear, linear, full(2, 256)] * 12, 262144, 80e9, 3e9),
+    "LabLM": ([full(c.num_key_value_heads, c.head_dim)] * c.num_hidden_layers, 1024, 5.77e6, 5.77e6),
+}
+
+
+def cache_gb(name, positions):
+    """GB of the cache in 16 bits."""
+    return 2 * sum(layer.numbers(positions) for layer in MODELS[name][0]) / 1e9
 
 
 # %%
 def memory_table(positions):
-    """The costs of a prompt of so many tokens, as text; models whose context is shorter show a dash."""
-    rows = [f"{positions} tokens, fp16  {'bytes/token':>12} {'cache':>10} {'weights':>10} {'attention':>10}"]
-    for name, shape in MODELS.items():
-        cache_gb, share = cost_at(name, positions)
-        held = (f"{cache_gb:7.3f} GB", f"{share:9.1%}") if positions <= shape[4] else ("-", "-")
-        rows.append(
-            f"{name:20} {cost_at(name, 1)[0] * 1e9:12.0f} {held[0]:>10} {shape[5] * 2e-9:7.2f} GB {held[1]:>10}"
-        )
-    return "\n".join(rows)
+    """The cache of a prompt of so many tokens, as text; models whose context is shorter show a dash."""
+    lines = [f"{f'{positions} tokens, 16 bits':30}{'cache':>12}{'a token':>12}{'all weights':>13}{'read a token':>14}"]
+    for name, (_, longest, parameters, active) in MODELS.items():
+        gb = cache_gb(name, positions)
+        held = (f"{gb:.3f} GB", f"{gb * 1e6 / positions:.1f} kB") if positions <= longest else ("-", "-")
+        lines.append(f"{name:30}{held[0]:>12}{held[1]:>12}{parameters * 2e-9:10.2f} GB{active * 2e-9:11.2f} GB")
+    return "\n".join(lines)
 
 
 print(memory_table(1024))
+print(memory_table(32768))
 
 # %% [markdown]
-# **Question for the slider:** from which prompt length on is Llama-3.1-8B's cache larger than its *weights*? And when is
-# attention half of the arithmetic? The figure below the slider is the same without a click; `memory_table(32768)` is the
-# same as text.
+# **Question for the slider:** from which prompt length on is Llama-3.1-8B's cache larger than its *weights*? Which model keeps least for a long
+# text, and which for a short one? The figure below the slider shows it without a click; `print(memory_table(131072))` prints it.
 
 # %%
 import ipywidgets as widgets
@@ -623,28 +800,32 @@ show_table()
 widgets.VBox([slider, table_box])
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-for index, (name, shape) in enumerate(MODELS.items()):
-    lengths = [2**i for i in range(7, 18) if 2**i <= shape[4]]
-    costs = [cost_at(name, n) for n in lengths]
-    left.loglog(lengths, [gb for gb, _ in costs], label=name, **series_style(index))
-    right.semilogx(lengths, [100 * share for _, share in costs], label=name, **series_style(index))
-left.set_ylim(top=60)
-left.axhline(8.03 * 2, color="grey", linestyle=":")
-left.annotate("weights of Llama-3.1-8B", (130, 8.03 * 2), xytext=(0, 4), textcoords="offset points", color="0.3")
-left.set(xlabel="prompt (tokens)", ylabel="KV cache, fp16 (GB)", title="Every cache grows in proportion to the text")
-right.set(xlabel="prompt (tokens)", ylabel="scores and values (% of FLOP)")
-right.set_title("Attention's share grows with the text")
-left.legend(fontsize="small")
+figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
+for index, (name, (_, longest, _, _)) in enumerate(MODELS.items()):
+    lengths = [2**i for i in range(7, 19) if 2**i <= longest]
+    held = [cache_gb(name, n) for n in lengths]
+    axes.plot(lengths, held, **series_style(index))
+    lower = -12 if "gpt" in name else -3
+    axes.annotate(name, (lengths[-1], held[-1]), xytext=(8, lower), textcoords="offset points", fontsize=8)
+axes.axhline(8.03 * 2, color="grey", linestyle=":")
+axes.annotate("weights of Llama-3.1-8B", (128, 8.03 * 2), xytext=(0, 4), textcoords="offset points", color="0.3")
+for which in "xy":
+    plain_log_scale(axes, which)
+axes.set(xlabel="prompt (tokens)", ylabel="KV cache, 16 bits (GB)")
+axes.set_title("Windows, latent vectors and states keep less of a long text")
+axes.set_xticks([2**i for i in range(7, 19, 2)], [f"{2**i:,}" for i in range(7, 19, 2)])
+axes.set_xlim(100, 4e6)
 plt.show()
 
 # %% [markdown]
-# *Computed, not measured. Left: the cache in fp16 for one text, up to each model's longest; right: the share of
-# attention (scores and values) in the operations of the next token.* Compare Llama-2-7B with Llama-3.1-8B: about the same
-# number of weights, a quarter of the KV heads. Chapter 03 stores the cache in fewer bits.
+# *Computed, not measured: what is kept of one text, up to each model's longest.* Compare Llama-2-7B with Llama-3.1-8B: about the same number
+# of weights, a quarter of the KV heads. The hybrid begins high, since its states are there from the first token on, and then grows with its few
+# attention layers only.
+# Chapter 03 stores the cache in fewer bits. Servers cut it into pages, so that no memory waits empty for texts that end early
+# (*PagedAttention*, Kwon et al. 2023, arXiv:2309.06180), and share the pages of a common beginning (*prefix caching*): chapter 11.
 
 # %% [markdown]
-# ## 6 · The roofline
+# ## 7 · The roofline
 #
 # A processor does at most so many operations a second, and its memory delivers at most so many bytes. Work that does I
 # operations for each byte it reads (its *arithmetic intensity*) reaches at most
@@ -665,13 +846,14 @@ print(f"below {machine.ridge_flop_per_byte:.1f} FLOP per byte, this machine wait
 # besides it the cache. **Tiny numbers:** one parameter of 4 bytes. One token: 2 FLOP for 4 bytes. Ten tokens in the same
 # pass: 20 FLOP for the same 4 bytes.
 #
-# ## Exercise 1.7: flop_per_byte
+# ## Exercise 1.8: flop_per_byte
 #
 # Write `flop_per_byte(parameters, tokens, bytes_per_parameter, cache_bytes)`: the arithmetic intensity of one pass over
 # `tokens` tokens that also reads `cache_bytes` of keys and values. 2 lines, 6 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>Which of the two, operations or bytes, grows with the number of tokens in the pass?</details>
-# <details><summary>Hint 2</summary>2·parameters·tokens over (parameters·bytes_per_parameter + cache_bytes).</details>
+# <details><summary>Hint 2</summary>A pass over ten tokens reads the weights as often as a pass over one, and does ten times the operations.</details>
+# <details><summary>Hint 3</summary>2·parameters·tokens over (parameters·bytes_per_parameter + cache_bytes).</details>
 
 
 # %%
@@ -686,61 +868,143 @@ def flop_per_byte(parameters, tokens, bytes_per_parameter, cache_bytes):
 
 # %%
 # CHECK flop_per_byte
-ch01.flop_per_byte(flop_per_byte)
+ch01_costs.flop_per_byte(flop_per_byte)
 
 # %% [markdown]
-# **Predict:** on which side of the ridge does LabLM's decode stand, on which its prefill of 256 tokens? Now measure both.
-# We count the products with the weights (the output layer only for the last position) and leave attention's own scores
-# out, so the FLOP are slightly too few.
+# **Predict:** on which side of the ridge does decode stand, on which a prefill of 256 tokens? And which of them will come near its roof?
+#
+# Two models: LabLM, and one with 0.2 billion random weights, too many for a cache (values do not change speed; what it writes is noise). We
+# count the products with the weights (the output layer only for the last position) and leave attention's own scores out, so the FLOP are
+# slightly too few.
 
 # %%
-from labutils.measurement.resources import decode_bytes_per_token, weight_bytes_read
+from labutils.bench.subject import speed_subject
+from labutils.generation.decode import static_cache
+from labutils.measurement.resources import weight_bytes_read
 from labutils.plots.roofline import RooflinePoint, draw_roofline
 
-head = model.config.vocab_size * model.config.hidden_size  # the output layer, shared with the embedding
-body = model.num_parameters() - head
-cache = KVCache()
-prefill(model, text_ids[:, :255], cache)
-passes = {"prefill": lambda: prefill(model, text_ids[:, :256], KVCache())}
-passes["decode"] = lambda: cached_step(text_ids[:, :256], cache)
-timed = measure_interleaved(passes, repeats=7, warmup=2, device=device)
-print(timed["prefill"], timed["decode"], sep="\n")
-cache_bytes = 256 * kv_bytes_per_position(model.config)
-prefill_flop, prefill_bytes = 2 * (256 * body + head), weight_bytes_read(model) + cache_bytes
-decode_flop, decode_bytes = 2 * (body + head), decode_bytes_per_token(model, 256).total_bytes
+large = speed_subject().model.to(device)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def matrix_parameters(network):
+    """Parameters of the output layer (tied to the embedding) and of all other layers."""
+    head = network.config.vocab_size * network.config.hidden_size
+    return head, network.num_parameters() - head
+
+
+def decode_step(network, batch, positions=64):
+    """One cached decode step of so many texts at once; afterwards the cache is as before. It holds random numbers."""
+    c, ids = network.config, torch.randint(4000, (batch, positions - 1), device=device)
+    cache = static_cache(network, ids, 1)  # buffers of full length: no step copies what came before
+    for layer in range(c.num_hidden_layers):
+        cache.update(*torch.randn(2, batch, c.num_key_value_heads, positions - 1, c.head_dim, device=device), layer)
+
+    def step():
+        decode_one_token(network, ids[:, -1], cache)
+        cache.truncate(positions - 1)
+
+    return step
+
+
+print(f"{large.num_parameters() / 1e9:.2f} billion random weights, {weight_bytes_read(large) / 1e6:.0f} MB in float32")
 
 # %%
+passes = {
+    "LabLM prefill of 256": lambda: prefill(model, text_ids[:, :256], KVCache()),
+    "LabLM decode": decode_step(model, 1),
+    "0.2B prefill of 256": lambda: prefill(large, text_ids[:, :256], KVCache()),
+}
+passes |= {f"0.2B decode of {batch}": decode_step(large, batch) for batch in BATCHES}
+timed = measure_interleaved(passes, repeats=5, warmup=1, device=device)
+print(*timed.values(), sep="\n")
+
+
+# %%
+def roofline_point(label, network, tokens, outputs, cached):
+    """A pass over so many tokens, some of which go through the output layer, with so many cached positions in all."""
+    head, body = matrix_parameters(network)
+    moved = weight_bytes_read(network) + cached * kv_bytes_per_position(network.config)
+    return RooflinePoint(label, 2 * (tokens * body + outputs * head), moved, timed[label].median_s)
+
+
 points = [
-    RooflinePoint("prefill of 256", prefill_flop, prefill_bytes, timed["prefill"].median_s),
-    RooflinePoint("decode of 1", decode_flop, decode_bytes, timed["decode"].median_s),
+    roofline_point("LabLM prefill of 256", model, 256, 1, 256),
+    roofline_point("LabLM decode", model, 1, 1, 64),
+    roofline_point("0.2B prefill of 256", large, 256, 1, 256),
+    *(roofline_point(f"0.2B decode of {batch}", large, batch, batch, 64 * batch) for batch in (1, 8, 64)),
 ]
-figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
+figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
 draw_roofline(machine, points, ax=axes)
 plt.show()
 for point in points:
-    print(f"{point.label}: {point.intensity_flop_per_byte:.2f} FLOP/byte, {point.flops_per_s / 1e9:.1f} GFLOP/s")
+    share = point.share(machine)
+    rates = f"{point.intensity_flop_per_byte:7.2f} FLOP/byte, {point.flops_per_s / 1e9:6.1f} GFLOP/s"
+    print(f"{point.label:22}{rates}, {share} of the roof")
 print(f"tokens in one pass to reach the ridge: about {machine.ridge_flop_per_byte * 4 / 2:.0f} (float32 weights)")
 
 # %% [markdown]
-# *The figure shows both measured roofs, and where the two phases stand below them; the legend gives the share of the roof
-# that each reached.*
+# *Both roofs are measured; each point is a pass, with the share of the roof that it reached.* A pass "waits for memory" only if it comes near that roof: the
+# title calls whatever reaches less than half of its roof **overhead**: launches, Python, or a kernel that does not fit the shape.
 #
-# **Explain.** Decode is far to the left: two operations for every weight it fetches. First read its share of the roof in the legend. Near
-# the roof, memory is the limit, and fewer bytes (chapters 02 to 04) or more tokens in each pass (batching and speculation) help. At
-# less than half of it, the limit is neither memory nor arithmetic: it is **overhead**, such as launching many small kernels from Python.
-# Then fewer bytes alone buy little. LabLM is a small model in eager PyTorch; chapter 06 profiles where its time goes.
+# **Explain:** compare the two models' decode. Why are they limited by different things, and what would fewer bytes buy each of them?
+#
+# <details><summary>An explanation</summary>
+#
+# Both do two operations for every weight they read, so both stand far to the left. Near the roof, memory is the limit: fewer bytes (chapters
+# 02 to 04) or more tokens in each pass help. Far below it, the time goes into launching many small kernels from Python, and fewer bytes alone
+# buy little; chapter 06 profiles that. LabLM is also small enough for many processors' caches: if its label says *probe error*, the weights
+# came from there, and the memory roof does not apply.
+#
+# </details>
 
 # %% [markdown]
-# A caution: LabLM is small enough to stay in many processors' cache. If the legend says *probe error*, the weights came
-# from there, and the memory roof does not apply. Claims about bandwidth need a larger model.
+# The same steps tell what a **batch** buys. One step of B texts reads the weights once and writes B tokens. So throughput (tokens/s of all texts
+# together) rises, and each text waits longer for its next token (the inter-token latency). **Predict:** how many times the tokens/s of one text do
+# 64 texts reach?
+
+# %%
+my_batch = predict("tokens/s of 64 texts at once over tokens/s of one (0.2B)", None, unit="times")
+
+# %%
+steps = [timed[f"0.2B decode of {batch}"] for batch in BATCHES]
+one = steps[0].samples_s
+gain = {n: paired_ratio([n * s for s in one], t.samples_s) for n, t in zip(BATCHES, steps, strict=True)}
+longer = paired_ratio(steps[-1].samples_s, one)
+for batch, ratio in gain.items():
+    print(f"{batch:2} texts: {ratio} the tokens/s of one")
+my_batch.compare(gain[64].value)
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+for axes, of in ((left, lambda batch, s: batch / s), (right, lambda batch, s: s * 1e3)):
+    middle = [of(n, t.median_s) for n, t in zip(BATCHES, steps, strict=True)]
+    ends = [sorted(of(n, s) for s in t.interval_s) for n, t in zip(BATCHES, steps, strict=True)]
+    bars = [[abs(m - e[side]) for m, e in zip(middle, ends, strict=True)] for side in (0, 1)]
+    axes.errorbar(BATCHES, middle, yerr=bars, capsize=3, **series_style(0))
+    axes.set_xlabel("texts in one step")
+    for which in "xy":
+        plain_log_scale(axes, which)
+    axes.set_xticks(BATCHES, [str(n) for n in BATCHES])
+left.plot(BATCHES, [n / steps[0].median_s for n in BATCHES], color="0.6", linestyle=":")
+left.annotate("in proportion", (16, 16 / steps[0].median_s), xytext=(-75, 0), textcoords="offset points")
+left.set(ylabel="tokens/s of all texts together", title=f"64 texts write {gain[64]} the tokens/s of one")
+right.set(ylabel="time of one step (ms)", title=f"and each of them waits {longer} as long")
+plt.show()
 
 # %% [markdown]
-# ## 7 · Timing without fooling yourself
+# *Medians with 95% intervals (0.2B random weights, float32, 64 positions in each text's cache); along the dotted line further texts would cost nothing.* Where the
+# curve leaves that line at the first few texts already, the library has gone from a matrix times a vector to a product of matrices, which may reach less of the
+# bandwidth. Further on, three things set the limit. The ridge, printed above, says from how many tokens a pass on arithmetic takes over. Each text brings its own cache, which no other text can share: capacity, then bandwidth. And
+# each text waits longer. Chapter 11 serves many users within such limits.
+
+# %% [markdown]
+# ## 8 · Timing without fooling yourself
 #
 # Somebody sends you this benchmark. It compares LabLM's cached decode step with ... itself. `WithSetup` stands for everything that
 # happens on a first call only: compilation, allocation, cold caches.
 #
-# **Predict:** what should a benchmark say about a function against itself?
+# **Predict:** what should a benchmark say about a function against itself, and what will this one say?
 
 
 # %%
@@ -765,6 +1029,8 @@ def careless_speedup(baseline, candidate):
     return seconds[0] / seconds[1]
 
 
+cache = KVCache()
+prefill(model, text_ids[:, :255], cache)
 step = WithSetup(lambda: cached_step(text_ids[:, :256], cache), setup_s=0.5)
 print(f"a function is {careless_speedup(step, step):.1f} times as fast as itself")
 
@@ -773,15 +1039,15 @@ print(f"a function is {careless_speedup(step, step):.1f} times as fast as itself
 #
 # <details><summary>The faults</summary>
 #
-# 1. Set-up is paid by whoever goes first, inside the timed region: **warm up** first.
-# 2. All of one, then all of the other: if the machine changes in between, the second gets the blame: **interleave**.
-# 3. A **mean** of three: one disturbed call drags it along, and nothing says how sure it is: keep the samples, take the
-#    **median** of more.
-# 4. Nobody **waits** for the device: see below.
+# 1. Whoever goes first pays for the setup, inside the timed region: **warm up** first.
+# 2. It times all calls of one, then all of the other. If the machine changes in between, the second gets the blame: **interleave**.
+# 3. It takes a **mean** of three. One disturbed call drags it along, and nothing says how sure it is: keep the samples, take the **median** of
+#    more.
+# 4. It does not **wait** for the device: see below.
 #
 # </details>
 #
-# Here is what one set-up does to a mean.
+# Here is what one setup does to a mean.
 
 # %%
 fresh, calls_ms = WithSetup(lambda: cached_step(text_ids[:, :256], cache), setup_s=0.5), []
@@ -791,18 +1057,18 @@ for _ in range(12):
     calls_ms.append((time.perf_counter() - start) * 1e3)
 mean, median = statistics.mean(calls_ms), statistics.median(calls_ms)
 figure, axes = plt.subplots(figsize=(6.5, 3.5), layout="constrained")
-axes.semilogy(range(1, 13), calls_ms, linestyle="none", label="one call", **series_style(0))
-axes.axhline(mean, color="#D55E00", linestyle="--", label="mean")
-axes.axhline(median, color="#009E73", label="median")
+axes.plot(range(1, 13), calls_ms, linestyle="none", **series_style(0))
+for name, value, style in (("mean", mean, "--"), ("median", median, "-")):
+    axes.axhline(value, color="0.4", linestyle=style)
+    axes.annotate(name, (12, value), xytext=(0, 4), textcoords="offset points", ha="right")
+plain_log_scale(axes, "y")
 axes.set(
     xlabel="call", ylabel="time (ms)", title=f"One first call lifts the mean to {mean / median:.1f} times the median"
 )
-axes.legend()
 plt.show()
 
 # %% [markdown]
-# *The figure shows twelve calls of one function: the first includes the set-up; the dashed line is their mean, the solid
-# one their median.*
+# *Twelve calls of one function, the first of which includes the setup.*
 #
 # Fault 4: a GPU call returns as soon as the work is *queued*. A queue with one worker behaves the same on any computer:
 
@@ -819,13 +1085,12 @@ with ThreadPoolExecutor(max_workers=1) as queue:
 print(f"without waiting: {launched_s * 1e3:.3f} ms; with waiting: {done_s * 1e3:.1f} ms")
 
 # %% [markdown]
-# A subtler fault is **different work** in the two contestants. `forward_logits` computes the logits of *all* positions;
-# a loop that wants only the next token need not. Against such a baseline a cache would be praised for work that it has
-# nothing to do with. First the count, then the clock; if the interval contains 1, this machine cannot tell them apart.
+# A subtler fault is to compare **different work**. `forward_logits` computes the logits of *all* positions; a loop that wants only the next
+# token need not. Against such a baseline a cache would be praised for work that it has nothing to do with. First the count, then the clock;
+# if the interval contains 1, this machine cannot tell the two apart.
 
 # %%
-from labutils.measurement.timing import paired_ratio
-
+head, body = matrix_parameters(model)
 unequal = measure_interleaved(
     {"all logits": lambda: forward_logits(model, text_ids[:, :256]), "last": lambda: naive_step(text_ids[:, :256])},
     device=device,
@@ -837,7 +1102,7 @@ print(
 print("and takes", paired_ratio(unequal["all logits"].samples_s, unequal["last"].samples_s), "the time")
 
 # %% [markdown]
-# ## Exercise 1.8: speedup
+# ## Exercise 1.9: speedup
 #
 # Repair it: `speedup(baseline, candidate, warmup, rounds, wait, clock)` returns how many times as fast the candidate is.
 # First call each function `warmup` times untimed. Then, for `rounds` rounds, time one call of each. `wait()` blocks until
@@ -845,7 +1110,8 @@ print("and takes", paired_ratio(unequal["all logits"].samples_s, unequal["last"]
 # machine that slows down midway, gets disturbed, and queues its work. 10 lines, 15 minutes, difficulty 3 of 3.
 #
 # <details><summary>Hint 1</summary>Two lists of samples, one loop over the rounds, both functions inside it. When is a queued call over?</details>
-# <details><summary>Hint 2</summary>One sample: <code>wait(); start = clock(); function(); wait(); samples.append(clock() - start)</code>.</details>
+# <details><summary>Hint 2</summary>Draw one sample as a line: the first clock reading, the call, the moment when the device has finished, the second reading. Where must wait() stand, and why also at the start?</details>
+# <details><summary>Hint 3</summary>One sample: <code>wait(); start = clock(); function(); wait(); samples.append(clock() - start)</code>.</details>
 
 
 # %%
@@ -873,7 +1139,7 @@ def speedup(baseline, candidate, warmup, rounds, wait, clock):
 ch01.speedup(speedup)
 
 # %% [markdown]
-# `labutils.measurement.timing` does this, starts each round with another contestant, and adds an interval that resamples
+# `labutils.measurement.timing` does this, starts each round with another function, and adds an interval that resamples
 # whole rounds. Try it on the function against itself (an *A/A test*). If the interval misses 1, distrust the machine
 # before you trust any other number of it.
 
@@ -881,14 +1147,19 @@ ch01.speedup(speedup)
 step = WithSetup(lambda: cached_step(text_ids[:, :256], cache), setup_s=0.2)
 same = measure_interleaved({"first": step, "second": step}, repeats=15, device=device)
 print(same["first"], same["second"], sep="\n")
-print("against itself:", paired_ratio(same["first"].samples_s, same["second"].samples_s))
+itself = paired_ratio(same["first"].samples_s, same["second"].samples_s)
+verdict = (
+    "the interval contains 1, as it must"
+    if itself.low <= 1 <= itself.high
+    else "it misses 1: this machine is busy, or it drifts"
+)
+print(f"against itself: {itself}, {verdict}")
 
 # %% [markdown]
-# ## 8 · Two points for the ledger
+# ## 9 · Two points for the ledger
 #
 # The same prompt and the same number of tokens, without a cache and with ours, in one interleaved run. The quality is one
-# number for both: within rounding both compute the same logits (section 4 proved it within 1e-4) and the cell below
-# compares their tokens.
+# number for both: section 5 found their logits equal within 1e-4, and the cell below compares their tokens.
 
 # %%
 from labutils.models import evaluate_text
@@ -909,7 +1180,10 @@ print("same tokens:", torch.equal(*(loop() for loop in loops.values())))
 runs = measure_interleaved(loops, repeats=5, warmup=1, device=device)
 faster = paired_ratio(runs["no cache"].samples_s, runs["own KV cache"].samples_s)
 quality = evaluate_text.bits_per_byte(model, tokenizer, held_out, context=512)
-print(f"the cache is {faster} as fast, at {quality:.3f} bits per byte for both")
+print(
+    f"{NEW_TOKENS} tokens after {ledger_ids.shape[1]}, prefill included: the cache is {faster} as fast, at {quality:.3f} bits per byte"
+)
+print(f"for both, on the first {CHARACTERS} characters of {len(held_out)} held-out modules")
 
 # %%
 from labutils.measurement import ledger
@@ -939,9 +1213,8 @@ plt.show()
 print(speed_quality_table(records))
 
 # %% [markdown]
-# *The figure shows all records of your ledger so far: tokens per second (with the interval of the repeats) against bits
-# per byte. The two points of this chapter lie at the same height: a cache changes the speed and nothing else.* Their
-# tokens per second include the prefill of the prompt. Points from other chapters may have other prompts: compare like with like.
+# *All records of your ledger so far: tokens per second of a whole call, prefill included, against bits per byte.* The two points of this chapter
+# are equally high, because a cache changes the speed and nothing else. Points from other chapters may have other prompts: compare like with like.
 
 # %% [markdown]
 # **Question for the plot:** choose a model and a device. Which record is the fastest that costs no quality, and was it
@@ -954,18 +1227,37 @@ from labutils.widgets.speed_quality import speed_quality_widget
 speed_quality_widget(records)
 
 # %% [markdown]
+# ## Words
+#
+# | word | meaning |
+# | --- | --- |
+# | prefill, decode | the pass over the prompt; one pass for each further token |
+# | KV cache | the keys and values of all positions so far |
+# | GQA, MLA | query heads share key and value heads; one latent vector stands for all |
+# | arithmetic intensity | operations for each byte that a pass reads |
+# | roofline, ridge | the most that memory and arithmetic allow; where the two meet |
+# | overhead | time in which neither memory nor arithmetic is near its limit |
+# | throughput, latency | tokens/s of all texts together; how long one text waits |
+# | A/A test | a function timed against itself |
+
+# %% [markdown]
 # ## What you have
 #
 # - reading can be parallel, writing cannot: prefill and decode, two phases with two times;
-# - attention and a KV cache written by hand, proved equal to the naive loop;
-# - the bytes of a cache for any model, and why grouped-query attention exists;
-# - decode waits for memory and prefill for arithmetic only *where they come near the measured roof*; elsewhere they wait for overhead;
+# - attention and a KV cache written by hand, equal to the naive loop on the texts of the checks;
+# - every matrix of a Llama-like model, and its parameters, operations and bytes;
+# - the bytes of a cache with grouped heads, windows, latent vectors or states;
+# - decode waits for memory and prefill for arithmetic only *where they come near the measured roof*; elsewhere overhead limits them;
+# - what a batch buys, and what it costs each text;
 # - a way of timing that a function cannot win against itself.
 #
 # **Open question:** decode uses a small part of this machine's arithmetic. If you had to decode for 20 users at once,
 # what would you share between them, what could you not share, and which of the two sets the limit?
 #
 # Next: **02 · Quantization formulas**.
+
+# %%
+calibration()
 
 # %%
 from labutils.course.progress import progress

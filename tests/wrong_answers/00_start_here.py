@@ -16,6 +16,13 @@ def tokens_per_second(new_tokens, seconds):
     return new_tokens / statistics.mean(seconds[1:])
 
 
+# %% WRONG tokens_per_second | mean of the middle two
+# EXERCISE tokens_per_second
+def tokens_per_second(new_tokens, seconds):
+    runs = sorted(seconds[1:])
+    return new_tokens / runs[(len(runs) - 1) // 2]
+
+
 # %% WRONG tokens_per_second | luckiest
 # EXERCISE tokens_per_second
 def tokens_per_second(new_tokens, seconds):
@@ -97,22 +104,48 @@ def predict_all(model, batches):
     return torch.cat([model(batch) for batch in batches])
 
 
-# %% WRONG accuracy | how many are right
-# EXERCISE accuracy
-def accuracy(logits, labels):
-    return int((logits.argmax(dim=1) == labels).sum())
+# %% WRONG refuted | may be true
+# EXERCISE refuted
+def refuted(claims, bandwidth_bytes_per_s):
+    found = []
+    for claim in claims:
+        read_bytes = claim["active_parameters"] * claim["bits"] / 8
+        if claim["tokens_per_s"] <= claim["streams"] * bandwidth_bytes_per_s / read_bytes:
+            found.append(claim["name"])
+    return found
 
 
-# %% WRONG accuracy | above 0.5 is no success
-# EXERCISE accuracy
-def accuracy(logits, labels):
-    return (logits > 0.5).float().mean().item()
+# %% WRONG refuted | active parameters only
+# EXERCISE refuted
+def refuted(claims, bandwidth_bytes_per_s):
+    found = []
+    for claim in claims:
+        read_bytes = claim["parameters"] * claim["bits"] / 8
+        if claim["tokens_per_s"] > claim["streams"] * bandwidth_bytes_per_s / read_bytes:
+            found.append(claim["name"])
+    return found
 
 
-# %% WRONG accuracy | error rate
-# EXERCISE accuracy
-def accuracy(logits, labels):
-    return (logits.argmax(dim=1) != labels).float().mean().item()
+# %% WRONG refuted | share one read
+# EXERCISE refuted
+def refuted(claims, bandwidth_bytes_per_s):
+    found = []
+    for claim in claims:
+        read_bytes = claim["active_parameters"] * claim["bits"] / 8
+        if claim["tokens_per_s"] > bandwidth_bytes_per_s / read_bytes:
+            found.append(claim["name"])
+    return found
+
+
+# %% WRONG refuted | divide them by 8
+# EXERCISE refuted
+def refuted(claims, bandwidth_bytes_per_s):
+    found = []
+    for claim in claims:
+        read_bytes = claim["active_parameters"] * claim["bits"]
+        if claim["tokens_per_s"] > claim["streams"] * bandwidth_bytes_per_s / read_bytes:
+            found.append(claim["name"])
+    return found
 
 
 # %% WRONG clock_cycles | factor of 2

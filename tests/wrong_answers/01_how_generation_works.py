@@ -1,37 +1,54 @@
-# %% WRONG layer_flop | multiplications
-# EXERCISE layer_flop
-def layer_flop(length, width):
-    return 8 * length * width**2, 4 * length * width**2 + 2 * length**2 * width
+# %% WRONG linear_attention | then read
+# EXERCISE linear_attention
+def linear_attention(query, key, value):
+    state, rows = torch.zeros(key.shape[1], value.shape[1]), []
+    for q, k, v in zip(query, key, value, strict=True):
+        rows.append(q @ state)
+        state = state + torch.outer(k, v)
+    return torch.stack(rows), state
 
 
-# %% WRONG layer_flop | four gates
-# EXERCISE layer_flop
-def layer_flop(length, width):
-    return 2 * 2 * length * width**2, 4 * 2 * length * width**2 + 4 * length**2 * width
+# %% WRONG linear_attention | newest token only
+# EXERCISE linear_attention
+def linear_attention(query, key, value):
+    rows = []
+    for q, k, v in zip(query, key, value, strict=True):
+        state = torch.outer(k, v)
+        rows.append(q @ state)
+    return torch.stack(rows), state
 
 
-# %% WRONG layer_flop | the token and the hidden state
-# EXERCISE layer_flop
-def layer_flop(length, width):
-    return 4 * 2 * length * width**2, 4 * 2 * length * width**2 + 4 * length**2 * width
+# %% WRONG linear_attention | turned round
+# EXERCISE linear_attention
+def linear_attention(query, key, value):
+    state, rows = torch.zeros(key.shape[1], value.shape[1]), []
+    for q, k, v in zip(query, key, value, strict=True):
+        state = state + torch.outer(v, k)
+        rows.append(q @ state)
+    return torch.stack(rows), state
 
 
-# %% WRONG layer_flop | mix the values
-# EXERCISE layer_flop
-def layer_flop(length, width):
-    return 16 * length * width**2, 8 * length * width**2 + 2 * length**2 * width
+# %% WRONG linear_attention | nothing is divided
+# EXERCISE linear_attention
+def linear_attention(query, key, value):
+    state, rows = torch.zeros(key.shape[1], value.shape[1]), []
+    for q, k, v in zip(query, key, value, strict=True):
+        state = state + torch.outer(k, v)
+        rows.append(q @ state / key.shape[1] ** 0.5)
+    return torch.stack(rows), state
 
 
-# %% WRONG layer_flop | length squared
-# EXERCISE layer_flop
-def layer_flop(length, width):
-    return 16 * length * width**2, 8 * length * width**2 + 4 * length * width
+# %% WRONG linear_attention | as it was then
+# EXERCISE linear_attention
+def linear_attention(query, key, value):
+    state = key.T @ value
+    return query @ state, state
 
 
-# %% WRONG layer_flop | projections are missing
-# EXERCISE layer_flop
-def layer_flop(length, width):
-    return 16 * length * width**2, 2 * 2 * length**2 * width
+# %% WRONG causal_attention | write the steps yourself
+# EXERCISE causal_attention
+def causal_attention(query, key, value):
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 # %% WRONG causal_attention | the mask is missing
@@ -82,6 +99,66 @@ def causal_attention(query, key, value):
     return scores.masked_fill(torch.ones_like(scores).triu().bool(), float("-inf")).softmax(dim=1) @ value
 
 
+# %% WRONG parameter_count | num_key_value_heads heads
+# EXERCISE parameter_count
+def parameter_count(config):
+    hidden, head_dim = config.hidden_size, config.head_dim
+    attention = 2 * hidden * head_dim * (config.num_attention_heads + config.num_attention_heads)
+    layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden
+    tables = 1 if config.tie_word_embeddings else 2
+    return config.num_hidden_layers * layer + hidden + tables * config.vocab_size * hidden
+
+
+# %% WRONG parameter_count | three matrices
+# EXERCISE parameter_count
+def parameter_count(config):
+    hidden, head_dim = config.hidden_size, config.head_dim
+    attention = 2 * hidden * head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    layer = attention + 2 * hidden * config.intermediate_size + 2 * hidden
+    tables = 1 if config.tie_word_embeddings else 2
+    return config.num_hidden_layers * layer + hidden + tables * config.vocab_size * hidden
+
+
+# %% WRONG parameter_count | two a layer, one at the end
+# EXERCISE parameter_count
+def parameter_count(config):
+    hidden, head_dim = config.hidden_size, config.head_dim
+    attention = 2 * hidden * head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    layer = attention + 3 * hidden * config.intermediate_size + 0
+    tables = 1 if config.tie_word_embeddings else 2
+    return config.num_hidden_layers * layer + tables * config.vocab_size * hidden
+
+
+# %% WRONG parameter_count | count the table once
+# EXERCISE parameter_count
+def parameter_count(config):
+    hidden, head_dim = config.hidden_size, config.head_dim
+    attention = 2 * hidden * head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden
+    tables = 2
+    return config.num_hidden_layers * layer + hidden + tables * config.vocab_size * hidden
+
+
+# %% WRONG parameter_count | table of its own
+# EXERCISE parameter_count
+def parameter_count(config):
+    hidden, head_dim = config.hidden_size, config.head_dim
+    attention = 2 * hidden * head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden
+    tables = 1
+    return config.num_hidden_layers * layer + hidden + tables * config.vocab_size * hidden
+
+
+# %% WRONG parameter_count | whatever hidden_size is
+# EXERCISE parameter_count
+def parameter_count(config):
+    hidden, head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
+    attention = 2 * hidden * head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden
+    tables = 1 if config.tie_word_embeddings else 2
+    return config.num_hidden_layers * layer + hidden + tables * config.vocab_size * hidden
+
+
 # %% WRONG greedy_naive | only the new tokens
 # EXERCISE greedy_naive
 def greedy_naive(model, token_ids, new_tokens):
@@ -118,6 +195,13 @@ def greedy_naive(model, token_ids, new_tokens):
         logits = model(input_ids=token_ids).logits
         text = torch.cat([text, logits[:, -1:].argmax(dim=-1)], dim=1)
     return text
+
+
+# %% WRONG greedy_naive | from a cache
+# EXERCISE greedy_naive
+def greedy_naive(model, token_ids, new_tokens):
+    settings = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": [], "pad_token_id": 0}
+    return model.generate(token_ids, attention_mask=torch.ones_like(token_ids), **settings)
 
 
 # %% WRONG greedy_naive | one token too few
@@ -238,6 +322,17 @@ def greedy_cached(model, token_ids, new_tokens):
     return token_ids
 
 
+# %% WRONG greedy_cached | no pass of its own
+# EXERCISE greedy_cached
+def greedy_cached(model, token_ids, new_tokens):
+    cache = KVCache()
+    prefill(model, token_ids[:, :-1], cache)
+    for _ in range(new_tokens):
+        logits = decode_one_token(model, token_ids[:, -1], cache)
+        token_ids = torch.cat([token_ids, logits.argmax(dim=-1)[:, None]], dim=1)
+    return token_ids
+
+
 # %% WRONG greedy_cached | forgets the text
 # EXERCISE greedy_cached
 def greedy_cached(model, token_ids, new_tokens):
@@ -250,28 +345,79 @@ def greedy_cached(model, token_ids, new_tokens):
     return token_ids
 
 
-# %% WRONG kv_cache_bytes | count kv_heads
-# EXERCISE kv_cache_bytes
-def kv_cache_bytes(layers, heads, kv_heads, head_dim, positions, element_bytes):
-    return 2 * layers * heads * head_dim * positions * element_bytes
-
-
 # %% WRONG kv_cache_bytes | half of it is missing
 # EXERCISE kv_cache_bytes
-def kv_cache_bytes(layers, heads, kv_heads, head_dim, positions, element_bytes):
-    return layers * kv_heads * head_dim * positions * element_bytes
+def kv_cache_bytes(layers, positions, element_bytes):
+    numbers = 0
+    for layer in layers:
+        kept = min(positions, layer.get("window", positions))
+        if "state" in layer:
+            numbers += layer["state"]
+        elif "latent_dim" in layer:
+            numbers += kept * layer["latent_dim"]
+        else:
+            numbers += kept * layer["kv_heads"] * layer["head_dim"]
+    return numbers * element_bytes
 
 
-# %% WRONG kv_cache_bytes | those are bits
+# %% WRONG kv_cache_bytes | stored once
 # EXERCISE kv_cache_bytes
-def kv_cache_bytes(layers, heads, kv_heads, head_dim, positions, element_bytes):
-    return 2 * layers * kv_heads * head_dim * positions * element_bytes * 8
+def kv_cache_bytes(layers, positions, element_bytes):
+    numbers = 0
+    for layer in layers:
+        kept = min(positions, layer.get("window", positions))
+        if "state" in layer:
+            numbers += layer["state"]
+        elif "latent_dim" in layer:
+            numbers += 2 * kept * layer["latent_dim"]
+        else:
+            numbers += 2 * kept * layer["kv_heads"] * layer["head_dim"]
+    return numbers * element_bytes
 
 
-# %% WRONG kv_cache_bytes | one layer
+# %% WRONG kv_cache_bytes | at most so many
 # EXERCISE kv_cache_bytes
-def kv_cache_bytes(layers, heads, kv_heads, head_dim, positions, element_bytes):
-    return 2 * kv_heads * head_dim * positions * element_bytes
+def kv_cache_bytes(layers, positions, element_bytes):
+    numbers = 0
+    for layer in layers:
+        kept = positions
+        if "state" in layer:
+            numbers += layer["state"]
+        elif "latent_dim" in layer:
+            numbers += kept * layer["latent_dim"]
+        else:
+            numbers += 2 * kept * layer["kv_heads"] * layer["head_dim"]
+    return numbers * element_bytes
+
+
+# %% WRONG kv_cache_bytes | shorter than the window
+# EXERCISE kv_cache_bytes
+def kv_cache_bytes(layers, positions, element_bytes):
+    numbers = 0
+    for layer in layers:
+        kept = layer.get("window", positions)
+        if "state" in layer:
+            numbers += layer["state"]
+        elif "latent_dim" in layer:
+            numbers += kept * layer["latent_dim"]
+        else:
+            numbers += 2 * kept * layer["kv_heads"] * layer["head_dim"]
+    return numbers * element_bytes
+
+
+# %% WRONG kv_cache_bytes | fixed size
+# EXERCISE kv_cache_bytes
+def kv_cache_bytes(layers, positions, element_bytes):
+    numbers = 0
+    for layer in layers:
+        kept = min(positions, layer.get("window", positions))
+        if "state" in layer:
+            numbers += positions * layer["state"]
+        elif "latent_dim" in layer:
+            numbers += kept * layer["latent_dim"]
+        else:
+            numbers += 2 * kept * layer["kv_heads"] * layer["head_dim"]
+    return numbers * element_bytes
 
 
 # %% WRONG flop_per_byte | multiplies and adds
