@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Returns 0; 1 for errors, or for changes with --check."""
     from labutils.course.build import build, update_catalogues
-    from labutils.course.summary import write_summary
+    from labutils.course.summary import write_formats, write_summary
     from labutils.language import languages
 
     root, execution = args.root.resolve(), "always" if args.execute else "never" if args.no_execute else "auto"
@@ -46,6 +46,7 @@ def run(args: Namespace) -> int:
     built.changed[:0] = updated
     if not args.only and not args.language:
         built.changed.extend(write_summary(root, write=not args.check))
+        built.changed.extend(write_formats(root, write=not args.check))
     for line in built.warnings:
         print(f"warning: {line}")
     for line in built.errors:

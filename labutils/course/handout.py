@@ -12,7 +12,7 @@ from labutils.course.source import examine, read_chapter, sources
 FOLDERS = ("labutils", "data")
 FILES = ("pyproject.toml", "constraints.txt", "environment.yml", "README.md", "LICENSE", "CITATION.cff")
 FILES += ("CONTRIBUTING.md", "notebooks/GLOSSARY.md", "notebooks/RENTED_GPUS.md", "notebooks/SUMMARY.md")
-FILES += ("README.zh.md", "notebooks/zh/GLOSSARY.md")
+FILES += ("README.zh.md", "notebooks/zh/GLOSSARY.md", "notebooks/FORMATS.md")
 LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#]+)[^)]*\)")  # to a file
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", ".ipynb_checkpoints", "*.egg-info")
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from labutils.course.source import Chapter, read_chapter, sources
+from labutils.quantization.conventions import formats_page
 
 PAGE_END = '\n<div style="page-break-after: always"></div>\n'
 HEAD = """# The course on one page a chapter
@@ -53,8 +54,16 @@ def formulas(text: str) -> list[str]:
 
 def write_summary(root: Path, *, write: bool = True) -> list[Path]:
     """Writes all chapters' pages to notebooks/SUMMARY.md; returns its path if it changed, or would."""
-    path = root / "notebooks" / "SUMMARY.md"
     text = HEAD + "\n" + PAGE_END.join(summary_of(read_chapter(source)) for source in sources(root))
+    return _written(root / "notebooks" / "SUMMARY.md", text, write=write)
+
+
+def write_formats(root: Path, *, write: bool = True) -> list[Path]:
+    """Writes what was observed of other libraries to notebooks/FORMATS.md; returns its path if it changed, or would."""
+    return _written(root / "notebooks" / "FORMATS.md", formats_page(), write=write)
+
+
+def _written(path: Path, text: str, *, write: bool) -> list[Path]:
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return []
     if write:
