@@ -249,6 +249,9 @@ def test_quantized_linears_refuse_what_they_cannot_hold():
         Int4Linear(torch.tensor([[-9, 0]]), torch.ones(1, 1), None)
     with pytest.raises(ValueError, match="multiples of 16"):
         Fp8Linear(torch.ones(16, 8), None)
+    for bad in (torch.inf, torch.nan):  # a cast would make a number of it, or NaN of a row
+        with pytest.raises(ValueError, match="a weight must be finite to become fp8"):
+            Fp8Linear(torch.ones(16, 16).index_fill(0, torch.tensor([3]), bad), None)
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -81,6 +81,8 @@ class Fp8Linear(nn.Module):
         super().__init__()
         if not fits_fp8(weight):
             raise ValueError(f"torch._scaled_mm takes sizes that are multiples of 16; got {tuple(weight.shape)}")
+        if not weight.isfinite().all():
+            raise ValueError("a weight must be finite to become fp8; got inf or nan")
         self.register_buffer("scales", fp8_scales(weight))
         self.register_buffer("codes", (weight.float() / self.scales).to(FP8))
         self.register_buffer("bias", bias)

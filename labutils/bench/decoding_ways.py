@@ -121,7 +121,10 @@ def draft_way(
 
 
 def transformers_way(name: str, wise: LanguageModel, settings: Settings, **options) -> Way:
-    """`generate` of transformers, alone, with an assistant, or with its prompt lookup; from its first tokens on."""
+    """`generate` of transformers, alone, with an assistant, or with its prompt lookup; from its first tokens on.
+
+    An assistant drafts as its own generation_config says; `generate` overrides none of that.
+    """
 
     def run(kind: str, index: int, prompt: Tensor):
         config = copy.deepcopy(wise.model.generation_config)
