@@ -10,7 +10,7 @@
 # | Time | 3 hours for you; all cells run in about 3 minutes on one core (measured: 171 s, the core shared) |
 # | Memory, download | 3 GB at the most; nothing is downloaded |
 # | Hardware | any computer; a C compiler helps |
-# | Exercises | 10 (3.1 to 3.7 on methods, 3.8 to 3.10 on speed), each checked in the cell below it |
+# | Exercises | 13 (3.1 to 3.7 on methods, 3.8 to 3.10 on speed, 3.11 to 3.13 on formats), each checked in the cell below it |
 
 # %%
 import copy
@@ -1487,12 +1487,211 @@ print("\nsurely slower and surely worse than another, on this machine at batch 1
 # processor's cache, which hides what bytes cost; section 11 uses a model that does not.
 
 # %% [markdown]
+# ## 14 · What other libraries store
+#
+# One day you will open a file that another program wrote. "int8, symmetric, one scale a row" sounds like a full description, and it
+# leaves out what decides every weight: is the scale max|w| / 127 or max|w| / 127.5? Where does a tie go? Which of two codes lies in the
+# low half of a byte? Libraries answer differently, and few of them say so.
+#
+# **Predict:** below are several libraries' symmetric int8 formats. Do most of them share one rule for the scale?
+
+# %%
+from IPython.display import Markdown, display
+
+from labutils.quantization.conventions import casts_table, conventions_table
+
+display(Markdown(conventions_table("scale", "codes", "zero point", "rounding")))
+
+# %% [markdown]
+# No row of this table was copied from documentation. `tests/formats_of_others.py` quantizes small rows of numbers with each package and
+# keeps the one rule that explains every scale it saw. [FORMATS.md](FORMATS.md) adds groups, nibbles, what stays in floating point and
+# surprising defaults.
+#
+# **Explain.** 127 makes both +max and −max exact. 127.5 gives all 255 steps the same width, so the largest positive weight has to be
+# clamped. 128 reaches one end exactly and loses the other, unless the scale carries a sign. None of these is wrong. What is wrong is to read
+# codes with another library's rule: every weight is then off by the same small factor, which looks like rounding noise and is a bias.
+
+# %%
+row = torch.randn(1000, generator=seeded())
+codes = torch.round(row / (row.abs().max() / 127.5)).clamp(-128, 127)
+for levels in (127.5, 127):
+    back = codes * row.abs().max() / levels
+    print(f"read with max|w| / {levels}: on average {(back @ row) / (row @ row):.4f} times the weight")
+
+# %% [markdown]
+# ### GGUF's four bits
+#
+# llama.cpp's Q4_0 keeps 32 weights in 18 bytes: a float16 scale d, then 16 bytes of codes q from 0 to 15. Byte j holds weight j in its
+# low half and weight j + 16 in its high half:
+#
+# $$w = d \cdot (q - 8)$$
+#
+# Codes reach −8 but only +7. To lose nothing, the weight of the largest magnitude always gets q = 0, the step −8: if that weight is positive,
+# **d is negative**. **Tiny numbers:** d = −0.5 and q = 0 mean −0.5 · (0 − 8) = 4.
+#
+# ## Exercise 3.11: decode_q4_0
+#
+# Write `decode_q4_0(block)`: the 32 weights, as float32, of one block, a NumPy array of 18 bytes (uint8). 3 lines, 8 minutes,
+# difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary><code>block[:2].view(np.float16)</code> reads the scale, <code>& 15</code> and <code>>> 4</code> read the halves.</details>
+# <details><summary>Hint 2</summary>Join the 16 low halves and the 16 high halves, in that order, and convert to float32 before you subtract 8.</details>
+
+
+# %%
+# EXERCISE decode_q4_0
+def decode_q4_0(block):
+    """The 32 weights of one Q4_0 block."""
+    ### BEGIN SOLUTION
+    scale = block[:2].view(np.float16).astype(np.float32)
+    codes = np.concatenate([block[2:] & 15, block[2:] >> 4])
+    return scale * (codes.astype(np.float32) - 8)
+    ### END SOLUTION
+
+
+# %%
+# CHECK decode_q4_0
+from labutils.checks import ch03_formats
+
+ch03_formats.decode_q4_0(decode_q4_0)
+
+# %% [markdown]
+# `labutils` writes GGUF files (`python -m labutils export gguf`) and reads them, including the larger blocks Q4_K and Q6_K, in which the
+# scales are quantized as well. How many of LabLM's Q4_0 scales are negative?
+
+# %%
+from labutils.models.gguf import export_gguf
+from labutils.models.gguf_blocks import encode_q4_0
+from labutils.models.gguf_read import read_gguf
+
+weight = model.model.layers[0].mlp.down_proj.weight.detach()
+with tempfile.TemporaryDirectory() as folder:
+    export_gguf(model, tokenizer, Path(folder) / "lablm.gguf", format="Q4_0")
+    stored = read_gguf(Path(folder) / "lablm.gguf")
+blocks = encode_q4_0(weight.numpy()).reshape(-1, 18)
+negative = (blocks[:, :2].copy().view(np.float16) < 0).mean()
+back = torch.from_numpy(stored.tensors["blk.0.ffn_down.weight"])
+print(f"{len(stored.tensors)} tensors, {len(stored.metadata)} entries; negative scales in one matrix: {negative:.0%}")
+print(f"error after Q4_0: {(back - weight).norm() / weight.norm():.1%}; with |d| instead of d: ", end="")
+signs = (
+    torch.from_numpy(np.sign(blocks[:, :2].copy().view(np.float16).astype(np.float32)))
+    .expand(-1, 32)
+    .reshape(weight.shape)
+)
+print(f"{(back * signs - weight).norm() / weight.norm():.0%}")
+
+# %% [markdown]
+# ### The same scale, and codes that differ by one
+#
+# GGUF's Q8_0 and several other formats share the rule max|w| / 127. Their codes still differ in places, always by one. The
+# table's last column tells why: $w / d$ may lie halfway between two codes. IEEE 754 and most libraries then choose the *even* one (0.5 → 0,
+# 1.5 → 2); GGUF goes *away from zero* (0.5 → 1, 1.5 → 2).
+#
+# ## Exercise 3.12: differing_codes
+#
+# Write `differing_codes(row)`: the indices of the weights whose codes differ between the two roundings, as a NumPy array; the scale is
+# max|w| / 127. 3 lines, 6 minutes, difficulty 1 of 3.
+#
+# <details><summary>Hint 1</summary><code>np.rint</code> rounds ties to even. For the other way, add a half that has the number's own sign, then cut the fraction off.</details>
+# <details><summary>Hint 2</summary><code>np.trunc(ratio + np.copysign(0.5, ratio))</code>, and <code>np.flatnonzero</code> of where the codes differ.</details>
+
+
+# %%
+# EXERCISE differing_codes
+def differing_codes(row):
+    """Where ties to even and ties away from zero give different int8 codes."""
+    ### BEGIN SOLUTION
+    ratio = row / (np.abs(row).max() / 127)
+    away = np.trunc(ratio + np.copysign(0.5, ratio))
+    return np.flatnonzero(away != np.rint(ratio))
+    ### END SOLUTION
+
+
+# %%
+# CHECK differing_codes
+ch03_formats.differing_codes(differing_codes)
+
+# %% [markdown]
+# ### compressed-tensors, and the axis of its zero points
+#
+# The checkpoints of vLLM and of LLM Compressor keep a matrix (outputs, inputs) as `weight_packed`: eight 4-bit codes in each 32-bit word,
+# neighbours along the *inputs*, the first in the lowest bits, each stored as code + 8. The zero points, one for each output and group, are
+# packed in the same way, but down the **outputs**: word (i, g) holds those of outputs 8 i to 8 i + 7 for group g.
+#
+# ## Exercise 3.13: unpack_zero_points
+#
+# Write `unpack_zero_points(packed, outputs)`: integers of shape (outputs, groups) from int32 words of shape (words, groups). 3 lines, 10
+# minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>Shift each word right by 0, 4, 8 … 28 and keep the lowest four bits: a new axis of length 8.</details>
+# <details><summary>Hint 2</summary><code>packed[:, None, :] >> shifts[:, None] & 15</code> has the new axis where it can be merged with the words by <code>reshape</code>.</details>
+
+
+# %%
+# EXERCISE unpack_zero_points
+def unpack_zero_points(packed, outputs):
+    """Zero points (outputs, groups) that were packed down the outputs."""
+    ### BEGIN SOLUTION
+    shifts = 4 * np.arange(8)
+    codes = packed[:, None, :] >> shifts[:, None] & 15
+    return codes.reshape(-1, packed.shape[1])[:outputs] - 8
+    ### END SOLUTION
+
+
+# %%
+# CHECK unpack_zero_points
+ch03_formats.unpack_zero_points(unpack_zero_points)
+
+# %% [markdown]
+# `save_compressed_tensors` writes such a folder from any method's codes; the head and the embedding stay in floating point. With the package
+# `compressed-tensors` installed, `transformers` loads it. Below, symmetric groups of 64, which have no zero points to pack.
+
+# %%
+from labutils.models.compressed_tensors import read_compressed_tensors, save_compressed_tensors
+
+layers = {name: nearest_codes(symmetric[4])(name, weight_of(layer)) for name, layer in linear_layers(model)}
+with tempfile.TemporaryDirectory() as folder:
+    save_compressed_tensors(model, tokenizer, Path(folder), layers)
+    again = read_compressed_tensors(Path(folder))
+    megabytes = (Path(folder) / "model.safetensors").stat().st_size / 1e6
+    written = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+same = all(torch.equal(dequantize(*again[name]), dequantize(*layers[name])) for name in layers)
+scheme_written = written["config_groups"]["group_0"]["weights"]
+print(f"{megabytes:.1f} MB, {len(again)} layers, the same weights: {same}")
+print({key: scheme_written[key] for key in ("num_bits", "symmetric", "strategy", "group_size")})
+
+# %% [markdown]
+# ### Casts
+#
+# The last step is a cast, and casts disagree about numbers that the type does not hold. **Predict:** float8 E4M3 ends at 448. What do 1000 and
+# NaN become in PyTorch, in JAX and in MLX?
+
+# %%
+display(Markdown(casts_table()))
+print("PyTorch here:", torch.tensor([464.0, 465.0, 1000.0, float("nan")]).to(torch.float8_e4m3fn).float().tolist())
+for name, bad in (("inf", float("inf")), ("nan", float("nan"))):
+    try:
+        fake_quantize(torch.tensor([[1.0, bad]]), Scheme(bits=4))
+    except ValueError as error:
+        print(f"labutils, {name}: {error}")
+
+# %% [markdown]
+# **Explain.** A cast that saturates hides an overflow. A cast that returns NaN shows it, one layer too late. An integer cast may do neither
+# and keep the lowest bits. So check that numbers are finite, round and clamp by your own rule *before* you cast. That is what
+# `fake_quantize`, the GGUF writer and the packed layers do: they name the problem before anything is stored.
+#
+# Two more surprises of this kind, for those who mix tools. `transformers` has a quantized cache with a `residual_length`; its first call
+# rounds the whole prompt all the same, while `QuantizedKVCache` of section 6 keeps the newest positions from the start. And safetensors'
+# NumPy writer stores a transposed array as other numbers unless you call `np.ascontiguousarray` first.
+
+# %% [markdown]
 # ## What you have
 #
 # - a way to see losses: layer by layer, in paired bits per byte, and in tasks, which break first;
 # - GPTQ, AWQ, HQQ, SmoothQuant, LLM.int8, rotation, KIVI and training, each measured against plain rounding;
 # - calibration text as a choice that decides what survives;
-# - integer layers that are really faster, and a list of cases in which they are not.
+# - integer layers that are really faster, and a list of cases in which they are not;
+# - readers for two formats of the field, and the habit of asking for the scale rule, the rounding and the byte order.
 #
 # **Open question:** a hospital wants your 3-bit translator. Which text would you calibrate on, and which would you keep
 # aside, so that nobody is fooled by the score?

@@ -410,3 +410,98 @@ def block_product(codes, scale, x_codes, x_scales):
     q = codes.astype(np.int32).reshape(len(codes), len(x_scales), -1) + 128
     p = x_codes.astype(np.int32).reshape(len(x_scales), -1)
     return scale * ((q * p).sum(axis=2) * x_scales).sum(axis=1)
+
+
+# %% WRONG decode_q4_0 | the scale's sign belongs to it
+# EXERCISE decode_q4_0
+def decode_q4_0(block):
+    scale = np.abs(block[:2].view(np.float16).astype(np.float32))
+    codes = np.concatenate([block[2:] & 15, block[2:] >> 4])
+    return scale * (codes.astype(np.float32) - 8)
+
+
+# %% WRONG decode_q4_0 | not two neighbours
+# EXERCISE decode_q4_0
+def decode_q4_0(block):
+    scale = block[:2].view(np.float16).astype(np.float32)
+    codes = np.stack([block[2:] & 15, block[2:] >> 4], axis=1).reshape(-1)
+    return scale * (codes.astype(np.float32) - 8)
+
+
+# %% WRONG decode_q4_0 | the halves are swapped
+# EXERCISE decode_q4_0
+def decode_q4_0(block):
+    scale = block[:2].view(np.float16).astype(np.float32)
+    codes = np.concatenate([block[2:] >> 4, block[2:] & 15])
+    return scale * (codes.astype(np.float32) - 8)
+
+
+# %% WRONG decode_q4_0 | stand for −8 to 7
+# EXERCISE decode_q4_0
+def decode_q4_0(block):
+    scale = block[:2].view(np.float16).astype(np.float32)
+    return scale * np.concatenate([block[2:] & 15, block[2:] >> 4]).astype(np.float32)
+
+
+# %% WRONG decode_q4_0 | uint8 has no negative numbers
+# EXERCISE decode_q4_0
+def decode_q4_0(block):
+    scale = block[:2].view(np.float16).astype(np.float32)
+    codes = np.concatenate([block[2:] & 15, block[2:] >> 4]) - 8
+    return scale * codes.astype(np.float32)
+
+
+# %% WRONG differing_codes | rounds halves up
+# EXERCISE differing_codes
+def differing_codes(row):
+    ratio = row / (np.abs(row).max() / 127)
+    return np.flatnonzero(np.floor(ratio + 0.5) != np.rint(ratio))
+
+
+# %% WRONG differing_codes | compare the codes
+# EXERCISE differing_codes
+def differing_codes(row):
+    ratio = row / (np.abs(row).max() / 127)
+    return np.flatnonzero(ratio % 1 == 0.5)
+
+
+# %% WRONG differing_codes | those are booleans
+# EXERCISE differing_codes
+def differing_codes(row):
+    ratio = row / (np.abs(row).max() / 127)
+    return np.trunc(ratio + np.copysign(0.5, ratio)) != np.rint(ratio)
+
+
+# %% WRONG differing_codes | with another divisor
+# EXERCISE differing_codes
+def differing_codes(row):
+    ratio = row / (np.abs(row).max() / 128)
+    return np.flatnonzero(np.trunc(ratio + np.copysign(0.5, ratio)) != np.rint(ratio))
+
+
+# %% WRONG unpack_zero_points | along the groups
+# EXERCISE unpack_zero_points
+def unpack_zero_points(packed, outputs):
+    codes = packed[:, :, None] >> 4 * np.arange(8) & 15
+    return codes.reshape(len(packed), -1)[:outputs] - 8
+
+
+# %% WRONG unpack_zero_points | subtract 8
+# EXERCISE unpack_zero_points
+def unpack_zero_points(packed, outputs):
+    codes = packed[:, None, :] >> 4 * np.arange(8)[:, None] & 15
+    return codes.reshape(-1, packed.shape[1])[:outputs]
+
+
+# %% WRONG unpack_zero_points | lowest four bits
+# EXERCISE unpack_zero_points
+def unpack_zero_points(packed, outputs):
+    codes = packed[:, None, :] >> 4 * np.arange(7, -1, -1)[:, None] & 15
+    return codes.reshape(-1, packed.shape[1])[:outputs] - 8
+
+
+# %% WRONG unpack_zero_points | filled up with padding
+# EXERCISE unpack_zero_points
+def unpack_zero_points(packed, outputs):
+    codes = packed[:, None, :] >> 4 * np.arange(8)[:, None] & 15
+    return codes.reshape(-1, packed.shape[1]) - 8
