@@ -1,5 +1,7 @@
 """One stream on packed weights: C steps equal NumPy's, fused layers equal separate ones, memory is shared."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from labutils.generation.decode import forward_logits
 from labutils.layers.linears import linear_layers
 from labutils.models import quantized
-from labutils.models.quantized import fast_packed_llama
+from labutils.models.quantized import FloatMatrix, fast_float_llama, fast_packed_llama
 from labutils.quantization.affine import Scheme
 from labutils.quantization.kernels import KernelError, find_kernels
 from labutils.quantization.packed import PackedLinear, pack_model_, replace_packed_
@@ -150,5 +152,34 @@ def test_weight_bytes_are_those_of_the_packed_layers():
 
 def test_fast_packed_llama_without_kernels_says_why(monkeypatch):
     monkeypatch.setattr(quantized, "find_kernels", lambda: (None, "no C compiler"))
-    with pytest.raises(KernelError, match="no C compiler"):
-        fast_packed_llama(tiny_model("llama-gqa-tied"), max_length=8)
+    for make in (fast_packed_llama, fast_float_llama):
+        with pytest.raises(KernelError, match="no C compiler"):
+            make(tiny_model("llama-gqa-tied"), max_length=8)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", [*LLAMAS, "qwen2"])
+def test_float_llama_in_c_equals_numpys_path_and_the_model(name):
+    model, ids = tiny_model(name), random_ids(12)
+    in_c = fast_float_llama(model, max_length=30)
+    numpy_steps = copy.copy(in_c)
+    assert in_c.few_tokens.max_tokens == 1  # so the tokens below go through C
+    numpy_steps.few_tokens = None
+    expected = forward_logits(model, ids)
+    for decoder in (in_c, numpy_steps):  # they share one cache: each in its turn
+        decoder.truncate(0)
+        torch.testing.assert_close(decoder.prefill(ids[:, :1]), expected[:, 0], atol=2e-5, rtol=1e-4)
+        for i in range(1, 12):
+            torch.testing.assert_close(decoder.decode_one_token(ids[:, i]), expected[:, i], atol=2e-5, rtol=1e-4)
+    assert torch.equal(in_c.generate(ids, 10), model.generate(ids, max_new_tokens=10, do_sample=False))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 31), (8, 32), (5, 33), (7, 100)])
+def test_float_matrix_multiplies_as_torch_for_any_shape(outputs, inputs):
+    layer = nn.Linear(inputs, outputs)
+    matrix, x, y = FloatMatrix(layer), array(3, inputs), np.empty((3, outputs), np.float32)
+    for threads in (1, 2):
+        LIBRARY.packed_linear(matrix.parts[0][0], x.ctypes.data, y.ctypes.data, 3, threads)
+        expected = nn.functional.linear(torch.from_numpy(x).double(), layer.weight.double(), layer.bias.double())
+        torch.testing.assert_close(torch.from_numpy(y).double(), expected, atol=1e-5, rtol=1e-5)

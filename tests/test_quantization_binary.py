@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labutils.quantization.binary import binarize, pack_signs, xnor_product
+from labutils.quantization.binary import binarize, pack_signs, ternarize, xnor_product
 
 
 def test_binarize_by_hand():
@@ -36,3 +36,18 @@ def test_xnor_product_equals_the_float_product(rows, outputs, count, seed):
 def test_binarize_rejects(x):
     with pytest.raises(ValueError, match="all finite"):
         binarize(x)
+
+
+def test_ternarize_by_hand_and_keeps_three_values():
+    codes, scale = ternarize(torch.tensor([[3.0, -1.0, 0.5, -3.5]]))
+    assert codes.tolist() == [[1, 0, 0, -1]] and scale.item() == 2.0
+    assert not ternarize(torch.zeros(2, 3))[0].any()
+
+
+@given(seed=st.integers(0, 10_000))
+def test_ternarize_forgets_the_size_and_keeps_the_sign(seed):
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed))
+    codes, scale = ternarize(x)
+    doubled, twice = ternarize(2 * x)
+    assert torch.equal(codes, doubled) and twice.item() == pytest.approx(2 * scale.item())
+    assert (codes * x >= 0).all() and torch.equal(codes != 0, (x.abs() / scale).round() > 0)

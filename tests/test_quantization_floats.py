@@ -17,6 +17,8 @@ from labutils.quantization.floats import (
     fake_quantize_float,
     mxfp4_dequantize,
     mxfp4_quantize,
+    nvfp4_dequantize,
+    nvfp4_quantize,
 )
 
 FORMATS = {"e4m3": E4M3, "e5m2": E5M2, "e2m1": E2M1}
@@ -162,3 +164,35 @@ def test_mxfp4_of_zeros_is_zero():
 def test_mxfp4_rejects(x, words):
     with pytest.raises(ValueError, match=words):
         mxfp4_quantize(x)
+
+
+def test_nvfp4_by_hand():
+    x = torch.tensor([[6.0, -3.0] + [0.0] * 14 + [0.75, 0.1] + [0.0] * 14])
+    codes, scales, tensor_scale = nvfp4_quantize(x)
+    assert tensor_scale == pytest.approx(6 / 2688) and decode(scales, E4M3).tolist() == [[448.0, 56.0]]
+    back = nvfp4_dequantize(codes, scales, tensor_scale)
+    assert back[0, :2].tolist() == [6.0, -3.0] and back[0, 16:18].tolist() == pytest.approx([0.75, 0.125])  # step 1/8
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10_000), st.integers(-30, 30))
+def test_nvfp4_follows_its_formula_block_by_block(seed, exponent):
+    x = torch.randn(2, 48, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
+    codes, scales, tensor_scale = nvfp4_quantize(x)
+    back = nvfp4_dequantize(codes, scales, tensor_scale)
+    for block, scale, numbers in zip(x.split(16, 1), scales.T, back.split(16, 1), strict=True):
+        step = scale.numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float32)[:, None] * np.float32(tensor_scale)
+        safe = np.where(step > 0, step, 1)
+        ratio = (block.numpy() / safe).clip(-6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
+        np.testing.assert_allclose(numbers.numpy(), ratio * step, rtol=1e-6)
+
+
+def test_nvfp4_of_zeros_is_zero_and_a_tiny_block_vanishes():
+    assert not nvfp4_dequantize(*nvfp4_quantize(torch.zeros(1, 16))).any()
+    x = torch.cat([torch.full((1, 16), 1.0), torch.full((1, 16), 1e-9)], dim=1)  # below E4M3's smallest scale
+    assert nvfp4_dequantize(*nvfp4_quantize(x))[0].tolist() == [1.0] * 16 + [0.0] * 16
+
+
+def test_nvfp4_rejects_a_row_it_cannot_cut():
+    with pytest.raises(ValueError, match="must divide"):
+        nvfp4_quantize(torch.ones(1, 33))

@@ -19,6 +19,7 @@ from labutils.quantization.gptq import gptq
 from labutils.quantization.hqq import hqq
 from labutils.quantization.mixed import choose_under_budget, layer_sensitivity
 from labutils.quantization.model_weights import model_bytes
+from labutils.quantization.sign_round import sign_round
 
 
 def scheme(bits, group_size=64, **settings):
@@ -263,3 +264,23 @@ def test_layer_sensitivity_changes_one_layer_and_puts_it_back():
     assert changed[0] == [] and changed[1:] == [[name] for name in before for _ in range(2)]
     assert all(torch.equal(weight_of(layer), before[name]) for name, layer in linear_layers(model))
     assert sum(abs(row[0]) for row in found.values()) > sum(abs(row[1]) for row in found.values())
+
+
+@settings(deadline=None, max_examples=20)
+@given(out=st.integers(1, 5), n=st.sampled_from([8, 16]), seed=st.integers(0, 99))
+def test_sign_round_never_loses_to_rounding_and_stays_on_the_grid(out, n, seed):
+    weight, gram = random_layer(out, n, seed)
+    scheme = Scheme(bits=3, granularity="group", group_size=8)
+    qparams, found = choose_qparams(weight, scheme), sign_round(weight, gram, scheme, steps=20)
+    for row in range(out):
+        errors = [layer_error(weight[row][None], w[row][None], gram) for w in (found, fake_quantize(weight, scheme))]
+        assert errors[0] <= errors[1] * (1 + 1e-5)
+    assert torch.allclose(dequantize(quantize(found, qparams), qparams), found, atol=1e-6)
+    steps = torch.broadcast_to(qparams.scale, (out, n // 8, 8)).reshape(out, n)
+    assert ((found - weight).abs() <= steps * (1 + 1e-5)).all()  # up or down, no further
+
+
+def test_sign_round_lets_errors_cancel():
+    gram = torch.tensor([[1, 0.99, 0], [0.99, 1, 0], [0, 0, 1]])
+    assert sign_round(torch.tensor([[0.4, 0.45, 7.0]]), gram, Scheme(bits=4)).tolist() == [[0.0, 1.0, 7.0]]
+    assert sign_round(torch.tensor([[0.4, 0.45, 7.0]]), torch.eye(3), Scheme(bits=4)).tolist() == [[0.0, 0.0, 7.0]]

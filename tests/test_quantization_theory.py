@@ -7,7 +7,7 @@ import torch
 
 from labutils.quantization.affine import Scheme, choose_qparams, fake_quantize
 from labutils.quantization.clipping import mse_range
-from labutils.quantization.theory import gaussian_sqnr_db, predicted_sqnr_db, sqnr_db
+from labutils.quantization.theory import gaussian_bound_db, gaussian_sqnr_db, predicted_sqnr_db, sqnr_db
 
 TENSOR = {"granularity": "tensor"}
 
@@ -69,3 +69,18 @@ def test_gaussian_optimum_is_where_the_search_finds_it():
 def test_gaussian_prediction_by_hand():
     """Clip 1, steps of 0.5: Q(1) = 0.158655 and φ(1) = 0.241971, so 0.25/12 · 0.68269 + 2 · 0.075339 = 0.164901."""
     assert gaussian_sqnr_db(2, 1.0) == pytest.approx(-10 * math.log10(0.164901), abs=1e-3)
+
+
+def test_gaussian_bound_is_six_decibels_a_bit_and_water_fills():
+    for bits in (1, 2, 4):
+        assert gaussian_bound_db(bits, torch.full((5,), 3.0)) == pytest.approx(20 * math.log10(2) * bits, abs=1e-6)
+    # one part has all the power: the other, below the water, gets no bits, and the first gets 2 for each of ours
+    assert gaussian_bound_db(1, torch.tensor([1.0, 1e-9])) == pytest.approx(20 * math.log10(4), abs=1e-3)
+
+
+def test_no_quantizer_of_normal_numbers_passes_the_bound():
+    for bits in (2, 4, 6):
+        scheme = Scheme(bits=bits, **TENSOR)
+        low, high = mse_range(normal(), scheme)
+        reached = sqnr_db(normal(), fake_quantize(normal(), scheme, low=low, high=high))
+        assert reached < gaussian_bound_db(bits, torch.ones(1))

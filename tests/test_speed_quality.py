@@ -65,9 +65,16 @@ def test_plot_has_points_intervals_front_labels_and_a_finding():
     assert ax.get_title() == "int8 is 1.8x as fast as fp32 and costs 0.02 bits per byte"
     (front,) = [line for line in ax.lines if line.get_label() == "Pareto front of the medians"]
     assert front.get_xydata().tolist() == [[18.0, 1.52], [10.0, 1.5]]
-    labels = [t.get_text() for t in ax.get_legend().get_texts()]
-    assert "fp32: tiny (cpu, 2 threads, float32)" in labels
+    assert {t.get_text() for t in ax.texts} == {"fp32", "int8", "int4, badly"} and ax.get_legend() is None
+    assert ax.get_xlabel().endswith("tiny (cpu, 2 threads)")  # once, for it is the same for all
     assert sum(c.get_label().startswith("int8") for c in ax.collections) == 1
+
+
+def test_points_of_several_models_get_a_legend_that_says_which():
+    ax = draw_speed_quality([*three(), record("int8", 30, 1.4, model="other")]).axes[0]
+    labels = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert {"int8: tiny (cpu, 2 threads, float32)", "int8: other (cpu, 2 threads, float32)"} <= set(labels)
+    assert not ax.texts
 
 
 def test_error_bars_span_the_bootstrap_interval():

@@ -30,6 +30,14 @@ def _codes(*, ratio=lambda x, s: x / s, rounding=torch.round, shift=1, low=True,
     return quantize
 
 
+def _rounded_together(x, scale, zero_point, qmin, qmax):
+    return torch.round(x / scale + zero_point).clamp(qmin, qmax).int()
+
+
+def _in_float32(x, scale, zero_point, qmin, qmax):
+    return _codes()(x.float(), torch.tensor(scale), zero_point, qmin, qmax)
+
+
 @exercise("2.1")
 def affine_codes(answer):
     """The article's formula, repaired."""
@@ -43,7 +51,11 @@ def affine_codes(answer):
             {"x": small, "scale": 0.5, "zero_point": 3, "qmin": -8, "qmax": 7},
             {"x": small, "scale": 0.25, "zero_point": -2, "qmin": -128, "qmax": 127},
         ],
+        dtype=True,
         mistakes=[
+            (_in_float32, "you lost float64: in float32 a tie is none any more, so keep the dtype of x"),
+            (_rounded_together, "round before you add Z: rounded together, a tie moves with an odd Z"),
+            (lambda **case: _codes()(**case).long(), "the codes are int32: end with .to(torch.int32)"),
             (_codes(ratio=lambda x, s: x * s), "you multiplied by the scale: the code counts steps, so divide by it"),
             (_codes(clamp=False), "codes leave the range: clamp to qmin … qmax"),
             (_codes(rounding=torch.trunc), "a conversion to int cuts the fraction off: round first"),
@@ -90,6 +102,10 @@ def affine_qparams(answer):
             (_range(zero=lambda low, scale, qmin: -round(low / scale)), "low must land on qmin: Z = qmin - low / S"),
             (_range(zero=lambda low, scale, qmin: qmin + round(low / scale)), "a sign is wrong: Z = qmin - low / S"),
             (_range(zero=lambda low, scale, qmin: qmin - low / scale), "the zero point is a code: round it to an int"),
+            (
+                lambda **case: tuple(map(torch.tensor, _choose_qparams(**case))),
+                "return two plain numbers: .item() takes a number out of a tensor",
+            ),
         ],
     )
 
@@ -221,33 +237,41 @@ def best_share(answer):
     )
 
 
-def _noise(*, divisor=12, factor=10, of_step=lambda s: s * s, upside_down=False, power=True):
-    def predicted_sqnr_db(x, scale):
+def _bits_for(*, divisor=12, factor=10, steps=lambda bits: 2 ** (bits - 1) - 1, power=True, less=0):
+    def bits_for(x, target_db):
         signal = x.double().square().mean().item() if power else x.double().abs().mean().item()
-        ratio = signal / (of_step(scale) / divisor)
-        return factor * math.log10(1 / ratio if upside_down else ratio)
+        for bits in range(2, 17):
+            step = x.abs().max().item() / steps(bits)
+            if factor * math.log10(signal / (step * step / divisor)) >= target_db:
+                return bits - less
+        return None
 
-    return predicted_sqnr_db
+    return bits_for
 
 
 @exercise("2.6")
-def predicted_sqnr_db(answer):
-    """Mean square over S²/12, in decibels."""
+def bits_for(answer):
+    """The fewest bits whose predicted SQNR reaches a target."""
 
-    def reference(x, scale):
-        zero = torch.tensor(0, dtype=torch.int32)
-        return theory.predicted_sqnr_db(x, affine.QParams(torch.tensor(scale, dtype=torch.float64), zero, -127, 127))
+    def reference(x, target_db):
+        zero, peak = torch.tensor(0, dtype=torch.int32), x.abs().max().double()
+        steps = {bits: affine.QParams(peak / (2 ** (bits - 1) - 1), zero, -1, 1) for bits in range(2, 17)}
+        return next(bits for bits, q in steps.items() if theory.predicted_sqnr_db(x, q) >= target_db)
 
+    spiky = _numbers(1000, seed=1) ** 3
     expect_function(
         answer,
         reference,
-        cases=[{"x": torch.tensor([1.0, -1.0]), "scale": 0.1}, {"x": _numbers(100), "scale": 0.03}],
+        cases=[{"x": x, "target_db": db} for x in (_numbers(100) / 10, spiky) for db in (12.0, 20.0, 33.0, 41.0, 55.0)],
         mistakes=[
-            (_noise(divisor=1), "that takes the whole step as the error: a uniform error has variance S²/12"),
-            (_noise(divisor=3), "the error lies within half a step on either side: its variance is S²/12, not S²/3"),
-            (_noise(factor=20), "10 log10 for powers; 20 log10 is for amplitudes"),
-            (_noise(upside_down=True), "upside down: signal over noise"),
-            (_noise(power=False), "the signal's power is the mean of its squares"),
-            (_noise(of_step=lambda s: s), "the noise is S²/12: square the step"),
+            (_bits_for(divisor=1), "that takes the whole step as the error: a uniform error has variance S²/12"),
+            (_bits_for(divisor=3), "the error lies within half a step on either side: its variance is S²/12, not S²/3"),
+            (_bits_for(factor=20), "10 log10 for powers; 20 log10 is for amplitudes"),
+            (_bits_for(power=False), "the signal's power is the mean of its squares"),
+            (
+                _bits_for(steps=lambda bits: 2**bits - 1),
+                "half of the codes are negative: max |x| gets 2^(b−1) − 1 steps",
+            ),
+            (_bits_for(less=1), "those bits just miss the target: return the first that reach it"),
         ],
     )

@@ -109,7 +109,47 @@ def nf4_codes(answer):
     )
 
 
+def _nvfp4(block, tensor_scale, *, form=floats.E4M3, top=6.0, undo=True, rounded=True):
+    scale = block.abs().max() / (top * tensor_scale)
+    if rounded:
+        scale = floats.decode(floats.encode(scale, form), form)
+    codes = floats.encode(block / (scale * tensor_scale), floats.E2M1)
+    return floats.decode(codes, floats.E2M1) * (scale * tensor_scale if undo else scale)
+
+
+def _power_of_two(block, tensor_scale):
+    step = 2.0 ** (block.abs().max().log2().floor() - 2)
+    return floats.decode(floats.encode(block / step, floats.E2M1), floats.E2M1) * step
+
+
 @exercise("2.10")
+def nvfp4_back(answer):
+    """What a block of NVFP4 gives back."""
+
+    def reference(block, tensor_scale):
+        ceiling = torch.full_like(block, 6 * 448 * tensor_scale)  # a block that fixes the tensor's scale
+        return floats.nvfp4_dequantize(*floats.nvfp4_quantize(torch.stack([ceiling, block])))[1]
+
+    expect_function(
+        answer,
+        reference,
+        cases=[
+            {"block": _numbers(16, seed=seed) * size, "tensor_scale": scale}
+            for seed, size, scale in ((0, 1.0, 0.002), (1, 0.2, 0.002), (2, 30.0, 0.05))
+        ],
+        rtol=1e-4,
+        mistakes=[
+            (lambda **a: _nvfp4(**a, rounded=False), "the block's scale is stored in E4M3: encode and decode it first"),
+            (lambda **a: _nvfp4(**a, undo=False), "the tensor's scale is missing on the way back"),
+            (lambda **a: _nvfp4(**a, top=7.0), "E2M1's largest number is 6: max |x| must land there"),
+            (lambda **a: _nvfp4(**a, top=448.0), "448 is E4M3's largest; the elements are E2M1, up to 6"),
+            (lambda **a: _nvfp4(**a, form=floats.E5M2), "the scale's format is E4M3, not E5M2"),
+            (_power_of_two, "that scale is MXFP4's power of two: NVFP4 rounds the scale to E4M3"),
+        ],
+    )
+
+
+@exercise("2.11")
 def quantize_bias(answer):
     """Int32 at s_x · s_w."""
     expect_function(
@@ -150,19 +190,23 @@ def quantize_bias(answer):
 def _requantized(*, half=True, clamp=True, before=False, multiply=True, shifted=True):
     def requantize(sums, multiplier, shift, zero_point):
         product = sums.long() * (multiplier if multiply else 1) + (zero_point if before else 0)
-        product = product + (1 << shift - 1 if half else 0)
+        product = product + (1 << (shift - 1) if half else 0)
         q = (product >> shift if shifted else product) + (0 if before else zero_point)
         return q.clamp(-128, 127).to(torch.int8) if clamp else q
 
     return requantize
 
 
+def _in_floats(sums, multiplier, shift, zero_point):
+    return (torch.floor(sums.double() * multiplier / 2.0**shift + 0.5) + zero_point).clamp(-128, 127).to(torch.int8)
+
+
 def _in_int32(sums, multiplier, shift, zero_point):
-    product = (sums.long() * multiplier + (1 << shift - 1)).int().long()
+    product = (sums.long() * multiplier + (1 << (shift - 1))).int().long()
     return ((product >> shift) + zero_point).clamp(-128, 127).to(torch.int8)
 
 
-@exercise("2.11")
+@exercise("2.12")
 def requantize(answer):
     """⌊(sum · m + 2^(n−1)) / 2^n⌋ + Z, clamped."""
     sums = torch.tensor([0, 1000, -1000, 1017, -1017, 99_999, -99_999, 7], dtype=torch.int32)
@@ -171,17 +215,24 @@ def requantize(answer):
         multiplier, shift = integer.fixed_point(real)
         return {"sums": sums, "multiplier": multiplier, "shift": shift, "zero_point": zero_point}
 
+    # the product, (2^27 + 1)(2^27 − 1) = 2^54 − 1, lies just below half of 2^55: a float64 rounds it up to it
+    near_half = {"sums": torch.tensor([2**27 + 1], dtype=torch.int32), "multiplier": 2**27 - 1}
+    long = near_half | {"shift": 55, "zero_point": 0}
+
     def reference(sums, multiplier, shift, zero_point):
         return integer.requantize(sums, torch.tensor(multiplier), torch.tensor(shift), zero_point=zero_point)
 
     expect_function(
         answer,
         reference,
-        cases=[case(0.0125, 0), case(0.0625, -9), case(0.003, 5)],
+        cases=[case(0.0125, 0), case(0.0625, -9), case(0.003, 5), long],
+        dtype=True,
         mistakes=[
             (_requantized(half=False), "a shift rounds down: add half of what is shifted out, 2^(shift − 1), first"),
             (_requantized(clamp=False), "the codes must fit int8: clamp to −128 … 127 and convert"),
             (_requantized(before=True), "the zero point is in output steps: add it after the shift"),
+            (_in_floats, "a float64 holds 53 bits and the product up to 62: no floats, only integers"),
+            (lambda **a: _requantized()(**a).to(torch.int64), "codes of eight bits: end with .to(torch.int8)"),
             (_in_int32, "the product has up to 62 bits: make the sums int64 first, with .long()"),
             (_requantized(multiply=False), "the multiplier is missing: sums · multiplier, then the shift"),
             (_requantized(shifted=False), "the shift is missing: >> shift divides by 2^shift"),

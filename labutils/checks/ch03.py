@@ -1,4 +1,4 @@
-"""Checks of chapter 03: output error, GPTQ, AWQ, SmoothQuant, LLM.int8, KIVI's axes, straight-through gradients."""
+"""Checks of chapter 03: output error, GPTQ, AWQ, LLM.int8, a butterfly, KIVI's keys, straight-through gradients."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import torch
 from labutils.checks import cases_of, exercise, expect_function
 from labutils.layers import calibration
 from labutils.layers.calibration import inverse_factor
-from labutils.quantization import awq, gptq, integer_linear, kv_cache, qat, smoothquant
+from labutils.quantization import awq, gptq, integer_linear, kv_cache, qat
 from labutils.quantization.affine import QParams, Scheme, fake_quantize
 
 
@@ -131,42 +131,6 @@ def best_alpha(answer):
     expect_function(answer, _reference_alpha, cases=cases, rtol=0.0, atol=1e-6, mistakes=mistakes)
 
 
-def _smoothing(input_absmax, weight, alpha, *, dim=0, power=1.0):
-    weight_absmax = weight.abs().amax(dim=dim)
-    return (input_absmax**alpha / weight_absmax ** (1 - alpha)) ** power
-
-
-@exercise("3.4")
-def smoothing(answer):
-    """SmoothQuant's scale of a layer's inputs."""
-    make = torch.Generator().manual_seed(0)
-    cases = [
-        {"input_absmax": torch.rand(n, generator=make) * 9 + 1, "weight": torch.randn(n, n, generator=make), "alpha": a}
-        for n, a in ((4, 0.5), (6, 0.8))
-    ]
-    expect_function(
-        answer,
-        lambda input_absmax, weight, alpha: smoothquant.smoothing_scale(input_absmax, weight.abs().amax(dim=0), alpha),
-        cases=cases,
-        mistakes=[
-            (partial(_smoothing, power=-1.0), "upside down: s divides the inputs, so large inputs need a large s"),
-            (partial(_smoothing, dim=1), "max |W_j| is over a column, all outputs of input j: dim=0"),
-            (
-                lambda input_absmax, weight, alpha: _smoothing(input_absmax, weight, 1 - alpha),
-                "α belongs to the inputs and 1 − α to the weights",
-            ),
-            (
-                lambda input_absmax, weight, alpha: input_absmax**alpha / weight.amax(dim=0) ** (1 - alpha),
-                "take the largest absolute value: a negative weight can be the largest",
-            ),
-            (
-                lambda input_absmax, weight, alpha: input_absmax**alpha * weight.abs().amax(dim=0) ** (1 - alpha),
-                "divide by the weight's power: columns that are large already cannot take more",
-            ),
-        ],
-    )
-
-
 def _split(x, weight, threshold, *, regular=True, added=True, keep=False, per_tensor=False, signed=False):
     outliers = ((x if signed else x.abs()) >= threshold).any(dim=0)
     rest_x = x if keep else x.masked_fill(outliers, 0)
@@ -176,7 +140,7 @@ def _split(x, weight, threshold, *, regular=True, added=True, keep=False, per_te
     return product * regular + (x[:, outliers] @ weight[:, outliers].T if added else 0)
 
 
-@exercise("3.5")
+@exercise("3.4")
 def split_product(answer):
     """LLM.int8's product."""
     make, cases = torch.Generator().manual_seed(0), []
@@ -204,6 +168,46 @@ def split_product(answer):
             ),
             (partial(_split, signed=True), "negative outliers count too: take |x|"),
             (partial(_split, per_tensor=True), "one scale for each token: granularity 'token' for x"),
+        ],
+    )
+
+
+def _butterfly(x, *, root=True, last=None, sign=1, neighbours=False):
+    """The Hadamard transform by sums and differences, with one thing at a time gone wrong."""
+    y, n, distance = x, x.shape[-1], 1
+    while distance < (last or n):
+        a, b = (
+            y.unflatten(-1, (-1, 2)) if neighbours else y.unflatten(-1, (-1, 2, distance)).transpose(-1, -2)
+        ).unbind(-1)
+        y = torch.stack([a + b, sign * (a - b)], dim=-1)
+        y = y.flatten(-2) if neighbours else y.transpose(-1, -2).flatten(-3)
+        distance *= 2
+    return y / (n**0.5 if root else n)
+
+
+@exercise("3.5")
+def butterfly(answer):
+    """X times Hadamard's matrix."""
+
+    def reference(x):
+        matrix = torch.ones(1, 1)
+        while len(matrix) < x.shape[-1]:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
+        return x @ matrix
+
+    make = torch.Generator().manual_seed(0)
+    expect_function(
+        answer,
+        reference,
+        cases=[{"x": torch.randn(*shape, generator=make)} for shape in ((4,), (3, 8), (2, 2, 16))],
+        rtol=1e-4,
+        atol=1e-5,
+        mistakes=[
+            (partial(_butterfly, root=False), "divide by the root of n, so that the length stays"),
+            (lambda x: _butterfly(x) * x.shape[-1] ** 0.5, "the division is missing: by the root of n, at the end"),
+            (partial(_butterfly, last=2), "that is the first pass alone: go on with distances 2, 4, … up to n/2"),
+            (partial(_butterfly, sign=-1), "the second of a pair becomes a − b, not b − a"),
+            (partial(_butterfly, neighbours=True), "each pass has a distance of its own: 1, then 2, then 4"),
         ],
     )
 

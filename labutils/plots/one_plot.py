@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 
 from labutils.applications.scores import paired_difference
 from labutils.measurement.ledger import Record, check_drawable
 from labutils.measurement.timing import bootstrap_interval, difference_is_sure
 from labutils.plots.speed_quality import quality_is_sure
-from labutils.plots.style import plain_log_scale, series_style
+from labutils.plots.style import label_points, plain_log_scale, series_style
 
 OTHER = "other chapters"
 
@@ -170,7 +168,7 @@ def draw_techniques(
     ax.margins(0.15, 0.3)
     ax.grid(alpha=0.25)
     ax.legend(fontsize="small", loc="best")
-    _label_points(ax, records, across, up)
+    label_points(ax, [(r.technique, across.value(r), up.value(r)) for r in records])
     return ax.get_figure()
 
 
@@ -195,42 +193,6 @@ def _draw_family(ax, members, stands: dict[int, str], x: Axis, y: Axis, family: 
             zorder=3,
             label=family if number == 0 else None,
         )
-
-
-def _label_points(ax: Axes, records: Sequence[Record], x: Axis, y: Axis) -> None:
-    """Writes each technique near its point, at the first place inside where it covers no point and no other label."""
-    figure = ax.get_figure()
-    figure.canvas.draw()
-    points = {id(r): ax.transData.transform((x.value(r), y.value(r))) for r in records}
-    taken = [Bbox.from_bounds(px - 5, py - 5, 10, 10) for px, py in points.values()]
-    for record in sorted(records, key=lambda r: tuple(points[id(r)])):
-        for dx, dy, across, up in PLACES:
-            far = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6} if abs(dy) > PLACES[0][1] else None
-            text = ax.annotate(
-                record.technique,
-                (x.value(record), y.value(record)),
-                (dx, dy),
-                textcoords="offset points",
-                fontsize=8,
-                ha=across,
-                va=up,
-                arrowprops=far,
-            )
-            text.get_window_extent()  # puts it there
-            box = Text.get_window_extent(text)  # the words alone, without the line to the point
-            inside = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and ax.bbox.y0 < box.y0 and box.y1 < ax.bbox.y1
-            if inside and not any(box.overlaps(other) for other in taken) or (dx, dy, across, up) == PLACES[-1]:
-                taken.append(box)
-                break
-            text.remove()
-
-
-PLACES = tuple(
-    (side * (6 + 2 * step), sign * (5 + 8 * step), "left" if side > 0 else "right", "bottom" if sign > 0 else "top")
-    for step in range(16)
-    for side in (1, -1)
-    for sign in (1, -1)
-)
 
 
 def techniques_table(records: Sequence[Record], *, x: str = "speed", y: str = "task score") -> str:

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from labutils.models.compare import PairedQuality
+from labutils.models.compare import DocumentBits, PairedQuality, paired_quality
 from labutils.plots.speed_quality import pareto_front
-from labutils.plots.style import PALETTE, series_style
+from labutils.plots.style import PALETTE, label_points, series_style
 from labutils.quantization.affine import Scheme, fake_quantize
 from labutils.quantization.clipping import mse_range, percentile_range
 from labutils.quantization.packing import bits_per_weight
@@ -96,19 +96,43 @@ def draw_quantized_layer(layer: QuantizedLayer, *, figure: Figure | None = None)
     return figure
 
 
+def draw_clipping(axes: Axes, weight: Float[Tensor, "out n"], *, bits: int, share: float) -> None:
+    """Draws a weight's density and the levels of one symmetric scale, cut at a share of max|w|, with their shares."""
+    scheme, peak = Scheme(bits=bits, granularity="tensor"), weight.abs().max().item()
+    back = fake_quantize(weight, scheme, low=-share * peak, high=share * peak)
+    levels, counts = back.unique(return_counts=True)
+    found = 100 * counts / weight.numel()
+    width = share * peak / (2 ** (bits - 1) - 1)
+    edges = torch.linspace(-peak, peak, 121)
+    heights = 100 * torch.histogram(weight.flatten(), edges).hist / weight.numel() * width / (edges[1] - edges[0])
+    axes.stairs(heights.numpy(), edges.numpy(), color="0.6", label="the weights")
+    axes.vlines(levels, 0, found, color=PALETTE[1], linewidth=3)
+    axes.plot(levels, found, color=PALETTE[1], marker="o", linestyle="none", label="their levels")
+    axes.set(xlabel="weight", ylabel="share of the weights (%)", xlim=(-1.05 * peak, 1.05 * peak), ylim=(0, None))
+    axes.set_title(f"{bits} bits, cut at {share:.0%} of max |w|: {sqnr_db(weight, back):.1f} dB")
+    axes.legend(fontsize="small")
+
+
 @dataclass(frozen=True)
 class BitsPoint:
-    """A way to store weights, its true bits per weight, and the model's quality with it."""
+    """A way to store weights, its true bits per weight, and the model's quality with it, in sum and by document."""
 
     name: str
     bits_per_weight: float
     quality: PairedQuality
+    document_bits: DocumentBits
 
 
 def bits_front(points: Sequence[BitsPoint]) -> list[BitsPoint]:
-    """The points that no other one beats in both bits and quality, fewest bits first."""
+    """The points that no other one beats in both bits and mean quality, fewest bits first: the line that is drawn."""
     found = pareto_front([(-p.bits_per_weight, -p.quality.bits_per_byte) for p in points])
     return [points[i] for i in found]
+
+
+def bits_beaten_by(point: BitsPoint, points: Sequence[BitsPoint]) -> list[BitsPoint]:
+    """The points of no more bits that are surely better: the interval of the paired difference excludes zero."""
+    rivals = [p for p in points if p.bits_per_weight <= point.bits_per_weight]
+    return [p for p in rivals if paired_quality(p.document_bits, point.document_bits).interval[1] < 0]
 
 
 def bits_finding(points: Sequence[BitsPoint], *, cost: float = 0.02) -> str:
@@ -130,30 +154,31 @@ def draw_bits_quality(points: Sequence[BitsPoint], *, ax: Axes | None = None) ->
         "--",
         color="0.6",
         zorder=1,
-        label="Pareto front",
     )
     for index, point in enumerate(sorted(points, key=lambda p: p.bits_per_weight)):
         y, (low, high) = point.quality.difference, point.quality.interval
-        style = {"label": point.name, "capsize": 3, "linestyle": "none", "markersize": 8, **series_style(index)}
+        style = {"capsize": 3, "linestyle": "none", "markersize": 8, **series_style(index)}
         ax.errorbar(point.bits_per_weight, y, yerr=[[y - low], [high - y]], **style)
     ax.axhline(0, color="0.8", zorder=0)
     ax.set_yscale("symlog", linthresh=1e-3)
     lows, highs = zip(*(p.quality.interval for p in points), strict=True)
     ax.set_ylim(1.5 * min(0, *lows) - 5e-4, 1.6 * max(5e-4, *highs))
     ax.set_xlabel("bits per weight, scales and zero points included")
+    ax.margins(x=0.12)
     ax.set_ylabel("bits per byte above float32 (lower is better)")
     ax.set_title(bits_finding(points), wrap=True)
     ax.grid(alpha=0.25)
-    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    label_points(ax, [(p.name, p.bits_per_weight, p.quality.difference) for p in points])
     return ax.get_figure()
 
 
 def bits_quality_table(points: Sequence[BitsPoint]) -> str:
-    """The same as text; `*` marks the front."""
-    front = {p.name for p in bits_front(points)}
+    """The same as text; `*` marks what no way of as few bits surely beats."""
     rows = [f"{'':2}{'bits/weight':>11} {'bits/byte':>10} {'loss':>8} {'95% interval':>20}  way"]
     for p in sorted(points, key=lambda p: p.bits_per_weight):
         low, high = p.quality.interval
         numbers = f"{p.bits_per_weight:11.3f} {p.quality.bits_per_byte:10.4f} {p.quality.difference:+8.4f}"
-        rows.append(f"{'*' if p.name in front else '':2}{numbers} {f'[{low:+.4f}, {high:+.4f}]':>20}  {p.name}")
+        rows.append(
+            f"{'' if bits_beaten_by(p, points) else '*':2}{numbers} {f'[{low:+.4f}, {high:+.4f}]':>20}  {p.name}"
+        )
     return "\n".join(rows)

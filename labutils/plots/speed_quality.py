@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from labutils.measurement.ledger import Record, check_drawable
 from labutils.measurement.timing import bootstrap_interval, difference_is_sure
-from labutils.plots.style import plain_log_scale, series_style
+from labutils.plots.style import label_points, plain_log_scale, series_style
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,8 @@ def draw_speed_quality(
 ) -> Figure:
     """Draws records as points with 95% intervals, one colour and shape per technique, and the Pareto front.
 
+    Names stand at the points where model and device are the same for all, and in a legend otherwise.
+
     Args:
         records: From the ledger; each needs raw samples and a quality.
         quality: The y axis; bits per byte, or `task_quality(name)`.
@@ -159,7 +161,9 @@ def draw_speed_quality(
     """
     records = drawable_records(records, quality)
     ax = ax or Figure(figsize=(8.5, 6.0), layout="constrained").subplots()
-    labels = list(dict.fromkeys(legend_label(r) for r in records))
+    shared = {_setting(r) for r in records}
+    name = legend_label if len(shared) > 1 else lambda r: r.technique
+    labels = list(dict.fromkeys(map(name, records)))
     front = front_of(records, quality)
     ax.plot(
         [records[i].tokens_per_s for i in front],
@@ -170,8 +174,9 @@ def draw_speed_quality(
         label="Pareto front of the medians",
     )
     for index, label in enumerate(labels):
-        _draw_series(ax, [r for r in records if legend_label(r) == label], quality, label, series_style(index))
-    ax.set_xlabel("speed: tokens/s (median, 95% bootstrap interval)")
+        _draw_series(ax, [r for r in records if name(r) == label], quality, label, series_style(index))
+    where = "" if len(shared) > 1 else f"; {shared.pop()}"
+    ax.set_xlabel(f"speed: tokens/s (median, 95% bootstrap interval){where}")
     ax.set_ylabel(quality.label)
     ax.set_title(finding(records, quality), wrap=True)
     ax.margins(0.12, 0.15)
@@ -183,15 +188,27 @@ def draw_speed_quality(
     if quality.lower_is_better:
         ax.invert_yaxis()
     ax.grid(alpha=0.25)
-    ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    if where:
+        label_points(ax, [(r.technique, r.tokens_per_s, quality.of(r)) for r in records])
+    else:
+        ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     return ax.get_figure()
 
 
-def legend_label(record: Record) -> str:
-    """Returns technique, model and device, as the legend shows them."""
+def _place(record: Record) -> tuple[str, str]:
+    """Where a record was measured, and its batch where that is above 1."""
     device = record.host.get("gpu") if record.device.startswith("cuda") else None
     where = device or f"{record.device}, {record.threads} thread{'s' if record.threads > 1 else ''}"
-    batch = f", batch {record.batch}" if record.batch > 1 else ""
+    return where, f", batch {record.batch}" if record.batch > 1 else ""
+
+
+def _setting(record: Record) -> str:
+    return f"{record.model} ({''.join(_place(record))})"
+
+
+def legend_label(record: Record) -> str:
+    """Returns technique, model, device and format, as the legend shows them."""
+    where, batch = _place(record)
     return f"{record.technique}: {record.model} ({where}, {record.dtype}{batch})"
 
 

@@ -1,4 +1,4 @@
-"""One bit: signs and one scale a row, multiplied by counting equal bits (XNOR-Net)."""
+"""One bit: signs and one scale a row, multiplied by counting equal bits (XNOR-Net); and three values (BitNet b1.58)."""
 
 import torch
 from jaxtyping import Float, Int, Int8, Int32, UInt8
@@ -43,3 +43,16 @@ def xnor_product(
     """
     different = x[:, None] ^ weight[None]
     return count - 2 * POPCOUNT.to(x.device)[different.int()].sum(dim=-1, dtype=torch.int32)
+
+
+def ternarize(x: Float[Tensor, "*rows n"]) -> tuple[Int8[Tensor, "*rows n"], Float[Tensor, ""]]:
+    """Codes in {−1, 0, 1} and one scale for all: s = mean |x|, q = clamp(round(x / s)).
+
+    BitNet b1.58 (Ma et al. 2024, arXiv:2402.17764, equations 1 to 3), which trains with it from the start. Three values
+    carry log2 3 = 1.58 bits; five of them fit into a byte, for 3^5 = 243.
+
+    >>> ternarize(torch.tensor([[3.0, -1.0, 0.5, -3.5]]))
+    (tensor([[ 1,  0,  0, -1]], dtype=torch.int8), tensor(2.))
+    """
+    scale = x.float().abs().mean().clamp(min=1e-12)
+    return torch.round(x / scale).clamp(-1, 1).to(torch.int8), scale

@@ -1,4 +1,4 @@
-"""Small floating-point numbers, taken apart into sign, exponent and mantissa bits; and MXFP4's shared exponents."""
+"""Small floats, taken apart into sign, exponent and mantissa bits; MXFP4 and NVFP4, whose blocks share scales."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -140,3 +140,41 @@ def mxfp4_dequantize(
     """Numbers of MXFP4 codes and shared exponents."""
     shared = exponents.int()[..., None] - E8M0_BIAS
     return torch.ldexp(grouped(decode(codes, E2M1), MX_BLOCK), shared).reshape(codes.shape)
+
+
+NV_BLOCK = 16
+
+
+def nvfp4_quantize(
+    x: Float[Tensor, "*rows n"],
+) -> tuple[UInt8[Tensor, "*rows n"], UInt8[Tensor, "*rows blocks"], float]:
+    """NVFP4: E2M1 codes, an E4M3 scale for each 16 numbers, and one float32 for the whole tensor.
+
+        tensor_scale = max|x| / (6 · 448),   scale_b = E4M3(max|x_b| / (6 · tensor_scale))
+        q = E2M1(x / (scale_b · tensor_scale))
+
+    6 and 448 are the largest numbers of E2M1 and E4M3. NVIDIA's Transformer Engine and Blackwell's tensor cores.
+
+    Raises:
+        ValueError: when 16 does not divide the rows, and for an empty tensor, infinity or NaN.
+
+    >>> codes, scales, tensor_scale = nvfp4_quantize(torch.tensor([[12.0, 1.0] + [0.0] * 14]))
+    >>> codes[0, :2].tolist(), decode(scales, E4M3).tolist(), round(12 / tensor_scale)
+    ([7, 1], [[448.0]], 2688)
+    """
+    low, high = observed_range(x, Scheme(granularity="group", group_size=NV_BLOCK))
+    largest = torch.maximum(-low, high)
+    tensor_scale = max(largest.max().item() / (E2M1.largest * E4M3.largest), torch.finfo(torch.float32).tiny)
+    scales = encode(largest / (E2M1.largest * tensor_scale), E4M3)
+    steps = decode(scales, E4M3) * tensor_scale
+    ratio = grouped(x.float(), NV_BLOCK) / torch.where(steps > 0, steps, 1.0)
+    codes = encode(torch.where(steps > 0, ratio, 0.0), E2M1)
+    return codes.reshape(x.shape), scales.squeeze(-1), tensor_scale
+
+
+def nvfp4_dequantize(
+    codes: UInt8[Tensor, "*rows n"], scales: UInt8[Tensor, "*rows blocks"], tensor_scale: float
+) -> Float[Tensor, "*rows n"]:
+    """Numbers of NVFP4 codes, block scales and the tensor's scale."""
+    steps = decode(scales, E4M3)[..., None] * tensor_scale
+    return (grouped(decode(codes, E2M1), NV_BLOCK) * steps).reshape(codes.shape)

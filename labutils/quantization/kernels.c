@@ -235,8 +235,34 @@ static void quantize_token(const float *x, int64_t in, int64_t block, int8_t *co
 
 // ---- the product ---------------------------------------------------------------------------------------------------
 
+// The same in float32, so that a float model can take the C steps of steps.c: bits = 32, and codes points to (out, in) floats.
+// Four sums a row, because an addition waits some cycles for the one before it.
+static void float_linear(const Weight *w, const float *x, float *y, int64_t tokens, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < w->out; r++) {
+        const float *row = (const float *)w->codes + r * w->in;
+        for (int64_t t = 0; t < tokens; t++) {
+            const float *token = x + t * w->in;
+            f32x8 sums[4] = {0};
+            int64_t k = 0;
+            for (; k + 32 <= w->in; k += 32)
+                for (int i = 0; i < 4; i++)
+                    sums[i] += *(const f32x8 *)(row + k + 8 * i) * *(const f32x8 *)(token + k + 8 * i);
+            f32x8 eight = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+            float sum = 0;
+            for (int i = 0; i < 8; i++) sum += eight[i];
+            for (; k < w->in; k++) sum += row[k] * token[k];
+            y[t * w->out + r] = sum + (w->bias ? w->bias[r] : 0);
+        }
+    }
+}
+
 // y (tokens, out) = x (tokens, in) W^T + b. Returns 0, or 1 when there was no memory for the activations' codes.
 int packed_linear(const Weight *w, const float *x, float *y, int64_t tokens, int64_t threads) {
+    if (w->bits == 32) {
+        float_linear(w, x, y, tokens, threads);
+        return 0;
+    }
     int64_t blocks = w->padded / w->block, tiles = (w->out + ROWS - 1) / ROWS;
     float *memory = malloc(tokens * (2 * blocks * sizeof(float) + w->padded) + 1);  // never malloc(0)
     if (!memory) return 1;

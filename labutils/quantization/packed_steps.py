@@ -91,17 +91,16 @@ def arena_bytes(layers: list[PackedLinear]) -> int:
 
 
 class FewTokens:
-    """All layers of a `FastLlama` on packed weights for 1 to `max_tokens` tokens: one call into C.
+    """All layers of a `FastLlama` for 1 to `max_tokens` tokens: one call into C.
 
     Args:
         library: the kernels.
-        decoder: a `FastLlama` whose matrices are `FusedPacked`.
+        decoder: a `FastLlama` whose matrices are `FusedPacked` or `FloatMatrix`.
+        max_tokens: how many tokens share a call.
     """
 
-    max_tokens = 32
-
-    def __init__(self, library: ctypes.CDLL, decoder: object) -> None:
-        self.library, self.decoder = library, decoder
+    def __init__(self, library: ctypes.CDLL, decoder: object, *, max_tokens: int = 32) -> None:
+        self.library, self.decoder, self.max_tokens = library, decoder, max_tokens
         made = [_layer(decoder, index) for index in range(len(decoder.layers))]
         self.layers = (Layer * len(made))(*made)
         first, (_, kv_heads, max_length, dim) = made[0], decoder.keys.shape

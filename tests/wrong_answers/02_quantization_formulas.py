@@ -80,6 +80,32 @@ def affine_qparams(x, qmin, qmax):
     return scale, qmin - low / scale
 
 
+# %% WRONG affine_codes | you lost float64
+# EXERCISE affine_codes
+def affine_codes(x, scale, zero_point, qmin, qmax):
+    return (torch.round(x.float() / torch.tensor(scale)) + zero_point).clamp(qmin, qmax).to(torch.int32)
+
+
+# %% WRONG affine_codes | moves with an odd Z
+# EXERCISE affine_codes
+def affine_codes(x, scale, zero_point, qmin, qmax):
+    return torch.round(x / scale + zero_point).clamp(qmin, qmax).to(torch.int32)
+
+
+# %% WRONG affine_codes | the codes are int32
+# EXERCISE affine_codes
+def affine_codes(x, scale, zero_point, qmin, qmax):
+    return (torch.round(x / scale) + zero_point).clamp(qmin, qmax).long()
+
+
+# %% WRONG affine_qparams | out of a tensor
+# EXERCISE affine_qparams
+def affine_qparams(x, qmin, qmax):
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = (high - low) / (qmax - qmin)
+    return scale, (qmin - torch.round(low / scale)).int()
+
+
 # %% WRONG group_scales | take the largest |w|
 # EXERCISE group_scales
 def group_scales(weight, qmax, group_size):
@@ -200,34 +226,39 @@ def best_share(x, bits, shares):
     return min(shares, key=error)
 
 
-# %% WRONG predicted_sqnr_db | the whole step as the error
-# EXERCISE predicted_sqnr_db
-def predicted_sqnr_db(x, scale):
-    return 10 * math.log10(x.square().mean().item() / scale**2)
+# %% WRONG bits_for | takes the whole step
+# EXERCISE bits_for
+def bits_for(x, target_db):
+    signal, peak = x.square().mean().item(), x.abs().max().item()
+    return next(b for b in range(2, 17) if 10 * math.log10(signal / (peak / (2 ** (b - 1) - 1)) ** 2) >= target_db)
 
 
-# %% WRONG predicted_sqnr_db | not S²/3
-# EXERCISE predicted_sqnr_db
-def predicted_sqnr_db(x, scale):
-    return 10 * math.log10(x.square().mean().item() / (scale**2 / 3))
+# %% WRONG bits_for | not S²/3
+# EXERCISE bits_for
+def bits_for(x, target_db):
+    signal, peak = x.square().mean().item(), x.abs().max().item()
+    return next(b for b in range(2, 17) if 10 * math.log10(3 * signal / (peak / (2 ** (b - 1) - 1)) ** 2) >= target_db)
 
 
-# %% WRONG predicted_sqnr_db | for amplitudes
-# EXERCISE predicted_sqnr_db
-def predicted_sqnr_db(x, scale):
-    return 20 * math.log10(x.square().mean().item() / (scale**2 / 12))
+# %% WRONG bits_for | for amplitudes
+# EXERCISE bits_for
+def bits_for(x, target_db):
+    signal, peak = x.square().mean().item(), x.abs().max().item()
+    return next(b for b in range(2, 17) if 20 * math.log10(12 * signal / (peak / (2 ** (b - 1) - 1)) ** 2) >= target_db)
 
 
-# %% WRONG predicted_sqnr_db | upside down
-# EXERCISE predicted_sqnr_db
-def predicted_sqnr_db(x, scale):
-    return 10 * math.log10(scale**2 / 12 / x.square().mean().item())
+# %% WRONG bits_for | half of the codes
+# EXERCISE bits_for
+def bits_for(x, target_db):
+    signal, peak = x.square().mean().item(), x.abs().max().item()
+    return next(b for b in range(2, 17) if 10 * math.log10(12 * signal / (peak / (2**b - 1)) ** 2) >= target_db)
 
 
-# %% WRONG predicted_sqnr_db | square the step
-# EXERCISE predicted_sqnr_db
-def predicted_sqnr_db(x, scale):
-    return 10 * math.log10(x.square().mean().item() / (scale / 12))
+# %% WRONG bits_for | mean of its squares
+# EXERCISE bits_for
+def bits_for(x, target_db):
+    signal, peak = x.abs().mean().item(), x.abs().max().item()
+    return next(b for b in range(2, 17) if 10 * math.log10(12 * signal / (peak / (2 ** (b - 1) - 1)) ** 2) >= target_db)
 
 
 # %% WRONG xnor_product | each of them is a −1
@@ -329,6 +360,34 @@ def nf4_codes(block, levels):
     return levels[((block / block.abs().max())[:, None] - levels).abs().argmin(dim=1)]
 
 
+# %% WRONG nvfp4_back | stored in E4M3
+# EXERCISE nvfp4_back
+def nvfp4_back(block, tensor_scale):
+    step = block.abs().max() / 6
+    return decode(encode(block / step, E2M1), E2M1) * step
+
+
+# %% WRONG nvfp4_back | missing on the way back
+# EXERCISE nvfp4_back
+def nvfp4_back(block, tensor_scale):
+    scale = decode(encode(block.abs().max() / (6 * tensor_scale), E4M3), E4M3)
+    return decode(encode(block / (scale * tensor_scale), E2M1), E2M1) * scale
+
+
+# %% WRONG nvfp4_back | largest number is 6
+# EXERCISE nvfp4_back
+def nvfp4_back(block, tensor_scale):
+    step = decode(encode(block.abs().max() / (7 * tensor_scale), E4M3), E4M3) * tensor_scale
+    return decode(encode(block / step, E2M1), E2M1) * step
+
+
+# %% WRONG nvfp4_back | power of two
+# EXERCISE nvfp4_back
+def nvfp4_back(block, tensor_scale):
+    step = 2.0 ** (block.abs().max().log2().floor() - 2)
+    return decode(encode(block / step, E2M1), E2M1) * step
+
+
 # %% WRONG quantize_bias | the weight's scale alone
 # EXERCISE quantize_bias
 def quantize_bias(bias, x_scale, weight_scale):
@@ -388,3 +447,16 @@ def requantize(sums, multiplier, shift, zero_point):
 # EXERCISE requantize
 def requantize(sums, multiplier, shift, zero_point):
     return ((sums.long() + (1 << shift - 1) >> shift) + zero_point).clamp(-128, 127).to(torch.int8)
+
+
+# %% WRONG requantize | no floats
+# EXERCISE requantize
+def requantize(sums, multiplier, shift, zero_point):
+    rounded = torch.floor(sums.double() * multiplier / 2.0**shift + 0.5)
+    return (rounded + zero_point).clamp(-128, 127).to(torch.int8)
+
+
+# %% WRONG requantize | eight bits
+# EXERCISE requantize
+def requantize(sums, multiplier, shift, zero_point):
+    return (((sums.long() * multiplier + (1 << (shift - 1))) >> shift) + zero_point).clamp(-128, 127)

@@ -151,36 +151,6 @@ def best_alpha(weight, mean_abs, gram, scheme):
     return max(losses, key=losses.get)
 
 
-# %% WRONG smoothing | upside down
-# EXERCISE smoothing
-def smoothing(input_absmax, weight, alpha):
-    return weight.abs().amax(dim=0) ** (1 - alpha) / input_absmax**alpha
-
-
-# %% WRONG smoothing | over a column
-# EXERCISE smoothing
-def smoothing(input_absmax, weight, alpha):
-    return input_absmax**alpha / weight.abs().amax(dim=1) ** (1 - alpha)
-
-
-# %% WRONG smoothing | belongs to the inputs
-# EXERCISE smoothing
-def smoothing(input_absmax, weight, alpha):
-    return input_absmax ** (1 - alpha) / weight.abs().amax(dim=0) ** alpha
-
-
-# %% WRONG smoothing | largest absolute value
-# EXERCISE smoothing
-def smoothing(input_absmax, weight, alpha):
-    return input_absmax**alpha / weight.amax(dim=0) ** (1 - alpha)
-
-
-# %% WRONG smoothing | divide by the weight's power
-# EXERCISE smoothing
-def smoothing(input_absmax, weight, alpha):
-    return input_absmax**alpha * weight.abs().amax(dim=0) ** (1 - alpha)
-
-
 # %% WRONG split_product | own product is missing
 # EXERCISE split_product
 def split_product(x, weight, threshold):
@@ -228,6 +198,46 @@ def split_product(x, weight, threshold):
 # EXERCISE split_product
 def split_product(x, weight, threshold):
     return fake_quantize(x, Scheme(granularity="token")) @ fake_quantize(weight, Scheme()).T
+
+
+# %% WRONG butterfly | so that the length stays
+# EXERCISE butterfly
+def butterfly(x):
+    y, distance = x, 1
+    while distance < x.shape[-1]:
+        a, b = y.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        y, distance = torch.stack([a + b, a - b], dim=-2).flatten(-3), 2 * distance
+    return y / x.shape[-1]
+
+
+# %% WRONG butterfly | division is missing
+# EXERCISE butterfly
+def butterfly(x):
+    y, distance = x, 1
+    while distance < x.shape[-1]:
+        a, b = y.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        y, distance = torch.stack([a + b, a - b], dim=-2).flatten(-3), 2 * distance
+    return y
+
+
+# %% WRONG butterfly | not b − a
+# EXERCISE butterfly
+def butterfly(x):
+    y, distance = x, 1
+    while distance < x.shape[-1]:
+        a, b = y.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        y, distance = torch.stack([a + b, b - a], dim=-2).flatten(-3), 2 * distance
+    return y / x.shape[-1] ** 0.5
+
+
+# %% WRONG butterfly | distance of its own
+# EXERCISE butterfly
+def butterfly(x):
+    y = x
+    for _ in range(x.shape[-1].bit_length() - 1):
+        a, b = y.unflatten(-1, (-1, 2)).unbind(-1)
+        y = torch.stack([a + b, a - b], dim=-1).flatten(-2)
+    return y / x.shape[-1] ** 0.5
 
 
 # %% WRONG round_keys | along a token
