@@ -2,6 +2,7 @@
 
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from rank_models import IDS, MODELS, expert_weights, groups_of_prompts, piped_mo
 from tiny_models import random_ids, tiny_model
 from torch.nn.functional import scaled_dot_product_attention
 
+from labutils.distributed import collectives
 from labutils.distributed.collectives import Link, all_reduce_bytes, checksum
 from labutils.distributed.disaggregation import break_even_bytes_per_s
 from labutils.distributed.launch import launch
@@ -219,7 +221,21 @@ def test_link_times_by_hand():
     assert link.send_s(50) == 1.0
     assert link.all_reduce_s(400, ranks=4) == pytest.approx(6 * 1.5)  # 2(p-1) steps of 100 bytes
     assert link.all_gather_s(400, ranks=4) == pytest.approx(3 * 1.5)
+    assert link.all_reduce_s(400, ranks=4, one_shot=True) == 12.5  # one latency, and 3 times 400 bytes
+    assert link.all_reduce_s(400, ranks=1, one_shot=True) == 0
     assert Link().all_reduce_s(1e9, ranks=8) == 0 and all_reduce_bytes(400, 1) == 0
+
+
+def test_a_simulated_wait_counts_how_late_the_sleeper_was_woken(monkeypatch):
+    """The clock is ours: a sleep takes 10 ms more than asked, of which the last two milliseconds' look absorbs two."""
+    now = [0.0]
+    monkeypatch.setattr(collectives.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(collectives.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds + 0.010))
+    comm = SimpleNamespace(late_s=0.0)
+    collectives.Comm.wait(comm, 0.050)
+    assert now[0] == pytest.approx(0.058) and comm.late_s == pytest.approx(0.008)
+    collectives.Comm.wait(comm, -1.0)
+    assert comm.late_s == pytest.approx(0.008)  # a message that is there already waits for nothing
 
 
 def test_merge_attention_joins_any_cut_of_the_keys():

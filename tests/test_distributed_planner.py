@@ -17,6 +17,8 @@ def test_step_time_by_hand():
     # nine all-reduces of 2*10*2 = 40 bytes: 2 steps of 1 s + 20/40 s; a hop of 40 bytes and 16 bytes back
     assert step_s(SHAPE, slow, Load(2, 3), tensor=2, pipeline=1) == pytest.approx(8.8 + 9 * 2 * 1.5)
     assert step_s(SHAPE, slow, Load(2, 3), tensor=1, pipeline=2) == pytest.approx(17.6 + 2.0 + 1.4)
+    at_once = Devices(4, 10_000, 100, Link(latency_s=1.0, bytes_per_s=40), one_shot=True)
+    assert step_s(SHAPE, at_once, Load(2, 3), tensor=2, pipeline=1) == pytest.approx(8.8 + 9 * 2.0)  # 1 s + 40/40 s
 
 
 def test_plan_uses_all_devices_and_cuts_no_head():

@@ -67,7 +67,9 @@ class PolicyTime:
 
     def __str__(self) -> str:
         shares = ", ".join(f"{node} {count}" for node, count in sorted(self.report.per_node.items()))
-        times = f"{statistics.median(self.samples_s):.2f} s ({min(self.samples_s):.2f} to {max(self.samples_s):.2f})"
+        times = f"{statistics.median(self.samples_s):.2f} s"
+        if len(self.samples_s) > 1:
+            times += f" ({min(self.samples_s):.2f} to {max(self.samples_s):.2f})"
         return f"{self.policy:<9}{times:<24}{self.ratio:5.2f} x ideal   {shares}"
 
 

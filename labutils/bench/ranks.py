@@ -82,7 +82,8 @@ def over_links(name: str, token_ids: Tensor, new_tokens: int, links: Mapping[str
     """Decodes the same prompts tensor-parallel and as a pipeline with a group a stage, over each simulated link.
 
     Returns:
-        Tokens of both ways, seconds of every run (interleaved), and what one token of the tensor-parallel one sends.
+        Tokens of both ways, seconds of every run (interleaved), how much longer than asked this rank waited in a run on
+        average, and what one token of the tensor-parallel one sends.
     """
     from labutils.models.load import load_model
 
@@ -102,17 +103,20 @@ def over_links(name: str, token_ids: Tensor, new_tokens: int, links: Mapping[str
     greedy(sliced, token_ids[:, :1], 1)
     sent = dict(comm.calls), dict(comm.sent_bytes)
     seconds: dict[tuple[str, str], list[float]] = {(way, link): [] for link in links for way in ways}
+    late_s = dict.fromkeys(seconds, 0.0)
     for _ in range(repeats):
         for link_name, link in links.items():
             comm.link = staged.link = link
             for way, run in ways.items():
+                comm.late_s = staged.late_s = 0.0
                 dist.barrier()
                 began = time.monotonic()
                 run()
                 synchronize(comm.device)
                 dist.barrier()
                 seconds[way, link_name].append(time.monotonic() - began)
-    return {"tokens": tokens, "seconds": seconds, "sent": sent}
+                late_s[way, link_name] += (comm.late_s + staged.late_s) / repeats
+    return {"tokens": tokens, "seconds": seconds, "late_s": late_s, "sent": sent}
 
 
 def logits_of(model: torch.nn.Module, token_ids: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+LOOK_S = 0.002
+
 
 @dataclass(frozen=True)
 class Link:
@@ -28,9 +30,10 @@ class Link:
         """Seconds until a message of `nbytes` has arrived."""
         return self.latency_s + nbytes / self.bytes_per_s
 
-    def all_reduce_s(self, nbytes: float, *, ranks: int) -> float:
-        """Seconds of a ring all-reduce of `nbytes`."""
-        return 2 * (ranks - 1) * self.send_s(nbytes / ranks)
+    def all_reduce_s(self, nbytes: float, *, ranks: int, one_shot: bool = False) -> float:
+        """Seconds of an all-reduce of `nbytes`: in a ring, or in one shot, where each rank sends all to all others."""
+        steps, each = (min(ranks - 1, 1), (ranks - 1) * nbytes) if one_shot else (2 * (ranks - 1), nbytes / ranks)
+        return steps * self.send_s(each)
 
     def all_gather_s(self, nbytes: float, *, ranks: int) -> float:
         """Seconds of a ring all-gather whose result has `nbytes`."""
@@ -65,6 +68,7 @@ class Comm:
         self.calls: Counter[str] = Counter()
         self.sent_bytes: Counter[str] = Counter()
         self.pending: list[tuple[dist.Work, Tensor]] = []
+        self.late_s = 0.0  # how much longer than the link asked for this rank has waited
 
     def count(self, kind: str, nbytes: float) -> None:
         """Notes one call and the bytes that this rank sent for it."""
@@ -76,11 +80,19 @@ class Comm:
         self.calls.clear()
         self.sent_bytes.clear()
 
+    def wait(self, seconds: float) -> None:
+        """Lets a simulated link's time pass; a sleeper wakes late, so the end is spent looking at the clock."""
+        end = time.monotonic() + seconds
+        time.sleep(max(0.0, seconds - LOOK_S))
+        while time.monotonic() < end:
+            time.sleep(0)  # lets others of this core go on
+        self.late_s += time.monotonic() - end if seconds > 0 else 0.0
+
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Replaces a tensor on every rank by the sum over the ranks."""
         self.count("all_reduce", all_reduce_bytes(tensor.nbytes, self.size))
         if self.link:
-            time.sleep(self.link.all_reduce_s(tensor.nbytes, ranks=self.size))
+            self.wait(self.link.all_reduce_s(tensor.nbytes, ranks=self.size))
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
@@ -91,7 +103,7 @@ class Comm:
         padded = torch.nn.functional.pad(tensor, (0, widest - tensor.shape[-1])).contiguous()
         self.count("all_gather", (self.size - 1) * padded.nbytes)
         if self.link:
-            time.sleep(self.link.all_gather_s(padded.nbytes * self.size, ranks=self.size))
+            self.wait(self.link.all_gather_s(padded.nbytes * self.size, ranks=self.size))
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
@@ -116,7 +128,7 @@ class Comm:
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         dist.recv(tensor, group_src=source, group=self.group)
         if self.link:
-            time.sleep(max(0.0, sent_at.item() + self.link.send_s(tensor.nbytes) - time.monotonic()))
+            self.wait(sent_at.item() + self.link.send_s(tensor.nbytes) - time.monotonic())
         return tensor
 
     def flush(self) -> None:

@@ -44,13 +44,17 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Devices:
-    """`count` equal devices: memory of each, the rate at which it reads memory, fixed cost of a layer, the link."""
+    """`count` equal devices: memory of each, the rate at which it reads memory, the link, fixed cost of a layer.
+
+    `one_shot` says that small all-reduces go to all others at once instead of round a ring.
+    """
 
     count: int
     memory_bytes: float
     read_bytes_per_s: float
     link: Link
     layer_s: float = 0.0
+    one_shot: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def step_s(model: ModelShape, devices: Devices, load: Load, *, tensor: int, pipe
     """
     read = model.weight_bytes + load.requests * load.positions * model.kv_bytes_per_token
     message = load.requests * model.hidden * model.value_bytes
-    reduces = (2 * model.layers + 1) * devices.link.all_reduce_s(message, ranks=tensor)
+    reduces = (2 * model.layers + 1) * devices.link.all_reduce_s(message, ranks=tensor, one_shot=devices.one_shot)
     hops = (pipeline - 1) * devices.link.send_s(message) + (pipeline > 1) * devices.link.send_s(8 * load.requests)
     return read / tensor / devices.read_bytes_per_s + model.layers * devices.layer_s + reduces + hops
 
