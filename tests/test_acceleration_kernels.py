@@ -1,5 +1,6 @@
 """Triton kernels: interpreted on the CPU against float64, compiled for absent GPUs, nothing left behind."""
 
+import re
 import sys
 
 import pytest
@@ -71,12 +72,12 @@ def test_int8_gemv_is_close_to_float64(rows, n, device):
     assert relative_error(triton_ops.int8_gemv(codes, scales, x), exact) < 1e-6
 
 
-@pytest.mark.parametrize("groups", [1, 4, 32])
-def test_int4_gemv_is_close_to_float64(groups, device):
-    q = torch.randint(0, 16, (10, 64), device=device)
+@pytest.mark.parametrize(("groups", "n"), [(1, 64), (4, 64), (32, 64), (80, 2560), (3, 6144)])
+def test_int4_gemv_is_close_to_float64(groups, n, device):
+    q = torch.randint(0, 16, (10, n), device=device)
     packed = (q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8)
-    scales, x = normal(10, groups, device=device), normal(64, seed=1, device=device)
-    weight = (q - 8).double() * scales.double().repeat_interleave(64 // groups, dim=1)
+    scales, x = normal(10, groups, device=device), normal(n, seed=1, device=device)
+    weight = (q - 8).double() * scales.double().repeat_interleave(n // groups, dim=1)
     assert relative_error(triton_ops.int4_gemv(packed, scales, x), weight @ x.double()) < 1e-6
 
 
@@ -149,11 +150,11 @@ SIGNATURES = {
     "rms_norm_kernel": ({"x": "*fp16", "gain": "*fp16", "out": "*fp16", "n": "i32", "eps": "fp32"}, {"BLOCK": 1024}),
     "int8_gemv_kernel": (
         {"codes": "*i8", "scales": "*fp32", "x": "*fp16", "out": "*fp32", "rows": "i32", "n": "i32"},
-        {"ROWS": 4, "BLOCK": 256},
+        {"ROWS": 4, "BLOCK": 512},
     ),
     "int4_gemv_kernel": (
         {"codes": "*u8", "scales": "*fp32", "x": "*fp16", "out": "*fp32", "rows": "i32", "n": "i32"},
-        {"GROUP": 64, "ROWS": 4},
+        {"GROUP": 32, "GROUPS": 32, "ROWS": 4},
     ),
     "flash_attention_kernel": (
         {"q": "*fp16", "k": "*fp16", "v": "*fp16", "out": "*fp16", "positions": "i32", "scale": "fp32"},
@@ -174,6 +175,38 @@ def test_flash_attention_uses_the_matrix_units(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     name = "flash_attention_kernel"
     assert "mma.sync" in triton_ops.machine_code(getattr(kernels, name), *SIGNATURES[name], capability=80)
+
+
+@pytest.mark.parametrize("capability", [75, 80, 90])
+@pytest.mark.parametrize("name", ["int8_gemv_kernel", "int4_gemv_kernel"])
+def test_gemvs_read_their_codes_16_bytes_at_a_time(name, capability, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ptx = triton_ops.machine_code(getattr(kernels, name), *SIGNATURES[name], capability=capability)
+    loads = re.findall(r"ld\.global\S*", ptx)
+    assert any(load.endswith("v4.b32") for load in loads), loads
+    assert not any(load.endswith((".b8", ".u8")) for load in loads), loads
+
+
+def test_wgmma_needs_64_rows_of_queries(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    signature, sizes = SIGNATURES["flash_attention_kernel"]
+    for rows in (32, 64):
+        blocks = sizes | {"QUERIES": rows, "KEYS": 64}
+        ptx = triton_ops.machine_code(kernels.flash_attention_kernel, signature, blocks, capability=90)
+        assert ("wgmma" in ptx) == (rows == 64)
+
+
+def test_what_a_mask_hides_is_undefined():
+    def careless_kernel(x, out, n, BLOCK: "tl.constexpr"):
+        at = tl.arange(0, BLOCK)
+        tl.store(out, tl.sum(tl.load(x + at, mask=at < n), axis=0))
+
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        out = torch.zeros(1, dtype=dtype)
+        interpret(careless_kernel, (1,), torch.ones(3, dtype=dtype), out, 3, BLOCK=4)
+        assert out.isnan().all()
+        interpret(careless_kernel, (1,), torch.ones(4, dtype=dtype), out, 4, BLOCK=4)
+        assert out.item() == 4.0
 
 
 def test_missing_triton_says_how_to_get_it(monkeypatch):

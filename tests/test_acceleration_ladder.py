@@ -9,12 +9,18 @@ from aside import triton_there
 from shapes import unchecked
 from tiny_models import LLAMAS, random_ids, tiny_model
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from labutils.acceleration import linears
+from labutils.acceleration.graphs import Tape
+from labutils.acceleration.interpreter import WITHOUT_TRITON
 from labutils.acceleration.ladder import LADDER, NAMES, Device, Plan, climb, missing, tolerance
 from labutils.acceleration.linears import Fp8Linear, Int4Linear, Int8Linear, fits_sparse, fuse_, takes_kernel
 from labutils.acceleration.memory import DoesNotFit
 from labutils.acceleration.triton_ops import relative_error
+from labutils.bench.gpu import decode_step
 from labutils.generation.decode import forward_logits, generate_cached
+from labutils.models import ladder
 from labutils.models.ladder import accelerate, build, check_equal, compiled_step
 
 T4, A100 = Device("cuda", "T4", (7, 5)), Device("cuda", "A100", (8, 0))
@@ -149,6 +155,28 @@ def test_generate_stops_and_pads(model):
         accelerated.generate(ids, 0)
 
 
+@pytest.mark.parametrize("every", [1, 4, 16])
+def test_generate_asks_rarely_and_ends_where_all_have_stopped(model, monkeypatch, every):
+    ids = random_ids(6, batch=3)
+    accelerated = accelerate(model, "sdpa", abilities=CPU, warn=False)
+    free = accelerated.generate(ids, 12)[:, 6:]
+    stop = {int(text[place]) for text, place in zip(free, (5, 2, 3), strict=True)}
+    monkeypatch.setattr(ladder, "ASK_EVERY", {"cpu": every})
+    firsts = [next(i for i, token in enumerate(text.tolist()) if token in stop) for text in free]
+    found = accelerated.generate(ids, 12, stop=stop)[:, 6:]
+    assert found.shape[1] == 1 + max(firsts)
+    for text, plain, end in zip(found, free, firsts, strict=True):
+        assert torch.equal(text[: end + 1], plain[: end + 1]) and (text[end:] == plain[end]).all()
+
+
+def test_a_timed_step_never_asks_the_device_for_a_number(model):
+    accelerated = build(model, Plan(attention="sdpa", static=True, graphed=True))
+    step = decode_step(accelerated, random_ids(6))
+    first = step().clone()
+    Tape.record(step)  # refuses what a CUDA graph or a queue would have to wait for
+    assert torch.equal(step(), first)
+
+
 def test_generate_out_of_memory_says_what_would_fit(model, monkeypatch):
     accelerated = accelerate(model, "sdpa", abilities=CPU, warn=False)
 
@@ -240,8 +268,40 @@ def test_quantized_linears_on_a_gpu_equal_their_formula(rows, dtype):
     for layer in (Int8Linear(codes, torch.rand(40), None), Int4Linear(codes, torch.rand(40, 2), torch.ones(40))):
         exact = x.double() @ layer.dequantize().double().T + (0 if layer.bias is None else 1)
         x_there = x.to("cuda", dtype)
-        assert takes_kernel(x_there) == (rows == 1 and triton_there())
+        assert takes_kernel(x_there, has_triton=layer.has_triton) == (rows == 1 and triton_there())
         assert relative_error(layer.to("cuda")(x_there).cpu(), exact) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+def one_row_layers():
+    codes = torch.randint(-8, 8, (40, 64), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    return Int8Linear(codes, torch.rand(40), None), Int4Linear(codes, torch.rand(40, 2), None)
+
+
+@pytest.mark.skipif(not triton_there(), reason=WITHOUT_TRITON)
+def test_compiled_quantized_linears_call_their_kernel_and_copy_no_weights(monkeypatch):
+    """What a compiler sees of a layer: with the kernel no float tensor as large as the weights, without it one."""
+    x = torch.randn(1, 64)
+    for layer in one_row_layers():
+        for has_kernel in (True, False):
+            monkeypatch.setattr(linears, "takes_kernel", lambda x, has_triton, there=has_kernel: there)
+            with unchecked():
+                nodes = make_fx(layer)(x).graph.nodes
+            sizes = [
+                n.meta["val"].numel() for n in nodes if n.op == "call_function" and n.meta["val"].is_floating_point()
+            ]
+            assert (max(sizes) >= 40 * 64) == (not has_kernel)
+            assert any("labutils" in str(node.target) for node in nodes) == has_kernel
+
+
+@pytest.mark.skipif(not triton_there(), reason=WITHOUT_TRITON)
+def test_quantized_linears_compile_into_one_graph_and_give_the_same(monkeypatch):
+    monkeypatch.setattr(linears, "takes_kernel", lambda x, has_triton: True)
+    x = torch.randn(1, 64)
+    for layer in one_row_layers():
+        with unchecked():
+            y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        assert relative_error(y, x.double() @ layer.dequantize().double().T) < 1e-6
+    torch._dynamo.reset()
 
 
 def test_quantized_linears_refuse_what_they_cannot_hold():

@@ -1,8 +1,12 @@
 """Memory that fits, the guard against out of memory, profiles read, costs, and steps recorded."""
 
+import contextlib
 import gc
+import re
 import time
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +27,7 @@ from labutils.acceleration.memory import (
     usable,
     what_fits,
 )
-from labutils.acceleration.timeline import Event, bound_by, merged, profile, read_trace
+from labutils.acceleration.timeline import Event, explained_shares, merged, profile, read_trace
 from labutils.measurement.energy import Energy
 
 LLAMA_8B = Need(parameters=8e9, weight_bits=16, position_bytes=131_072, positions=8192, batch=16)
@@ -57,6 +61,21 @@ def test_what_fits_names_each_way_out():
     assert "smaller model only" in what_fits(LLAMA_8B, 1e9)
 
 
+def test_what_fits_tries_two_changes_where_none_alone_is_enough():
+    words = what_fits(LLAMA_8B, 15e9)  # a T4: 13.8 GB usable, 16 GB of weights, 1.07 GB a text
+    assert "8-bit weights and a batch of 5" in words and "4-bit weights and a batch of 9" in words
+    assert "only" not in words
+    assert "4-bit weights and one text of 4577 positions" in what_fits(LLAMA_8B, 5e9)  # 0.6 GB over 131,072 bytes
+
+
+@given(st.floats(5e9, 3e10))
+def test_two_changes_fit(memory):
+    for line in what_fits(LLAMA_8B, memory).split("; "):
+        if found := re.search(r"(\d)-bit weights and a batch of (\d+)", line):
+            smaller = replace(LLAMA_8B, weight_bits=int(found[1]), batch=int(found[2]))
+            assert smaller.total_bytes <= usable(memory)
+
+
 def test_need_refuses_nonsense():
     with pytest.raises(ValueError, match="positive; got 0"):
         Need(parameters=1e9, weight_bits=16, position_bytes=10, positions=0)
@@ -86,6 +105,38 @@ def test_prefetched_hands_out_every_batch_in_order(device, count):
     batches = [torch.full((1000, 100), float(i)) for i in range(count)]
     found = [(batch.device.type, (batch * 2).sum().item()) for batch in prefetched(batches, device)]
     assert found == [(device, i * 2e5) for i in range(count)]
+
+
+def test_prefetched_copies_ahead_and_pins_only_what_is_not_pinned(monkeypatch):
+    """A fake GPU that notes the order: the next copy is queued before a batch is handed out."""
+    seen = []
+
+    class Batch:
+        def __init__(self, name, pinned):
+            self.name, self.pinned, self.device = name, pinned, "cuda"
+
+        def is_pinned(self):
+            return self.pinned
+
+        def pin_memory(self):
+            seen.append(f"pin {self.name}")
+            return self
+
+        def to(self, device, *, non_blocking):
+            assert non_blocking
+            seen.append(f"copy {self.name}")
+            return self
+
+        def record_stream(self, stream):
+            seen.append(f"use {self.name}")
+
+    stream = SimpleNamespace(record_event=lambda: None, wait_event=lambda event: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    found = list(prefetched([Batch("a", True), Batch("b", False), Batch("c", True)], "cuda"))
+    assert [batch.name for batch in found] == ["a", "b", "c"]
+    assert seen == ["copy a", "pin b", "copy b", "use a", "copy c", "use b", "use c"]
 
 
 def test_memory_guard_lets_go_of_the_tensors():
@@ -205,9 +256,16 @@ def test_profile_sees_kernels_and_copies_of_a_gpu():
     assert timeline.device == "cuda" and timeline.kernels and len(timeline.copies) == 2 and timeline.launches
 
 
-def test_bound_by_refuses_impossible_shares():
-    with pytest.raises(ValueError, match="got 1.5"):
-        bound_by(1.5, 1.0, 1.0)
+def test_explained_shares_take_the_larger_of_both_off():
+    rates = {"bytes_per_s": 1e9, "flops_per_s": 1e9}
+    assert explained_shares(2.0, moved_bytes=1e9, flop=1e9, **rates) == {
+        "memory": 0.5,
+        "arithmetic": 0.5,
+        "neither": 0.5,
+    }
+    assert explained_shares(1.0, moved_bytes=2e9, flop=1.0, **rates)["neither"] == 0.0  # it came from a cache
+    with pytest.raises(ValueError, match="positive; got 0"):
+        explained_shares(0.0, moved_bytes=1.0, flop=1.0, **rates)
 
 
 def test_cost_by_hand():

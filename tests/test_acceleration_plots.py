@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from labutils.measurement.timing import Timing
-from labutils.plots.acceleration import draw_ladder
+from labutils.plots.acceleration import draw_gpu, draw_ladder
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +22,20 @@ def drawn(**samples_s):
 
 def test_draw_ladder_names_the_fastest_that_is_sure():
     axes = drawn(fp32=(1.0,) * 5, sdpa=(0.8,) * 5, int4=(0.2, 0.5, 0.5, 2.0, 2.0))  # int4: twice as fast, or half
-    assert axes.get_title().startswith("Best that is sure here: sdpa, 1.25x")
+    assert axes.get_title().startswith("Fastest here with its interval above 1: sdpa, 1.25x")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["fp32", "sdpa", "int4", "fp8"]
     assert [text.get_text() for text in axes.texts] == ["left out here"]
 
 
 def test_draw_ladder_claims_nothing_where_nothing_is_sure():
-    assert drawn(fp32=(1.0,) * 5, int8=(0.5, 0.9, 0.9, 1.2, 1.2)).get_title() == "Nothing surely beats fp32 here"
+    assert drawn(fp32=(1.0,) * 5, int8=(0.5, 0.9, 0.9, 1.2, 1.2)).get_title() == "No interval here lies above fp32"
+
+
+def test_draw_gpu_keeps_every_box_inside_and_apart():
+    axes = Figure().subplots()
+    draw_gpu(axes)
+    boxes = [patch.get_bbox() for patch in axes.patches]
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert all(left < b.x0 and b.x1 < right and bottom < b.y0 and b.y1 < top for b in boxes)
+    inner = [b for b in boxes if b.height < 2]
+    assert not any(a.overlaps(b) for i, a in enumerate(inner) for b in inner[:i])

@@ -9,8 +9,17 @@ from tiny_models import random_ids, tiny_model
 
 from labutils.acceleration.ladder import NAMES, Device, climb
 from labutils.acceleration.triton_ops import relative_error
-from labutils.bench import bandwidth, gpu_peers
-from labutils.bench.gpu import BASE, FITS_IN_CACHE, Settings, as_record, bench_gpu, bytes_read, read_ladders
+from labutils.bench import bandwidth, gpu, gpu_peers
+from labutils.bench.gpu import (
+    BASE,
+    FITS_IN_CACHE,
+    Settings,
+    as_record,
+    bench_gpu,
+    bytes_read,
+    ladder_files,
+    read_ladders,
+)
 from labutils.bench.subject import Subject
 from labutils.bench.table import as_table, write_json
 from labutils.layers.linears import linear_layers, weight_of
@@ -53,6 +62,9 @@ def test_bench_gpu_has_a_row_for_every_rung_and_peer(subject, tmp_path):
     write_json(rows, tmp_path / "h200.jsonl")
     (model,) = (ladders := read_ladders(tmp_path / "h200.jsonl"))
     assert model == subject.name and set(ladders[model]) == {row.technique for row in rows if row.samples}
+    (tmp_path / "others.jsonl").write_text('{"technique": "dense"}\n', encoding="utf-8")
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    assert ladder_files(tmp_path) == [tmp_path / "h200.jsonl"]
     assert 1 / ladders[model]["int8"].median_s == pytest.approx(by_name["int8"].tokens_per_s)
 
 
@@ -117,6 +129,24 @@ def test_as_record_fits_the_ledger(subject, tmp_path):
     ledger.append(record, tmp_path / "ledger.jsonl")
     assert ledger.read(tmp_path / "ledger.jsonl") == [record]
     assert record.bytes_moved_per_token > 12 * kv_bytes_per_position(subject.model.config)
+
+
+@pytest.mark.parametrize(("rung", "weights"), [("fp8", "fp8"), ("2:4", "2:4"), ("int4", "int4"), ("fused", "float")])
+def test_a_rungs_quality_is_that_of_its_own_weights_on_the_device_that_was_timed(subject, monkeypatch, rung, weights):
+    measured = []
+    monkeypatch.setattr(gpu, "twin_of", lambda model, weights: measured.append(weights))
+    monkeypatch.setattr(gpu, "bits_per_byte", lambda *_, **__: 4.0)
+    quality = gpu.rung_quality(subject, rung, Device("cuda", "H200", (9, 0)))
+    assert (quality, measured) == ((3.0, []) if weights == "float" else (4.0, [weights]))
+
+
+def test_steps_on_a_gpu_are_timed_twenty_at_a_time(monkeypatch):
+    assert (bandwidth.calls_on("cuda"), bandwidth.calls_on("cpu")) == (20, 1)
+    calls = []
+    monkeypatch.setattr(bandwidth, "sample_seconds", lambda function, device, calls: 0.5)
+    assert bandwidth._rate(lambda: None, 10, "cuda") == 20.0
+    gpu._times(3, lambda: calls.append(1))()
+    assert len(calls) == 3
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from labutils.acceleration.graphs import CaptureError, Tape
 from labutils.generation.cache import CompiledKVCache, KVCache, StaticKVCache
 
 CONFIG = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=12)
@@ -104,6 +105,15 @@ def test_truncate_refuses_where_the_cache_has_never_been(kind):
     for length in (4, -1):
         with pytest.raises(ValueError, match=rf"0\.\.3 positions; got {length}"):
             cache.truncate(length)
+
+
+def test_restart_truncates_without_asking_the_device():
+    cache = make("compiled")
+    store(cache, 0, 5)
+    Tape.record(lambda: cache.restart(2))
+    assert int(cache.get_seq_length()) == int(cache.get_seq_length(1)) == 2
+    with pytest.raises(CaptureError, match="item"):
+        Tape.record(lambda: cache.truncate(1))
 
 
 def test_static_cache_refuses_more_than_it_holds():

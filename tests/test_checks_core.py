@@ -237,6 +237,13 @@ def test_expect_shape_type_true():
         (torch.zeros(0), torch.zeros(0), True),
         (torch.tensor([True]), torch.tensor([True]), True),
         (np.float32(0.5), 0.5, True),
+        (torch.tensor(0.5), 0.5, True),
+        (0.5, torch.tensor(0.5), True),
+        (np.array(3), 3, True),
+        ([torch.tensor(0.5)], [0.5], True),
+        (torch.tensor([0.5]), 0.5, False),
+        (torch.tensor(0.6), 0.5, False),
+        (torch.tensor(0.5), "0.5", False),
         (np.bool_(True), True, True),
         ("text", "text", True),
     ],
@@ -282,7 +289,7 @@ def test_guess_knows_common_mistakes():
     assert "transpose" in guess(torch.zeros(2, 3), torch.zeros(3, 2))
     assert "sign" in guess(-2.0, 2.0)
     assert "1000 times too small" in guess(torch.tensor([0.001, 0.002]), torch.tensor([1.0, 2.0]))
-    assert ".item()" in guess(torch.tensor(5.0), 5.0)
+    assert "1000 times too small" in guess(torch.tensor(0.001), 1.0)
     assert guess(3.3, 1.0) == ""
 
 

@@ -55,9 +55,12 @@ def test_effects_count_only_what_lies_wholly_below_zero(axes):
 
 
 def test_classifiers_stand_at_their_time_and_share(axes):
-    plots.draw_classifiers(axes, {"LabLM": [(0.05, 0.9, 10)], "small": [(1e-4, 0.5, 3), (2e-4, 0.6, 5)]}, items=100)
+    plots.draw_classifiers(
+        axes, {"LabLM": [(0.05, 0.9, 5_770_496)], "small": [(1e-4, 0.5, 8_127), (2e-4, 0.6, 64_575)]}, items=100
+    )
     points = [list(zip(*c.lines[0].get_data(), strict=True)) for c in axes.containers]
     assert points == [[(50.0, 0.9)], [(0.1, 0.5), (0.2, 0.6)]] and axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.texts] == ["5.8M", "8k", "65k"]
     (bars,) = axes.containers[1].lines[2]
     assert bars.get_segments()[0][:, 1] == pytest.approx([0.45, 0.55])
 

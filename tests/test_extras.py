@@ -63,6 +63,15 @@ def test_an_extra_of_files_alone_brings_nothing_else(root, pip, monkeypatch):
     assert "--no-deps" not in pip.calls[1]
 
 
+def test_a_package_that_torch_pins_is_never_replaced(root, monkeypatch):
+    """A CUDA build of torch brings its own Triton: any version that is there counts, and none is fetched beside it."""
+    text = '[project.optional-dependencies]\ngpu = ["pytest>=99"]\nnone = ["no-such-thing>=9"]\n'
+    (root / "pyproject.toml").write_text(text, encoding="utf-8")
+    assert missing_packages("gpu", root) == ["pytest>=99"]
+    monkeypatch.setattr(extras, "KEPT", {"pytest", "no-such-thing"})
+    assert missing_packages("gpu", root) == [] and missing_packages("none", root) == ["no-such-thing>=9"]
+
+
 def test_install_extra_says_in_a_sentence_what_failed(root, pip, capsys):
     pip.status = 1
     assert not install_extra("away", root)

@@ -32,8 +32,9 @@ def test_curves_name_the_best_and_draw_its_intervals(axes):
 
 def test_published_numbers_stand_beside_ours(axes):
     plots.draw_published(*axes, {name: [quality(0.1 * (i + 1)) for i in range(3)] for name in plots.PUBLISHED})
-    heights = [bar.get_height() for bar in axes[1].patches]
-    assert heights[2] == pytest.approx(54.59 - 5.12) and len(axes[0].patches) == 9
+    magnitude = axes[1].lines[0]
+    assert magnitude.get_ydata()[2] == pytest.approx(54.59 - 5.12) and len(axes[0].patches) == 9
+    assert not axes[1].patches and magnitude.get_linestyle() == "None"
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,26 @@ def test_matvec_csr_equals_dense_and_torch(sparsity):
     assert torch.allclose(sparse.matvec_csr(csr, x), weight @ x, atol=1e-4)
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99, 1.0])
+def test_matvec_bitmap_equals_dense(sparsity):
+    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(0))
+    weight = weight * (torch.rand(24, 96, generator=torch.Generator().manual_seed(1)) >= sparsity)
+    bitmap, x = sparse.to_bitmap(weight), torch.randn(96)
+    assert torch.allclose(sparse.matvec_bitmap(bitmap, x), weight @ x, atol=1e-4)
+    with thread_count(2):
+        assert torch.allclose(sparse.matvec_bitmap(bitmap, x), weight @ x, atol=1e-4)
+
+
+def test_bitmap_by_hand():
+    weight = torch.zeros(2, 64)
+    weight[0, 0], weight[0, 33], weight[1, 31] = 5.0, 6.0, 7.0
+    bitmap = sparse.to_bitmap(weight)
+    assert bitmap.words.tolist() == [[1, 2], [-(2**31), 0]] and bitmap.starts.tolist() == [0, 2, 3]
+    assert bitmap.weights.tolist() == [5.0, 6.0, 7.0]
+    half = two_of_four(64, 64)  # half of the weights, and one bit of 32 a place
+    assert sparse.to_bitmap(half).nbytes - 4 * 65 == half.nbytes * (1 / 2 + 1 / 32)
+
+
 def test_csr_breaks_even_in_bytes_at_half():
     weight = two_of_four(64, 64)
     assert sparse.to_csr(weight).nbytes == weight.nbytes + 4 * 65
@@ -117,6 +137,11 @@ def test_packed_model_gives_the_masked_models_logits():
         (lambda: sparse.pack_2_4(torch.zeros(8, 36)), r"multiples of \(8, 32\); got \(8, 36\)"),
         (lambda: sparse.matvec_2_4(sparse.pack_2_4(two_of_four()), torch.ones(32)), "vector of 64; got torch.float32"),
         (lambda: sparse.matvec_csr(sparse.to_csr(two_of_four()), torch.ones(64).double()), "float64"),
+        (lambda: sparse.to_bitmap(torch.ones(2, 40)), "multiple of 32; got 40"),
+        (
+            lambda: sparse.matvec_bitmap(sparse.to_bitmap(two_of_four()), torch.ones(32)),
+            "vector of 64; got torch.float32",
+        ),
         (lambda: sparse.pack_linears_(tiny_model("gpt2")), "nn.Linear; got Conv1D"),
     ],
 )

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from labutils.layers.calibration import layer_error
+from labutils.checks.ch04_removal import column_pruned
+from labutils.layers.calibration import inverse_factor, layer_error
 from labutils.pruning.masks import mask_layer, mask_n_of_m
 from labutils.pruning.scores import magnitude
 from labutils.pruning.similarity import reconstruct
@@ -24,6 +25,15 @@ def test_one_weight_removed_equals_the_surgeons_update():
     inverse = torch.linalg.inv(gram.double()).float()
     expected = weight - weight[0, 0] / inverse[0, 0] * inverse[0]
     assert torch.allclose(sparsegpt(weight, gram, 0.25, damping=0.0), expected, rtol=1e-4)
+
+
+def test_the_exercises_column_done_again_and_again_is_sparsegpt():
+    weight, gram = problem()
+    pruned = sparsegpt(weight, gram, 0.5)
+    factor, by_columns = inverse_factor(gram, damping=0.01).float(), weight
+    for column in range(weight.shape[1]):
+        by_columns = column_pruned(by_columns, factor, column, pruned[:, column] == 0)
+    assert torch.allclose(by_columns, pruned, atol=1e-4) and (pruned == 0).float().mean() == 0.5
 
 
 def test_first_columns_removed_equal_the_closed_form():

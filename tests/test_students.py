@@ -83,6 +83,17 @@ def test_effect_by_hand():
     assert students.effects(rows_with([-0.19, -0.2, -0.21]))[0].is_shown
 
 
+def test_an_effect_that_another_text_would_turn_round_is_not_shown():
+    """Every seed says −0.1 on average, but the documents say −0.5 and +0.3: seeds alone would have been sure."""
+    rows = rows_with([-0.1, -0.1001, -0.0999])
+    for row in rows:
+        help_ = [-0.5, 0.3] * 3 if row["loss"] == "KD" else [0.0] * 6
+        row["documents"] = [[2.0 + gap + 1e-4 * row["seed"], 1] for gap in help_]
+    (effect,) = students.effects(rows)
+    assert effect.difference == pytest.approx(-0.1) and effect.interval[1] > 0 and not effect.is_shown
+    assert -0.5 <= effect.interval[0] < -0.3
+
+
 @pytest.mark.parametrize(
     "interval, verdict", [((-0.2, -0.1), "KD beats CE"), ((0.1, 0.2), "CE beats KD"), ((-0.1, 0.1), "not told apart")]
 )

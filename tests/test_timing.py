@@ -99,6 +99,34 @@ def test_measure_interleaved_waits_for_the_device_before_and_after_each_sample(m
     assert events == ["call"] + ["sync", "call", "sync"] * 5
 
 
+def test_a_gpu_is_timed_by_its_own_clock_with_one_wait_before_and_one_after(monkeypatch):
+    """A fake device: a queue with a clock of its own, which goes on only when a kernel runs."""
+    clock, seen = [0.0], []
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at_ms = clock[0]
+            seen.append("event")
+
+        def synchronize(self):
+            seen.append("wait")
+
+        def elapsed_time(self, last):
+            return last.at_ms - self.at_ms
+
+    def kernel():
+        clock[0] += 50.0
+        seen.append("launch")
+
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing, "synchronize", lambda device: seen.append("wait"))
+    assert timing.sample_seconds(kernel, "cuda", 3) == pytest.approx(0.05)
+    assert seen == ["wait", "event", "launch", "launch", "launch", "event", "wait"]
+
+
 def test_measure_reports_threads_warmup_and_device():
     result = measure(lambda: None, name="nothing", repeats=5, warmup=3)
     assert (result.threads, result.warmup, result.device) == (torch.get_num_threads(), 3, "cpu")

@@ -11,8 +11,9 @@ from torch import Tensor
 def prefetched(batches: Iterable[Tensor], device: str | torch.device) -> Iterator[Tensor]:
     """Hands out each batch on the device, in order; on a GPU the next one's copy has begun by then.
 
-    Pinned memory, so that the copy runs by itself; a stream of its own, so that it runs beside the kernels; an event,
-    so that the kernels wait for their own copy and not for the next one's. The CUDA half was not run on a GPU.
+    Pinned memory, so that the copy runs by itself (pin batches beforehand where you can: pinning copies them, and the
+    host waits); a stream of its own, so that it runs beside the kernels; an event, so that the kernels wait for their
+    own copy and not for the next one's. The CUDA half was not run on a GPU.
     """
     if torch.device(device).type != "cuda":
         for batch in batches:
@@ -22,7 +23,8 @@ def prefetched(batches: Iterable[Tensor], device: str | torch.device) -> Iterato
     for batch in batches:
         arrived = coming
         with torch.cuda.stream(copies):
-            coming = batch.pin_memory().to(device, non_blocking=True), copies.record_event()
+            pinned = batch if batch.is_pinned() else batch.pin_memory()
+            coming = pinned.to(device, non_blocking=True), copies.record_event()
         if arrived:
             yield _used(*arrived)
     if coming:

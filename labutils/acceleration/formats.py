@@ -1,7 +1,8 @@
 """Is low precision faster? The same product in four formats on this processor, and with its low-precision units off.
 
-oneDNN, which computes PyTorch's products on a CPU, reads `ONEDNN_MAX_CPU_ISA` when it starts: with `AVX2` it forgets
-AVX-512, VNNI and AMX. So one machine can show what an older one does; the switch needs a process of its own.
+oneDNN, which computes PyTorch's low-precision products on a CPU, reads `ONEDNN_MAX_CPU_ISA` when it starts: with `AVX2`
+it forgets AVX-512, VNNI and AMX. MKL, which computes those in float32, reads `MKL_ENABLE_INSTRUCTIONS` (and may ignore
+it on processors that are not Intel's). So one machine can show about what an older one does, in a process of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +40,7 @@ def format_name(rows: int, dtype: torch.dtype) -> str:
 
 
 def products(*, device: str | torch.device = "cpu", size: int = SIZE) -> dict[str, Callable[[], torch.Tensor]]:
-    """X W^T for one row (decoding) and many (prefill) in each format; int8 is PyTorch's plain `@`, on a CPU only."""
+    """X W^T for one row (decoding) and many (prefill) in each format; int8 is summed in int32, on a CPU only."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size, size, generator=generator)
     found = {}
@@ -47,7 +49,8 @@ def products(*, device: str | torch.device = "cpu", size: int = SIZE) -> dict[st
         for dtype in DTYPES if torch.device(device).type == "cpu" else DTYPES[:-1]:
             scale = 20 if dtype == torch.int8 else 1
             left, right = (x * scale).to(dtype).to(device), (weight * scale).to(dtype).to(device).T
-            found[format_name(rows, dtype)] = lambda left=left, right=right: left @ right
+            product = torch._int_mm if dtype == torch.int8 else torch.matmul
+            found[format_name(rows, dtype)] = partial(product, left, right)
     return found
 
 
@@ -57,14 +60,15 @@ def time_formats(*, device: str | torch.device = "cpu", size: int = SIZE) -> dic
 
 
 def time_formats_limited(isa: str = "AVX2", *, size: int = SIZE) -> dict[str, Timing]:
-    """The same on the CPU in a process of its own, in which oneDNN may use no more than `isa`, and as many threads.
+    """The same on the CPU in a process of its own, in which both libraries may use no more than `isa`, as many threads.
 
     Raises:
         RuntimeError: When the process fails; the message is its last line.
     """
     root = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environ = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "PYTHONPATH": paths}
+    limits = {"ONEDNN_MAX_CPU_ISA": isa, "MKL_ENABLE_INSTRUCTIONS": isa}
+    environ = os.environ | limits | {"PYTHONPATH": paths}
     command = [sys.executable, "-m", "labutils.acceleration.formats", str(size), str(torch.get_num_threads())]
     done = subprocess.run(command, env=environ, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:

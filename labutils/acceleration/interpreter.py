@@ -119,6 +119,13 @@ def _restored(*namespaces) -> Iterator[None]:
                     setattr(namespace, name, old[name])
 
 
+def _undefined(shape: tuple[int, ...], kind):
+    """NaN: what a GPU leaves in the places that a mask hides is anything, where the interpreter would put zeros."""
+    from triton.runtime.interpreter import TensorHandle
+
+    return TensorHandle(np.full(shape, np.nan, dtype=f"f{kind.primitive_bitwidth // 8}"), kind)
+
+
 @contextmanager
 def _recorded(builder, accesses: list[Access]) -> Iterator[None]:
     """Notes the addresses of each load and store in `accesses`."""
@@ -128,9 +135,12 @@ def _recorded(builder, accesses: list[Access]) -> Iterator[None]:
         seen = np.broadcast_to(mask.data, pointers.data.shape)
         accesses.append(Access(builder.grid_idx[0], kind, tuple(pointers.data[seen].tolist())))
 
-    def noted_load(pointers, mask, *rest):
+    def noted_load(pointers, mask, other, *rest):
         note("load", pointers, mask)
-        return load(pointers, mask, *rest)
+        kind = pointers.get_element_ty()
+        if other is None and kind.is_floating() and kind.primitive_bitwidth > 8 and not kind.is_bf16():
+            other = _undefined(pointers.data.shape, kind)
+        return load(pointers, mask, other, *rest)
 
     def noted_store(pointers, value, mask, *rest):
         note("store", pointers, mask)

@@ -40,32 +40,42 @@ def rms_norm_kernel(x, gain, out, n, eps, BLOCK: tl.constexpr):
 
 
 def int8_gemv_kernel(codes, scales, x, out, rows, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores y_r = s_r * sum_k q_rk x_k: a program takes ROWS rows and walks along them in blocks."""
+    """Stores y_r = s_r * sum_k q_rk x_k: a program takes ROWS rows and walks along them in blocks.
+
+    Every place of a block keeps a sum of its own; they are added up once, at the end.
+    """
     row, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    sums = tl.zeros((ROWS,), dtype=tl.float32)
+    sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, n, BLOCK):
         k = start + columns
         inside = (row[:, None] < rows) & (k[None, :] < n)
         q = tl.load(codes + row[:, None] * n + k[None, :], mask=inside, other=0).to(tl.float32)
         part = tl.load(x + k, mask=k < n, other=0.0).to(tl.float32)
-        sums += tl.sum(q * part[None, :], axis=1)
+        sums += q * part[None, :]
     scale = tl.load(scales + row, mask=row < rows, other=0.0)
-    tl.store(out + row, sums * scale, mask=row < rows)
+    tl.store(out + row, tl.sum(sums, axis=1) * scale, mask=row < rows)
 
 
-def int4_gemv_kernel(codes, scales, x, out, rows, n, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """Stores y_r = sum_g s_rg * sum_(k in g) (q_rk - 8) x_k; a byte holds inputs 2i (low half) and 2i + 1 (high)."""
-    row, pairs = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, GROUP // 2)
-    alive = row < rows
-    sums = tl.zeros((ROWS,), dtype=tl.float32)
-    for group in range(0, n // GROUP):
-        byte = group * (GROUP // 2) + pairs
-        packed = tl.load(codes + row[:, None] * (n // 2) + byte[None, :], mask=alive[:, None], other=0).to(tl.int32)
-        even, odd = (packed & 15) - 8, (packed >> 4) - 8
-        x_even, x_odd = tl.load(x + 2 * byte).to(tl.float32), tl.load(x + 2 * byte + 1).to(tl.float32)
-        dots = tl.sum(even.to(tl.float32) * x_even[None, :] + odd.to(tl.float32) * x_odd[None, :], axis=1)
-        sums += dots * tl.load(scales + row * (n // GROUP) + group, mask=alive, other=0.0)
-    tl.store(out + row, sums, mask=alive)
+def int4_gemv_kernel(codes, scales, x, out, rows, n, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+    """Stores y_r = sum_g s_rg * sum_(k in g) (q_rk - 8) x_k; a byte holds inputs 2i (low half) and 2i + 1 (high).
+
+    A block is GROUPS groups of ROWS rows. As in the int8 kernel, the sums are added up once, at the end.
+    """
+    row, groups = tl.program_id(0) * ROWS + tl.arange(0, ROWS), n // GROUP
+    sums = tl.zeros((ROWS, GROUPS, GROUP // 2), dtype=tl.float32)
+    for start in range(0, groups, GROUPS):
+        group = start + tl.arange(0, GROUPS)
+        inside = (row[:, None] < rows) & (group[None, :] < groups)
+        byte = group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
+        places = codes + row[:, None, None] * (n // 2) + byte[None, :, :]
+        packed = tl.load(places, mask=inside[:, :, None], other=0).to(tl.int32)
+        inputs = x + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        part = tl.load(inputs, mask=group[:, None] < groups, other=0.0).to(tl.float32)
+        x_even, x_odd = tl.split(tl.reshape(part, (GROUPS, GROUP // 2, 2)))
+        scale = tl.load(scales + row[:, None] * groups + group[None, :], mask=inside, other=0.0)
+        even, odd = ((packed & 15) - 8).to(tl.float32), ((packed >> 4) - 8).to(tl.float32)
+        sums += (even * x_even[None, :, :] + odd * x_odd[None, :, :]) * scale[:, :, None]
+    tl.store(out + row, tl.sum(tl.sum(sums, axis=2), axis=1), mask=row < rows)
 
 
 def flash_attention_kernel(

@@ -1,7 +1,8 @@
 """Linear layers for a GPU whose weights are read in 8 or 4 bits, or in fp8; and layers fused into one.
 
 Each computes the same sums as `dequantize()` followed by a plain product. With one row of inputs on a GPU the Triton
-kernels do it; under `torch.compile` the plain formula is left to the compiler, which fuses the cast into the product.
+kernels do it, under `torch.compile` too: by default, Inductor hands a product to a library, which wants its weights in
+16 bits, and so writes and reads a whole copy of them for each token.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from labutils.acceleration.interpreter import missing_triton
-from labutils.acceleration.triton_ops import int4_gemv, int8_gemv
+from labutils.acceleration.triton_ops import int4_gemv_operator, int8_gemv_operator
 
 FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that read the same input
 
 
-def takes_kernel(x: Tensor) -> bool:
-    """Whether a GEMV kernel runs: one row, on a GPU, with Triton, and no compiler that would do it better."""
-    return x.is_cuda and x.numel() == x.shape[-1] and not torch.compiler.is_compiling() and not missing_triton()
+def takes_kernel(x: Tensor, *, has_triton: bool) -> bool:
+    """Whether a GEMV kernel runs: one row, on a GPU, with Triton (asked once a layer, not inside a compiled step)."""
+    return has_triton and x.is_cuda and x.numel() == x.shape[-1]
 
 
 class Int8Linear(nn.Module):
@@ -28,6 +29,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, codes: Int8[Tensor, "out n"], scales: Float[Tensor, " out"], bias: Tensor | None) -> None:
         super().__init__()
+        self.has_triton = not missing_triton()
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scales", scales.float())
         self.register_buffer("bias", bias)
@@ -38,8 +40,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... out"]:
         """One row through the kernel, more through the formula."""
-        if takes_kernel(x):
-            y = int8_gemv(self.codes, self.scales, x.flatten()).to(x.dtype).view(*x.shape[:-1], -1)
+        if takes_kernel(x, has_triton=self.has_triton):
+            y = int8_gemv_operator(self.codes, self.scales, x.flatten()).to(x.dtype).view(*x.shape[:-1], -1)
         else:
             y = linear(x, self.codes.to(x.dtype)) * self.scales.to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
@@ -52,6 +54,7 @@ class Int4Linear(nn.Module):
         super().__init__()
         if codes.numel() and not -8 <= codes.min() <= codes.max() <= 7:
             raise ValueError(f"codes of 4 bits lie in -8 … 7; got {codes.min()} … {codes.max()}")
+        self.has_triton = not missing_triton()
         unsigned = (codes.int() + 8).to(torch.uint8)
         self.register_buffer("codes", (unsigned[:, ::2] | unsigned[:, 1::2] << 4).contiguous())
         self.register_buffer("scales", scales.float().contiguous())
@@ -64,8 +67,8 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... out"]:
         """One row through the kernel, more through the dequantized weight."""
-        if takes_kernel(x):
-            y = int4_gemv(self.codes, self.scales, x.flatten()).to(x.dtype).view(*x.shape[:-1], -1)
+        if takes_kernel(x, has_triton=self.has_triton):
+            y = int4_gemv_operator(self.codes, self.scales, x.flatten()).to(x.dtype).view(*x.shape[:-1], -1)
         else:
             y = linear(x, self.dequantize().to(x.dtype))
         return y if self.bias is None else y + self.bias.to(x.dtype)

@@ -7,7 +7,7 @@ import math
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -102,7 +102,19 @@ def what_fits(need: Need, memory_bytes: float) -> str:
     lines += [f"would fit: a batch of {batch} at this length"] if batch else []
     lines += [f"would fit: {text} positions at this batch"] if text else []
     lines += [f"would fit: {bits}-bit weights"] if bits and bits < need.weight_bits else []
+    lines += _two_changes(need, memory_bytes) if len(lines) == 1 else []
     return "; ".join(lines if len(lines) > 1 else [*lines, "would fit: a smaller model only"])
+
+
+def _two_changes(need: Need, memory_bytes: float) -> list[str]:
+    """Smaller weights and a smaller batch, or one shorter text, where no change alone is enough."""
+    found = []
+    for bits in (b for b in (8, 4) if b < need.weight_bits):
+        lighter = replace(need, weight_bits=bits)
+        batch, text = lighter.largest_batch(memory_bytes), replace(lighter, batch=1).longest_text(memory_bytes)
+        rest = f"a batch of {batch} at this length" if batch else f"one text of {text} positions"
+        found += [f"would fit: {bits}-bit weights and {rest}"] if batch or text else []
+    return found
 
 
 def channels_bytes_per_s(channels: int, transfers_per_s: float) -> float:

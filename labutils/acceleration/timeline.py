@@ -26,7 +26,6 @@ BOOKKEEPING = {f"aten::{name}" for name in (
     "alias", "detach", "empty", "empty_like", "empty_strided", "new_empty", "split", "chunk", "narrow", "unbind",
 )}
 # fmt: on
-LAUNCH_BOUND = 0.5  # share of idle time from which the launches set the speed
 
 
 @dataclass(frozen=True)
@@ -116,22 +115,25 @@ def merged(events: Sequence[Event]) -> list[tuple[float, float]]:
     return spans
 
 
-def bound_by(gap_share: float, intensity_flop_per_byte: float, ridge_flop_per_byte: float) -> str:
-    """What limits a program: `launches`, `memory` or `arithmetic`.
+def explained_shares(
+    seconds: float, *, moved_bytes: float, flop: float, bytes_per_s: float, flops_per_s: float
+) -> dict[str, float]:
+    """Which share of a time its bytes explain at the measured bandwidth, and which its arithmetic; the rest is neither.
 
-    A device that waits half of the time is limited by whoever feeds it, whatever the roofline says.
+    What is left went into launches, Python and kernels too small to fill the device. Memory and arithmetic overlap, so
+    the larger of the two is taken off.
 
-    >>> bound_by(0.8, 0.5, 20.0), bound_by(0.1, 0.5, 20.0), bound_by(0.1, 100.0, 20.0)
-    ('launches', 'memory', 'arithmetic')
+    >>> shares = explained_shares(0.01, moved_bytes=4e7, flop=2e7, bytes_per_s=1e10, flops_per_s=1e11)
+    >>> {what: round(share, 2) for what, share in shares.items()}
+    {'memory': 0.4, 'arithmetic': 0.02, 'neither': 0.6}
 
     Raises:
-        ValueError: for a share outside 0 … 1, or an intensity that is not positive.
+        ValueError: for a number that is not positive.
     """
-    if not 0 <= gap_share <= 1 or min(intensity_flop_per_byte, ridge_flop_per_byte) <= 0:
-        raise ValueError(f"a share lies in 0 … 1, intensities are positive; got {gap_share}, {intensity_flop_per_byte}")
-    if gap_share >= LAUNCH_BOUND:
-        return "launches"
-    return "memory" if intensity_flop_per_byte < ridge_flop_per_byte else "arithmetic"
+    if min(seconds, moved_bytes, flop, bytes_per_s, flops_per_s) <= 0:
+        raise ValueError(f"seconds, bytes, FLOP and rates must be positive; got {seconds}, {moved_bytes}, {flop}")
+    memory, arithmetic = moved_bytes / bytes_per_s / seconds, flop / flops_per_s / seconds
+    return {"memory": memory, "arithmetic": arithmetic, "neither": max(0.0, 1 - max(memory, arithmetic))}
 
 
 def read_trace(trace: dict) -> Timeline:

@@ -17,7 +17,8 @@ from torch import Tensor
 from labutils.acceleration import kernels
 from labutils.acceleration.interpreter import interpret, missing_triton
 
-GEMV_ROWS, GEMV_BLOCK, ATTENTION_BLOCK = 4, 256, 32
+# 4 rows of 512 int8 codes, or of 1024 int4 codes, are 16 bytes for each of a program's 128 threads: the widest load.
+GEMV_ROWS, INT8_BLOCK, INT4_BLOCK, ATTENTION_BLOCK = 4, 512, 1024, 32
 
 
 def next_power_of_two(n: int) -> int:
@@ -43,14 +44,15 @@ def launch(kernel: Callable, grid: tuple[int, ...], *arguments, **constants) -> 
 
 @functools.cache
 def compiled(kernel: Callable):
-    """The kernel under `triton.jit`; the GPU's code is made at the first launch. Not run on a GPU."""
+    """The kernel under `triton.jit`, `tl` among its globals; compiled at the first launch on a GPU (never run)."""
     if reason := missing_triton():
         raise ModuleNotFoundError(reason)
     import triton
     from triton import language
 
-    kernels.tl = language
-    return triton.jit(inspect.unwrap(kernel))
+    kernel = inspect.unwrap(kernel)
+    kernel.__globals__["tl"] = language
+    return triton.jit(kernel)
 
 
 def machine_code(kernel: Callable, signature: dict[str, str], constants: dict, *, capability: int) -> str:
@@ -61,12 +63,16 @@ def machine_code(kernel: Callable, signature: dict[str, str], constants: dict, *
         signature: Triton's types of the arguments, such as {"x": "*fp16", "n": "i32"}.
         constants: those annotated `tl.constexpr`.
         capability: 75 (T4), 80 (A100), 89 (L4), 90 (H100, H200).
+
+    Pointers and whole numbers are taken for multiples of 16, as a launch finds out by looking: wide loads depend on it.
     """
     import triton
     from triton.backends.compiler import GPUTarget
 
     types = signature | dict.fromkeys(constants, "constexpr")
-    source = triton.compiler.ASTSource(fn=compiled(kernel), signature=types, constexprs=constants)
+    aligned = [i for i, kind in enumerate(signature.values()) if kind[0] in "*iu"]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = triton.compiler.ASTSource(fn=compiled(kernel), signature=types, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
 
 
@@ -98,7 +104,7 @@ def int8_gemv(
     rows, n = codes.shape
     out = torch.empty(rows, dtype=torch.float32, device=x.device)
     grid = (-(-rows // GEMV_ROWS),)
-    launch(kernels.int8_gemv_kernel, grid, codes, scales, x, out, rows, n, ROWS=GEMV_ROWS, BLOCK=GEMV_BLOCK)
+    launch(kernels.int8_gemv_kernel, grid, codes, scales, x, out, rows, n, ROWS=GEMV_ROWS, BLOCK=INT8_BLOCK)
     return out
 
 
@@ -115,9 +121,20 @@ def int4_gemv(
     if group < 2 or group & (group - 1) or group * scales.shape[1] != n:
         raise ValueError(f"a group must be a power of two that divides n={n}; got {scales.shape[1]} groups")
     out = torch.empty(rows, dtype=torch.float32, device=x.device)
-    grid = (-(-rows // GEMV_ROWS),)
-    launch(kernels.int4_gemv_kernel, grid, codes, scales, x, out, rows, n, GROUP=group, ROWS=GEMV_ROWS)
+    grid, blocks = (-(-rows // GEMV_ROWS),), {"GROUP": group, "GROUPS": max(1, INT4_BLOCK // group), "ROWS": GEMV_ROWS}
+    launch(kernels.int4_gemv_kernel, grid, codes, scales, x, out, rows, n, **blocks)
     return out
+
+
+def as_operator(gemv: Callable) -> Callable:
+    """A GEMV as one operator of PyTorch: `torch.compile` calls it as it is, and a CUDA graph records its launch."""
+    schema = "(Tensor codes, Tensor scales, Tensor x) -> Tensor"
+    operator = torch.library.custom_op(f"labutils::{gemv.__name__}", gemv, mutates_args=(), schema=schema)
+    operator.register_fake(lambda codes, scales, x: x.new_empty(codes.shape[0], dtype=torch.float32))
+    return operator
+
+
+int8_gemv_operator, int4_gemv_operator = as_operator(int8_gemv), as_operator(int4_gemv)
 
 
 def flash_attention(

@@ -13,10 +13,15 @@ from labutils.bench.table import Row
 from labutils.generation.fast_llama import FastLlama
 from labutils.measurement.roofline import bandwidth_probes
 from labutils.measurement.threads import thread_count
-from labutils.measurement.timing import quantile, synchronize
+from labutils.measurement.timing import quantile, sample_seconds
 
 Probes = dict[str, tuple[Callable[[], object], int]]  # name: what to run, and the bytes that it moves
 SMALLEST_BYTES = 2**26  # less may lie in a core's own cache
+
+
+def calls_on(device: str | torch.device) -> int:
+    """How many calls make a sample: on a GPU a single one is over before the next launch."""
+    return 20 if torch.device(device).type == "cuda" else 1
 
 
 def probe_bytes(weight_bytes: float) -> int:
@@ -76,11 +81,7 @@ class BandwidthMeter:
 
 
 def _rate(function: Callable[[], object], moved_bytes: int, device: str | torch.device) -> float:
-    synchronize(device)
-    began = time.perf_counter()
-    function()
-    synchronize(device)
-    return moved_bytes / (time.perf_counter() - began)
+    return moved_bytes / sample_seconds(function, device, calls_on(device))
 
 
 class _Timed:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from labutils.acceleration.ladder import NAMES, Device, climb
 from labutils.acceleration.memory import DoesNotFit, Need, memory_bytes, memory_guard, what_fits
 from labutils.bench import gpu_peers
-from labutils.bench.bandwidth import BandwidthMeter, probe_bytes
+from labutils.bench.bandwidth import BandwidthMeter, calls_on, probe_bytes
 from labutils.bench.subject import QUALITY_BYTES, Subject
 from labutils.bench.table import Row
 from labutils.data.corpus import Document, stdlib_documents
@@ -28,7 +28,7 @@ from labutils.measurement.roofline import ProbeError, measure_roofline, share_of
 from labutils.measurement.threads import available_cores, best_thread_count, thread_candidates, thread_count
 from labutils.measurement.timing import Timing, measure, measure_interleaved, quantile
 from labutils.models.evaluate_text import bits_per_byte
-from labutils.models.ladder import Accelerated, Equality, accelerate, check_equal
+from labutils.models.ladder import Accelerated, Equality, accelerate, check_equal, twin_of
 
 BASE = NAMES[0]
 PREFILL_TOKENS = 512
@@ -100,9 +100,10 @@ def decode_step(accelerated: Accelerated, token_ids: Tensor) -> Callable[[], Ten
     cache = accelerated.cache(positions=length + 1, batch=len(token_ids))
     prefill(accelerated.model, token_ids, cache)
     step, newest = accelerated.stepper(cache, token_ids[:, -1]), token_ids[:, -1].contiguous()
+    back = getattr(cache, "restart", cache.truncate)  # which does not wait for the device, where there is a choice
 
     def run() -> Tensor:
-        cache.truncate(length)
+        back(length)
         return step(newest)
 
     return run
@@ -131,17 +132,17 @@ def prefill_share(subject: Subject, abilities: Device, settings: Settings) -> st
     )
 
 
-def rung_quality(subject: Subject, rung: str) -> float:
-    """Bits per byte of a rung's weights, rounded or pruned as the rung has them.
+def rung_quality(subject: Subject, rung: str, abilities: Device) -> float:
+    """Bits per byte of a rung's weights, rounded or pruned as the rung has them on this device.
 
     The arithmetic's own error is bounded by the rung's equality check.
     """
-    accelerated = accelerate(subject.model, rung, warn=False)
-    if accelerated.plan.weights == "float":
+    plan, _ = climb(rung, abilities)
+    if plan.weights == "float":
         return subject.bits_per_byte
     documents = [Document(d.name, d.text[:QUALITY_BYTES]) for d in stdlib_documents("validation")]
     context = subject.model.config.max_position_embeddings
-    return bits_per_byte(accelerated.twin, subject.tokenizer, documents, context=context)
+    return bits_per_byte(twin_of(subject.model, plan.weights), subject.tokenizer, documents, context=context)
 
 
 def as_record(row: Row, subject: Subject, settings: Settings, quality: float) -> Record:
@@ -162,6 +163,16 @@ def as_record(row: Row, subject: Subject, settings: Settings, quality: float) ->
         baseline_bits_per_byte=subject.bits_per_byte,
         chapter="bench gpu",
     )
+
+
+def ladder_files(folder: Path) -> list[Path]:
+    """What `bench gpu --json` wrote into a folder, whatever the files' names: their first row is the first rung's."""
+    found = []
+    for path in sorted(folder.glob("*.jsonl")):
+        with open(path, encoding="utf-8") as file:
+            first = json.loads(file.readline() or "{}")
+        found += [path] if first.get("technique") == BASE and "samples" in first else []
+    return found
 
 
 def read_ladders(path: Path) -> dict[str, dict[str, Timing]]:
@@ -235,17 +246,31 @@ def _checked(make: Callable[[], Accelerated], subject: Subject, device: str) -> 
 
 
 def _measure(found: _Field, subject: Subject, settings: Settings) -> tuple[dict[str, Timing], BandwidthMeter]:
-    """Interleaves all steps, all calls of `generate`, and probes that read as many bytes."""
+    """Interleaves all steps, all calls of `generate`, and probes that read as many bytes.
+
+    On a GPU a sample of a step is 20 of them, and a step's time their mean.
+    """
     sizes = [probe_bytes(bytes_read(rung.model)) for rung in found.rungs.values()]
     meter = BandwidthMeter(sizes, threads=[torch.get_num_threads()], device=settings.device)
-    steps = {name: decode_step(rung, subject.token_ids) for name, rung in found.rungs.items()}
+    calls = calls_on(settings.device)
+    steps = {name: _times(calls, decode_step(rung, subject.token_ids)) for name, rung in found.rungs.items()}
     functions = steps | found.others | {"bandwidth": meter.run_round}
     timings = measure_interleaved(functions, repeats=settings.rounds, warmup=WARMUP, device=settings.device)
+    for name in steps:
+        timings[name] = replace(timings[name], samples_s=tuple(s / calls for s in timings[name].samples_s))
     meter.rounds = {size: rates[WARMUP:] for size, rates in meter.rounds.items()}  # without the warm-up, as the timings
     for name in set(found.others) & set(gpu_peers.NAMES):
         seconds = gpu_peers.seconds_per_token(timings[name].samples_s, timings[f"{name}, {gpu_peers.FIRST}"].samples_s)
         timings[name] = replace(timings[name], samples_s=seconds)
     return timings, meter
+
+
+def _times(calls: int, step: Callable[[], Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(calls):
+            step()
+
+    return run
 
 
 def _row(name: str, subject: Subject, found: _Field, timings: dict[str, Timing], meter: BandwidthMeter) -> Row:

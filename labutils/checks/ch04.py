@@ -53,6 +53,7 @@ def _weights():
         {"weight": torch.tensor([[0.5, -0.1, 0.3], [-0.9, 0.2, 0.05]]), "sparsity": 0.5},
         {"weight": _random(4, 8), "sparsity": 0.25},
         {"weight": _random(4, 8, seed=1), "sparsity": 1.0},
+        {"weight": _random(3, 5, seed=2), "sparsity": 0.65},  # 9.75 weights: round() gives 10, int() gives 9
     ]
 
 
@@ -90,8 +91,22 @@ def magnitude_mask(answer):
                 "a share of the largest weight is no share of the weights: rank them, and count",
             ),
             (lambda weight, sparsity: weight * reference(weight, sparsity), "return the mask, not the pruned weight"),
+            (
+                lambda weight, sparsity: reference(weight, int(sparsity * weight.numel()) / weight.numel()),
+                "the count was cut off, not rounded: round(sparsity * weight.numel())",
+            ),
         ],
     )
+
+
+def _weights_with_norms():
+    make, loud = torch.Generator().manual_seed(3), torch.tensor([[1.0], [9.0], [1.0], [9.0]])
+    return [
+        {"weight": torch.tensor([[1.0, -3.0], [2.0, 0.5]]), "norms": torch.tensor([6.0, 1.0]), "sparsity": 0.5},
+        {"weight": _random(4, 4) * loud, "norms": torch.rand(4, generator=make) * 5, "sparsity": 0.5},
+        {"weight": _random(4, 4, seed=2), "norms": torch.rand(4, generator=make) * 5, "sparsity": 0.25},
+        {"weight": torch.tensor([[3.0, 1.0]]), "norms": torch.tensor([1.0, 2.0]), "sparsity": 0.5},  # 3 against 2
+    ]
 
 
 @exercise("4.3")
@@ -101,16 +116,10 @@ def wanda_mask(answer):
     def reference(weight, norms, sparsity):
         return masks.mask_rows(scores.wanda(weight, norms), sparsity)
 
-    make, loud = torch.Generator().manual_seed(3), torch.tensor([[1.0], [9.0], [1.0], [9.0]])
-    cases = [
-        {"weight": torch.tensor([[1.0, -3.0], [2.0, 0.5]]), "norms": torch.tensor([6.0, 1.0]), "sparsity": 0.5},
-        {"weight": _random(4, 4) * loud, "norms": torch.rand(4, generator=make) * 5, "sparsity": 0.5},
-        {"weight": _random(4, 4, seed=2), "norms": torch.rand(4, generator=make) * 5, "sparsity": 0.25},
-    ]
     expect_function(
         answer,
         reference,
-        cases=cases,
+        cases=_weights_with_norms(),
         mistakes=[
             (
                 lambda weight, norms, sparsity: masks.mask_layer(scores.wanda(weight, norms), sparsity),
@@ -135,6 +144,14 @@ def wanda_mask(answer):
             (
                 lambda weight, norms, sparsity: masks.mask_rows(scores.wanda(weight, norms).T, sparsity).T,
                 "compared within each column: a row of the weight is an output, and rows are compared",
+            ),
+            (
+                lambda weight, norms, sparsity: masks.mask_rows(weight.abs() * norms**2, sparsity),
+                "the norms were squared: the score is |W| times the norm itself",
+            ),
+            (
+                lambda weight, norms, sparsity: masks.mask_rows(weight.abs().sqrt() * norms, sparsity),
+                "a root was taken of the weight's size: the score is |W| times the norm",
             ),
         ],
     )

@@ -1,44 +1,54 @@
-"""Checks of chapter 04, second part: schedules, physical removal, block influence, packed bits."""
+"""Checks of chapter 04, second part: a column of SparseGPT, physical removal, block influence, packed bits."""
+
+from functools import partial
 
 import torch
 
 from labutils.checks import exercise, expect_function
-from labutils.pruning import scores
 
 
 def _random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def column_pruned(weight, factor, column, gone, *, sign=-1.0, divide=True, everyone=False, update=True, start=1):
+    """One column of SparseGPT as exercise 4.6 asks for it; the settings are mistakes."""
+    errors = weight[:, column] / (factor[column, column] if divide else 1.0)
+    errors = errors if everyone else torch.where(gone, errors, 0.0)
+    changed = weight.clone()
+    if update:
+        later = slice(column + start, None)
+        changed[:, later] += sign * errors[:, None] * factor[column, later]
+    changed[gone, column] = 0
+    return changed
+
+
 @exercise("4.6")
-def sparsity_at(answer):
-    """Zhu and Gupta's cubic schedule."""
+def prune_column(answer):
+    """Errors of the pruned weights, handed on along a row of U."""
 
-    def reference(step, steps, final):
-        return scores.schedule(step, steps=steps, final=final)
+    def case(seed, column, gone):
+        x = _random(30, 5, seed=seed)
+        factor = torch.linalg.cholesky(torch.linalg.inv(x.T @ x), upper=True)
+        return {"weight": _random(3, 5, seed=seed + 1), "factor": factor, "column": column, "gone": torch.tensor(gone)}
 
+    tiny = {"weight": torch.tensor([[4.0, 5.0]]), "factor": torch.tensor([[2.0, 1.0], [0.0, 1.0]])}
     expect_function(
         answer,
-        reference,
-        cases=[{"step": t, "steps": 10, "final": 0.8} for t in (3, 0, 10, 7)],
+        column_pruned,
+        cases=[
+            tiny | {"column": 0, "gone": torch.tensor([True])},
+            case(0, 1, [True, False, True]),
+            case(3, 4, [False, True, False]),
+        ],
+        rtol=1e-3,
+        atol=1e-6,
         mistakes=[
-            (lambda step, steps, final: final * step / steps, "that is a straight line: the remaining share is cubed"),
-            (
-                lambda step, steps, final: final * (step / steps) ** 3,
-                "slow at first, fast at the end, the wrong way round: cube 1 - step / steps and subtract it from 1",
-            ),
-            (
-                lambda step, steps, final: final * (1 - step / steps) ** 3,
-                "it starts at the final sparsity and falls: that is what is still to be pruned",
-            ),
-            (
-                lambda step, steps, final: final * (1 - (1 - step / steps) ** 2),
-                "squared where the paper cubes",
-            ),
-            (
-                lambda step, steps, final: 1 - (1 - step / steps) ** 3,
-                "it ends at 1: multiply by the final sparsity",
-            ),
+            (partial(column_pruned, update=False), "the weights are gone, but no column made up for them"),
+            (partial(column_pruned, sign=1.0), "the later columns moved the wrong way: subtract"),
+            (partial(column_pruned, divide=False), "divide by factor[column, column]: the error is w / U_jj"),
+            (partial(column_pruned, everyone=True), "rows that keep their weight moved too: their error is 0"),
+            (partial(column_pruned, start=2), "the next column was left out: it begins at column + 1"),
         ],
     )
 

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
-from labutils.checks import exercise, expect_function
+from labutils.checks import exercise, expect_function, expect_true
 from labutils.distillation import divergences
 from labutils.training.losses import forward_kl
 
@@ -26,6 +26,13 @@ def _torch_kl(kind, reduction="batchmean"):
     return lambda student_logits, teacher_logits: kl_div(
         kind(student_logits, dim=-1), softmax(teacher_logits, dim=-1), reduction=reduction
     )
+
+
+def _expect_gradient(answer, student_logits, *rest):
+    """A loss whose gradient is cut off trains nobody."""
+    loss = answer(student_logits.clone().requires_grad_(), *rest)
+    hint = "return the tensor itself: .item(), .detach() and torch.no_grad() cut the student off"
+    expect_true(getattr(loss, "requires_grad", False), "the loss has no gradient for the student", hint=hint)
 
 
 @exercise("5.1")
@@ -68,6 +75,7 @@ def soft_loss(answer):
             (_torch_kl(softmax), "kl_div takes the student's LOGARITHMS: log_softmax, not softmax"),
         ],
     )
+    _expect_gradient(answer, *_pair().values())
 
 
 @exercise("5.2")
@@ -153,6 +161,7 @@ def hinton_loss(answer):
             (unweighted, "the hard part's weight is missing: (1 - soft)"),
         ],
     )
+    _expect_gradient(answer, *case.values(), 2.0, 0.7)
 
 
 def _halves(student_probs, teacher_probs, *, log=torch.log, mixture=None):

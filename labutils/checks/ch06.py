@@ -47,7 +47,8 @@ def honest_seconds(answer):
     mistakes = [(lambda s=settings: _ask(partial(_timed, **s)), hint) for settings, hint in wrong]
     given = f"a simulated GPU: {LAUNCH_S * 1e6:.0f} µs to launch, {KERNEL_S * 1e6:.0f} µs a kernel, earlier work queued"
     hint = "wait(); read the clock; queue all calls; wait(); read the clock"
-    expect_close(_ask(answer), _ask(_timed), given=given, rtol=1e-6, mistakes=mistakes, hint=hint)
+    share = 1.1 * LAUNCH_S / (40 * KERNEL_S)  # one launch in forty calls may count, or not
+    expect_close(_ask(answer), KERNEL_S, given=given, rtol=share, mistakes=mistakes, hint=hint)
 
 
 def _busy(events, *, union=True, whole="span", idle=False):
@@ -239,20 +240,19 @@ def replayed_step(answer):
     ]
     mistakes = [(lambda s=settings: _drive(partial(_replayed, **s)), hint) for settings, hint in wrong]
     given = f"the step relu(W x) + 1, recorded on zeros, then called with {', '.join(map(str, INPUTS))}"
-    results, _ = _drive(answer)
-    right = torch.stack([_step(torch.tensor(x)) for x in INPUTS])
-    if not torch.equal(results, right):
-        expected, hint = (right, len(INPUTS)), "record once, outside; inside: copy in, replay, copy out"
-        expect_close(_drive(answer), expected, given=f"{given}; and the replays", mistakes=mistakes, hint=hint)
+    count = []
+    call = answer(_step, torch.zeros(2), lambda function: count.append(1) or Tape.record(function))
+    call(torch.ones(2)), call(torch.ones(2))
+    expect_true(
+        len(count) < 2, "the step was recorded anew at every call", hint="recording is the slow part: do it once"
+    )
+    expected = torch.stack([_step(torch.tensor(x)) for x in INPUTS]), len(INPUTS)
+    mistakes.append(((expected[0], 0), "the step itself ran at every call: replay the tape instead"))
+    hint = "record once, outside; inside: copy in, replay, copy out; every call replays the tape once"
+    expect_close(_drive(answer), expected, given=f"{given}; and the replays", mistakes=mistakes, hint=hint)
     example = torch.zeros(2)
     answer(_step, example, Tape.record)(torch.ones(2))
     hint = "record on a copy: buffer = example.clone()"
     expect_true(
         not example.any(), "your function changed the caller's example", actual=str(example.tolist()), hint=hint
-    )
-    count = []
-    call = answer(_step, torch.zeros(2), lambda function: count.append(1) or Tape.record(function))
-    call(torch.ones(2)), call(torch.ones(2))
-    expect_true(
-        len(count) == 1, "the step was recorded anew at every call", hint="recording is the slow part: do it once"
     )

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from labutils.acceleration.interpreter import interpret, missing_triton
+from labutils.acceleration.triton_ops import launch
 from labutils.checks import exercise, expect_function
 from labutils.checks.core import CheckFailed
 
@@ -17,7 +18,7 @@ OUTSIDE = "a program used memory outside its tensors"
 
 
 def _launch(kernel, grid, tensors, *numbers):
-    """Runs a kernel on guarded copies and returns the last tensor, the output.
+    """Runs a kernel on guarded copies and returns the last tensor, the output; a GPU's where there is one.
 
     Raises:
         CheckFailed: without Triton.
@@ -38,7 +39,10 @@ def _launch(kernel, grid, tensors, *numbers):
     allowed = [range(v.data_ptr(), v.data_ptr() + v.nbytes) for v in inner]
     if any(not any(a in room for room in allowed) for access in accesses for a in access.addresses):
         raise IndexError(OUTSIDE)
-    return inner[-1].view(tensors[-1].shape)
+    if torch.cuda.is_available():
+        inner = [t.flatten().cuda() for t in tensors]
+        launch(kernel, grid, *inner, *numbers, BLOCK=BLOCK)
+    return inner[-1].cpu().view(tensors[-1].shape)
 
 
 def _outside(**_):
@@ -113,6 +117,10 @@ def rms_norm_kernel(answer):
             (partial(_rms, root=False), "the root is missing: divide by tl.sqrt of the mean square"),
             (partial(_rms, centre=True), "RMSNorm does not subtract the mean: that is LayerNorm"),
             (partial(_rms, gains=False), "the gains are missing: load them and multiply"),
+            (
+                lambda x, gain, eps: _rms(x, gain, eps) * (torch.nan if x.shape[1] < BLOCK else 1),
+                "what a mask hides is undefined, and it went into the sum: other=0.0",
+            ),
             (_outside, "a row has n numbers, a block BLOCK: mask=columns < n for loads and the store"),
         ],
     )
@@ -154,6 +162,10 @@ def int8_gemv_kernel(answer):
             (partial(_gemv, weight=_strided_by_one), "row r begins at r * n, not at r"),
             (_outside, "the row's last block reaches into the next row or behind the end: mask=k < n"),
             (partial(_gemv, weight=lambda c: c.double().abs()), "the codes have signs: tl.load gives int8, keep them"),
+            (
+                lambda codes, scales, x: _gemv(codes, scales, x) * (torch.nan if len(x) % BLOCK else 1),
+                "what a mask hides is undefined, and it went into the sum: other=0 for codes and x",
+            ),
         ],
     )
 
@@ -182,7 +194,8 @@ def online_update(answer):
         state = {"m": torch.tensor(old), "total": torch.tensor(2.0), "mixed": torch.randn(4, generator=make)}
         return {**state, "scores": scores, "values": torch.randn(size, 4, generator=make)}
 
-    cases = [case(-4.0, 5), case(9.0, 5), case(0.5, 3)]
+    first = {"m": torch.tensor(-torch.inf), "total": torch.tensor(0.0), "mixed": torch.zeros(4)}  # as a kernel begins
+    cases = [case(-4.0, 5), case(9.0, 5), case(0.5, 3), case(0.0, 5) | first]
     neither = partial(_online, shrink_total=False, shrink_mixed=False)
     mistakes = [
         (partial(_online, shrink_total=False), "the old total was counted with the old maximum: times exp(m − new)"),

@@ -46,16 +46,24 @@ def unwrapped(value):
     return value.item() if numpy is not None and isinstance(value, numpy.generic) else value
 
 
+def numbers_of(actual, expected):
+    """Both without wrapping: NumPy's numbers as Python's own, and a 0-d array as its number beside a number."""
+    actual, expected = unwrapped(actual), unwrapped(expected)
+    if is_number(actual) != is_number(expected):
+        actual, expected = (v.item() if is_array(v) and v.ndim == 0 else v for v in (actual, expected))
+    return actual, expected
+
+
 def same(actual, expected, *, rtol: float = RTOL, atol: float = ATOL, dtype: bool = False) -> bool:
     """Whether two values agree: numbers within ``|a - e| <= atol + rtol*|e|``, the rest exactly.
 
     Arrays must agree in shape and in kind (float, integer, boolean); with ``dtype`` in exact
-    dtype too. NaN equals NaN. A one-element array does not equal a plain number.
+    dtype too. NaN equals NaN. A tensor of shape () equals the number in it, one of shape (1,) does not.
 
     >>> same(0.1 + 0.2, 0.3), same([1, 2.0], [1, 2.1]), same("a", "b")
     (True, False, False)
     """
-    actual, expected = unwrapped(actual), unwrapped(expected)
+    actual, expected = numbers_of(actual, expected)
     options = {"rtol": rtol, "atol": atol, "dtype": dtype}
     if is_array(expected) and is_array(actual):
         return _same_arrays(actual, expected, options)
@@ -160,6 +168,7 @@ def shorten(text: str, limit: int = 300) -> str:
 
 def difference(actual, expected, *, dtype: bool = False) -> str:
     """What differs, in one sentence; empty where the two lines already say it."""
+    actual, expected = numbers_of(actual, expected)
     if is_array(expected) and is_array(actual):
         return _array_difference(actual, expected, dtype)
     if isinstance(expected, str) and isinstance(actual, str):
@@ -219,6 +228,7 @@ def _text_difference(actual: str, expected: str) -> str:
 
 def guess(actual, expected) -> str:
     """A hint for mistakes that occur in every exercise: no return, a swapped axis, a wrong unit."""
+    actual, expected = numbers_of(actual, expected)
     if actual is None and expected is not None:
         return translated("your function returned None: is there a `return`?")
     if is_array(expected) and is_array(actual):
@@ -228,8 +238,6 @@ def guess(actual, expected) -> str:
         if kind(expected) == kind(actual) and tuple(actual.shape) == tuple(expected.shape):
             left, right = plain(actual).reshape(-1), plain(expected).reshape(-1)
             return _factor(left.tolist(), right.tolist())
-    if is_array(actual) and actual.ndim == 0 and is_number(expected):
-        return translated("a plain number is asked for: `.item()` takes it out of a tensor")
     if is_number(actual) and is_number(expected):
         return _factor([actual], [expected])
     return ""

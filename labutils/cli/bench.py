@@ -238,7 +238,7 @@ def run_gpu(args: Namespace) -> int:
     """The ladder on the GPU where there is one, otherwise on the CPU: a trained model, then the random-weight one."""
     import torch
 
-    from labutils.acceleration.ladder import NAMES
+    from labutils.acceleration.ladder import NAMES, Device
     from labutils.bench.gpu import BASE, Settings, as_record, bench_gpu, rung_quality
     from labutils.bench.subject import speed_subject, trained_subject
     from labutils.bench.table import as_table, write_json
@@ -259,7 +259,9 @@ def run_gpu(args: Namespace) -> int:
         rows += found
         if args.ledger and subject.bits_per_byte is not None:
             for row in (r for r in found if r.samples and r.technique in NAMES):
-                ledger.append(as_record(row, subject, settings, rung_quality(subject, row.technique)))
+                ledger.append(
+                    as_record(row, subject, settings, rung_quality(subject, row.technique, Device.of(device)))
+                )
     if args.json:
         write_json(rows, args.json)
     return 0

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from labutils.course.setup_cell import is_missing
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = frozenset({"applications"})  # only their files are used: what they require stays away
 JAX_DRIVERS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
+KEPT = frozenset({"triton"})  # a CUDA build of torch brings its own and works with no other: any version is left alone
 
 
 def missing_packages(name: str, root: Path = ROOT) -> list[str]:
@@ -24,9 +26,8 @@ def missing_packages(name: str, root: Path = ROOT) -> list[str]:
     extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     if name not in extras:
         raise ValueError(f"name must be an extra of pyproject.toml ({', '.join(extras)}); got {name!r}")
-    return [
-        requirement for requirement in extras[name] if is_missing(requirement) and not _fits_accelerator(requirement)
-    ]
+    missing = [requirement for requirement in extras[name] if is_missing(requirement)]
+    return [r for r in missing if not _fits_accelerator(r) and not _is_kept(r)]
 
 
 def _fits_accelerator(requirement: str) -> bool:
@@ -36,6 +37,11 @@ def _fits_accelerator(requirement: str) -> bool:
 
 def _is_installed(name: str) -> bool:
     return any(True for _ in importlib.metadata.distributions(name=name))
+
+
+def _is_kept(requirement: str) -> bool:
+    name = re.match(r"[\w.-]+", requirement)[0]
+    return name in KEPT and not is_missing(name)
 
 
 def install_extra(name: str, root: Path = ROOT) -> bool:

@@ -189,7 +189,7 @@ class CompiledKVCache(StaticKVCache):
 
     def __init__(self, config, **settings) -> None:
         super().__init__(config, **settings)
-        self.lengths = [torch.zeros((), dtype=torch.long, device=self.keys.device) for _ in self.lengths]
+        self.lengths = torch.zeros(len(self.lengths), dtype=torch.long, device=self.keys.device)
 
     def update(self, keys: Keys, values: Values, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Writes at the positions a tensor names and returns the whole buffers."""
@@ -214,8 +214,11 @@ class CompiledKVCache(StaticKVCache):
             ValueError: If the cache is shorter than `length`, or `length` is negative.
         """
         check_truncation(length, int(self.lengths[0]))
-        for counter in self.lengths:
-            counter.fill_(length)
+        self.restart(length)
+
+    def restart(self, length: int) -> None:
+        """Truncates without a check: `truncate` asks the device for its count, and so waits for all queued work."""
+        self.lengths.fill_(length)
 
 
 def check_truncation(length: int, filled: int) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from labutils.measurement.timing import synchronize
+from labutils.measurement.timing import sample_seconds
 from labutils.paths import learner_dir
 
 DEFAULT_CACHE_BYTES = 32 * 2**20
@@ -276,11 +276,7 @@ def _run_probes(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rates[next(iter(rates))]) < 5:
         for name, (function, amount) in probes.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            rates[name].append(amount / (time.perf_counter() - start))
+            rates[name].append(amount / sample_seconds(function, device))
     return {name: tuple(r) for name, r in rates.items()}
 
 

@@ -174,7 +174,7 @@ def measure_interleaved(
         for name in names[first:] + names[:first]:
             prepare(name)
             threads[name] = torch.get_num_threads()
-            samples[name].append(_sample(functions[name], device, calls_per_sample))
+            samples[name].append(sample_seconds(functions[name], device, calls_per_sample))
     return {name: Timing(name, tuple(s), warmup, str(device), threads[name]) for name, s in samples.items()}
 
 
@@ -226,8 +226,21 @@ def _ratio_over_rounds(numerator: Sequence[float], denominator: Sequence[float])
     return ratio
 
 
-def _sample(function: Callable[[], object], device: str | torch.device, calls: int) -> float:
+def sample_seconds(function: Callable[[], object], device: str | torch.device = "cpu", calls: int = 1) -> float:
+    """Seconds of one call, the mean of some calls in a row, once the device's queue is empty.
+
+    On a CUDA device its own clock is read, by an event before the calls and one after them: the host's clock would add
+    a launch and a wait. The CUDA half was not run on a GPU.
+    """
     synchronize(device)
+    if torch.device(device).type == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(calls):
+            function()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3 / calls
     start = time.perf_counter()
     for _ in range(calls):
         function()

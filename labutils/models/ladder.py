@@ -26,6 +26,7 @@ from labutils.quantization.affine import Scheme, choose_qparams, fake_quantize, 
 from labutils.quantization.packed import pack_model_
 
 BUCKET = 64  # positions: to a multiple of it, the caches of compiled steps are rounded up
+ASK_EVERY = {"cuda": 16}  # tokens between two questions whether all texts have stopped: there, each one waits
 GROUP = 32  # of int4 scales; it divides every width that a power of two of heads makes
 
 
@@ -102,11 +103,17 @@ class Accelerated:
             cache = self.cache(positions=positions, batch=len(token_ids))
             new = [choose(prefill(self.model, token_ids, cache))]
             step = self.stepper(cache, new[0])
-            while len(new) < max_new_tokens and not all(int(i) in stop for i in new[-1]):
+            ends = torch.tensor(sorted(stop), dtype=torch.long, device=device)
+            every = ASK_EVERY.get(device.type, 1)
+            while len(new) < max_new_tokens:
+                if stop and len(new) % every == 0 and torch.isin(new[-1], ends).all():
+                    break
                 ids = choose(step(new[-1]))
-                done = torch.tensor([int(i) in stop for i in new[-1]], device=device)
-                new.append(torch.where(done, new[-1], ids))
-            return torch.cat([token_ids, torch.stack(new, dim=1)], dim=1)
+                new.append(torch.where(torch.isin(new[-1], ends), new[-1], ids) if stop else ids)
+            found = torch.stack(new, dim=1)
+            if stop:  # all texts had stopped some tokens ago
+                found = found[:, : 1 + int((~torch.isin(found, ends).all(dim=0)).sum())]
+            return torch.cat([token_ids, found], dim=1)
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ def build(
         on_cpu: whether int8 and int4 are chapter 03's packed layers.
         skipped: what the plan had to leave out, and why.
     """
-    twin = _twin(model, plan.weights)
+    twin = twin_of(model, plan.weights)
     changed = copy.deepcopy(twin)  # rounded already: rounding again finds the same codes
     changed.config._attn_implementation = plan.attention
     if plan.fused:
@@ -207,8 +214,8 @@ def scheme_of(weights: str) -> Scheme:
     return Scheme(8) if weights == "int8" else Scheme(4, granularity="group", group_size=GROUP)
 
 
-def _twin(model: nn.Module, weights: str) -> nn.Module:
-    """The same weights as the rung's, as float32: the model itself where the rung leaves them as they are."""
+def twin_of(model: nn.Module, weights: str) -> nn.Module:
+    """The same weights as a rung's, as float32: the model itself where the rung leaves them as they are."""
     twin = model if weights == "float" else copy.deepcopy(model)
     if weights in ("int8", "int4"):
         change_weights_(twin, lambda _, w: fake_quantize(w, scheme_of(weights)), with_head=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from labutils.acceleration.interpreter import Access
 from labutils.acceleration.timeline import Event, Timeline
@@ -93,8 +94,34 @@ def draw_ladder(
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set(xlabel=f"speed against {base} (times)")
-    ax.set_title(f"Best that is sure {where}: {best}, {sure[best]}" if sure else f"Nothing surely beats {base} {where}")
+    fastest = f"Fastest {where} with its interval above 1: {best}, {sure[best]}" if sure else ""
+    ax.set_title(fastest or f"No interval {where} lies above {base}")
     ax.grid(alpha=0.25, axis="x")
+
+
+def draw_gpu(ax: Axes) -> None:
+    """A drawing of a GPU: memory, L2, and some multiprocessors with their warps, registers and units."""
+
+    def box(x: float, y: float, width: float, height: float, words: str, color: str, size: int = 9) -> None:
+        ax.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="black", linewidth=0.8))
+        ax.text(x + width / 2, y + height / 2, words, ha="center", va="center", fontsize=size)
+
+    box(0, 0, 40, 1.2, "device memory (HBM or GDDR): weights, cache; terabytes a second at best", "0.85")
+    box(0, 1.7, 40, 1, "L2 cache, shared by all multiprocessors: megabytes", "0.92")
+    for sm in range(4):
+        left = 10.2 * sm
+        box(left, 3.2, 9.4, 5.6, "", "white")
+        ax.text(left + 4.7, 8.4, f"multiprocessor (SM) {sm}", ha="center", va="center", fontsize=9, weight="bold")
+        for row, words in enumerate(("shared memory and L1", "ordinary units, tensor cores", "registers")):
+            box(left + 0.3, 3.4 + 1.1 * row, 8.8, 0.95, words, ("#cfe3f3", "#f6d9c4", "#cdeadd")[row], 8)
+        for warp in range(6):
+            box(left + 0.3 + 1.48 * warp, 6.8, 1.36, 1.1, f"warp\n{warp}", "0.95", 7)
+    ax.set(
+        xlim=(-0.5, 40.7),
+        ylim=(-0.3, 9.1),
+        title="A program runs on one SM; its warps take turns while others wait for memory",
+    )
+    ax.axis("off")
 
 
 def as_timeline(events: Sequence[tuple[str, float, float]]) -> Timeline:

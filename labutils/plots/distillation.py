@@ -81,12 +81,18 @@ def draw_effects(ax: Axes, effects: Sequence) -> None:
 
 
 def draw_classifiers(ax: Axes, points: Mapping[str, Sequence[tuple[float, float, int]]], *, items: int) -> None:
-    """Accuracy over time per query (seconds, accuracy, parameters), one series a kind, with one standard error."""
+    """Accuracy over time per query (seconds, accuracy, parameters), one series a kind, with one standard error.
+
+    Beside each point stands how many parameters it has.
+    """
     for index, (name, series) in enumerate(points.items()):
         times = [1000 * seconds for seconds, _, _ in series]
         shares = [share for _, share, _ in series]
         errors = [math.sqrt(share * (1 - share) / items) for share in shares]
         ax.errorbar(times, shares, yerr=errors, label=name, capsize=3, ls="none", **series_style(index))
+        for x, y, (_, _, count) in zip(times, shares, series, strict=True):
+            words = f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
+            ax.annotate(words, (x, y), xytext=(6, -3), textcoords="offset points", fontsize=7)
     ax.set(xlabel="time of one query (ms, logarithmic)", ylabel="intents right (share)", xscale="log")
     ax.grid(alpha=0.25)
     ax.legend(fontsize="small")

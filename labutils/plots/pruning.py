@@ -85,7 +85,8 @@ def draw_published(ours: Axes, theirs: Axes, measured: Mapping[str, Sequence[Pai
         bars = _bars(qualities)
         look = {"color": PALETTE[index], "hatch": ("", "//", "..")[index % 3], "edgecolor": "white", "label": name}
         ours.bar(places, lost, width, yerr=bars, capsize=3, **look)
-        theirs.bar(places, [perplexity - PUBLISHED_DENSE for perplexity in PUBLISHED[name]], width, **look)
+        published = [perplexity - PUBLISHED_DENSE for perplexity in PUBLISHED[name]]
+        theirs.plot(places, published, label=name, **series_style(index) | {"linestyle": "none"})  # bars need a zero
     for ax in (ours, theirs):
         ax.set_xticks(range(len(PATTERNS)), PATTERNS)
         ax.set_xlabel("pattern, half of the weights zero")
@@ -94,7 +95,8 @@ def draw_published(ours: Axes, theirs: Axes, measured: Mapping[str, Sequence[Pai
     theirs.set(ylabel="perplexity lost", title="Published: Llama-2-7B, WikiText-2")
     plain_log_axis(theirs, (1, 2, 5, 10, 20, 50))
     theirs.set_ylim(bottom=1)
-    ours.legend(fontsize="small")
+    for ax in (ours, theirs):
+        ax.legend(fontsize="small")
 
 
 def draw_masks(axes: Sequence[Axes], masks: Mapping[str, Bool[Tensor, "out n"]], *, corner: int = 32) -> None:

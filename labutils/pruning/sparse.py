@@ -1,9 +1,10 @@
-"""Zeros that are not stored: 2:4 packed and CSR weights, and linear layers that multiply by them.
+"""Zeros that are not stored: 2:4 packed, CSR and bitmap weights, and linear layers that multiply by the first.
 
 2:4 packed, fp32: rows in blocks of 8, columns in spans of 32. Of every 4 columns a row keeps 2 weights, so a span holds
 16 a row, each with its place in the four as 2 bits: one 32-bit word a row and span. A weight so costs 32 + 2 bits where
 the dense row spends 64: 8.5 of 16 bytes. (In fp16: 36 of 64 bits for four weights.)
 CSR: each weight with its 32-bit column, so half of the weights must go before a byte is saved.
+Bitmap: one bit for every place, and the kept weights after one another: bytes are saved from 1/32 of zeros on.
 """
 
 import ctypes
@@ -118,9 +119,12 @@ class Csr:
 def to_csr(weight: Float[Tensor, "out n"]) -> Csr:
     """Keeps the nonzero weights with their columns, both in 32 bits."""
     rows, columns = weight.nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=len(weight))
-    starts = nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-    return Csr(starts, columns.int(), weight[rows, columns].float(), tuple(weight.shape))
+    return Csr(_row_starts(weight), columns.int(), weight[rows, columns].float(), tuple(weight.shape))
+
+
+def _row_starts(weight: Float[Tensor, "out n"]) -> Int[Tensor, " boundaries"]:
+    """Before which kept weight each row begins, and how many there are."""
+    return nn.functional.pad((weight != 0).sum(dim=1).cumsum(0), (1, 0)).int()
 
 
 def matvec_csr(csr: Csr, x: Float[Tensor, " n"]) -> Float[Tensor, " out"]:
@@ -133,6 +137,49 @@ def matvec_csr(csr: Csr, x: Float[Tensor, " n"]) -> Float[Tensor, " out"]:
     _check_vector(x, csr.shape[1])
     y = torch.empty(csr.shape[0])
     _call(kernels().matvec_csr, (csr.starts, csr.columns, csr.weights, x, y), csr.shape[0])
+    return y
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """Bit j of a row's word i says whether column 32 i + j is kept; the kept weights follow one another, row by row."""
+
+    starts: Int[Tensor, " boundaries"]
+    words: Int[Tensor, "out spans"]
+    weights: Float[Tensor, " nonzeros"]
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """What one product reads."""
+        return self.starts.nbytes + self.words.nbytes + self.weights.nbytes
+
+
+def to_bitmap(weight: Float[Tensor, "out n"]) -> Bitmap:
+    """Keeps the nonzero weights, and one bit for every place.
+
+    Raises:
+        ValueError: when in_features is no multiple of 32.
+    """
+    rows, columns = weight.shape
+    if columns % COLUMNS:
+        raise ValueError(f"a bitmap's in_features is a multiple of {COLUMNS}; got {columns}")
+    kept = weight != 0
+    bits = (kept.view(rows, -1, COLUMNS).long() << torch.arange(COLUMNS)).sum(dim=-1)
+    return Bitmap(_row_starts(weight), bits.to(torch.uint32).view(torch.int32), weight[kept].float(), (rows, columns))
+
+
+def matvec_bitmap(bitmap: Bitmap, x: Float[Tensor, " n"]) -> Float[Tensor, " out"]:
+    """W x by the C kernel.
+
+    Raises:
+        ValueError: when x is not a contiguous fp32 vector of the right length.
+        KernelError: when the kernel cannot be built here.
+    """
+    rows, columns = bitmap.shape
+    _check_vector(x, columns)
+    y = torch.empty(rows)
+    _call(kernels().matvec_bitmap, (bitmap.starts, bitmap.words, bitmap.weights, x, y), rows, columns // COLUMNS)
     return y
 
 

@@ -44,6 +44,21 @@ void matvec_2_4(const uint32_t *all_places, const float *all_weights, const floa
     }
 }
 
+/* Bitmap, fp32: bit j of word i of a row says whether column 32 i + j is kept; row r's weights begin at starts[r]. */
+void matvec_bitmap(const int32_t *starts, const uint32_t *words, const float *weights, const float *x, float *y,
+                   int64_t rows, int64_t spans, int64_t threads)
+{
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *next = weights + starts[row];
+        float sum = 0;
+        for (int64_t span = 0; span < spans; span++)
+            for (uint32_t left = words[row * spans + span]; left; left &= left - 1)
+                sum += *next++ * x[span * COLUMNS + __builtin_ctz(left)];
+        y[row] = sum;
+    }
+}
+
 /* CSR, fp32 weights and 32-bit columns; row r owns entries starts[r] ... starts[r + 1] - 1. */
 void matvec_csr(const int32_t *starts, const int32_t *columns, const float *weights, const float *x, float *y, int64_t rows,
                 int64_t threads)

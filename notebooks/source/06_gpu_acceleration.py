@@ -9,7 +9,7 @@
 # | Prerequisites | chapters 01 and 02; 03 helps |
 # | Time | 3 hours for you; all cells run in about a minute on one core, longer on a busy one (measured: 36 and 104 s) |
 # | Memory, download | 2.0 GB at the peak (measured); Triton, 200 MB (700 MB on disk, Linux only), is installed by the first cell |
-# | Hardware | any computer; the same cells use a GPU (T4, L4, A100, H100 …) where there is one |
+# | Hardware | any computer; the same cells use a GPU (T4, L4, A100, H100 …) where there is one; its compilations take minutes more, which nobody timed |
 # | Exercises | 12, each checked in the cell below it |
 
 # %% [markdown]
@@ -48,6 +48,39 @@ if not has_triton:
     print(WITHOUT_TRITON)
 
 # %% [markdown]
+# ## A GPU on one page
+#
+# A GPU is a set of **streaming multiprocessors** (SMs). Each keeps many threads ready, always 32 together (a **warp**). A program's
+# threads have registers of their own and **shared memory** in common. Beside its ordinary units an SM has **tensor cores**, which
+# multiply small matrices of 16 bits or fewer. All SMs share an **L2** cache and the device's memory: **HBM**, or GDDR on a T4.
+#
+# A warp that waits for memory costs nothing as long as its SM has another one to run. So a kernel wants many warps on each SM
+# (**occupancy**), and each warp wants its 32 threads to read neighbours: then one wide fetch serves all of them.
+
+# %%
+from labutils.plots.acceleration import draw_gpu
+
+figure, axes = plt.subplots(figsize=(10, 3.4), layout="constrained")
+draw_gpu(axes)
+plt.show()
+
+# %% [markdown]
+# *The figure is a drawing, not a measurement: from the device's memory below through L2 up to the SMs, of which four are shown.*
+#
+# | by NVIDIA's documents | T4 | A100 80 GB | H200 | B200 |
+# | --- | --- | --- | --- | --- |
+# | compute capability | 7.5 | 8.0 | 9.0 | 10.0 |
+# | SMs | 40 | 108 | 132 | not in its datasheet |
+# | shared memory of an SM | 64 KB | 164 KB | 228 KB | 228 KB |
+# | warps on an SM, at most | 32 | 64 | 64 | 64 |
+# | L2 | 4 MB | 40 MB | 50 MB | not in its datasheet |
+# | memory | 0.32 TB/s | 2.04 TB/s | 4.8 TB/s | 8 TB/s |
+# | 16-bit tensor cores, dense | 65 TFLOP/s | 312 TFLOP/s | 989 TFLOP/s | 2,250 TFLOP/s |
+#
+# (Whitepapers of the Turing, Ampere and Hopper architectures; datasheets of the four; the CUDA programming guide's table of compute
+# capabilities. Nothing of this was measured here.)
+
+# %% [markdown]
 # ## 1 · Where does the time go?
 #
 # One token of LabLM is a few hundred operators, and Python asks for each of them. A **profiler** notes when each ran.
@@ -82,11 +115,12 @@ plt.show()
 
 # %% [markdown]
 # *The figure shows one sixth of one token, from its middle: every bar is a kernel, white is waiting.* Profiling
-# slows everything down: read shares from it, never milliseconds. It is the quickest of five calls: in others, the system
-# may have given the core to somebody else.
+# slows everything down: read shares from it, never milliseconds. We show the fastest of five calls; in the slower ones
+# another process may have been using the core.
 #
-# A GPU makes this worse. It finishes a small kernel in 2 µs, while the host needs 5 µs or more to launch the next one: it
-# waits for Python. Such a program is **launch-bound**, and no faster GPU helps it.
+# A GPU makes this worse. It can finish a small kernel in less time than the host takes to launch the next one, and then it waits
+# for Python (an example with a clock: Gray 2019, "Getting Started with CUDA Graphs", NVIDIA's technical blog). Such a program is
+# **launch-bound**, and no faster GPU helps it.
 
 # %% [markdown]
 # ## 2 · A trap
@@ -196,7 +230,9 @@ from labutils.plots.acceleration import as_timeline
 def eight_batches(overlapped):
     gpu = SimulatedGpu()
     for _ in range(8):
-        gpu.launch(2e-3, stream="copies" if overlapped else "kernels")
+        gpu.launch(2e-3, stream="copies")
+        if not overlapped:
+            gpu.wait()
         gpu.launch(3e-3, after="copies")  # a kernel waits for its own copy
         if not overlapped:
             gpu.wait()
@@ -206,16 +242,18 @@ def eight_batches(overlapped):
 
 runs = {name: eight_batches(name == "overlapped") for name in ("one after the other", "overlapped")}
 print({name: f"{gpu.clock() * 1e3:.1f} ms" for name, gpu in runs.items()})
-figure, axes = plt.subplots(figsize=(10, 2.2), layout="constrained")
-draw_timeline(as_timeline(runs["overlapped"].events), name="copies beside kernels", ax=axes)
+figure, panels = plt.subplots(2, 1, figsize=(10, 4), layout="constrained", sharex=True)
+for axes, (name, gpu) in zip(panels, runs.items(), strict=True):
+    draw_timeline(as_timeline(gpu.events), name=name, ax=axes)
 plt.show()
 
 # %% [markdown]
-# *The figure shows the simulated GPU with two streams: all copies but the first one hide behind kernels.* What remains
-# is the longer of the two.
+# *The figure shows the simulated GPU without and with a second stream: with it, all copies but the first one hide behind kernels.*
+# What remains is the first copy, and then the longer of the two.
 #
-# On a real GPU it takes three words: `pin_memory()`, `non_blocking=True`, and a second stream: `labutils`' `prefetched`
-# is a loop with all three. On a CPU it hands out the batches as they are; the times are for a GPU and only there.
+# On a real GPU it takes three things: `pin_memory()`, `non_blocking=True`, and a second stream. `labutils`' `prefetched`
+# is a loop with all three. Pin before the loop where you can, for pinning is itself a copy for which the host waits. On a CPU
+# `prefetched` hands out the batches as they are; the times are for a GPU and only there.
 
 # %%
 from labutils.acceleration.copies import prefetched
@@ -223,12 +261,16 @@ from labutils.acceleration.copies import prefetched
 batches = [torch.full((1024, 1024), i / 1024) for i in range(8)]
 print("the same batches, in order:", [int(batch.sum() / 1024) for batch in prefetched(batches, device)])
 if device == "cuda":
-    pinned = batches[0].pin_memory()
+    pinned = [batch.pin_memory() for batch in batches]
+
+    def work(b):  # about as long as a copy
+        return [b @ b for _ in range(2)]
+
     ways = {
         "one pageable copy": lambda: batches[0].to(device),
-        "one pinned copy": lambda: pinned.to(device, non_blocking=True),
-        "eight, one after the other": lambda: [(x := b.to(device)) @ x for b in batches],
-        "eight, prefetched": lambda: [b @ b for b in prefetched(batches, device)],
+        "one pinned copy": lambda: pinned[0].to(device, non_blocking=True),
+        "eight, one after the other": lambda: [work(b.to(device)) for b in pinned],
+        "eight, prefetched": lambda: [work(b) for b in prefetched(pinned, device)],
     }
     print(*measure_interleaved(ways, device=device).values(), sep="\n")
 else:
@@ -318,21 +360,25 @@ def balancing_batch(flops_per_s, bytes_per_s, bytes_per_weight):
 ch06.balancing_batch(balancing_batch)
 
 # %% [markdown]
-# Three limits, and a first rule for telling them apart. Look at the profile: a device that waits half of its time is
-# limited by *launches*, whatever its roofline says. Only then compare the intensity with the ridge. The rule is coarse: half is a
-# convention, and the time *inside* many short kernels is partly launching too. Section 9's ladder tests its verdict: if decoding
-# waited for memory alone, a format with a quarter of the bytes would be four times as fast. A datasheet's
-# numbers for an A100 (312 TFLOP/s, 2,039 GB/s) stand beside this machine's, which are measured.
+# How much of a step's time does memory explain, and how much arithmetic? Divide the bytes that it must read by the measured
+# bandwidth, and its operations by the measured peak: each quotient is the time that *would* be enough. What neither explains went
+# into launches, Python, and kernels too small to fill the device. Section 10's ladder tests the verdict: if decoding waited for
+# memory alone, a format with a quarter of the bytes would be four times as fast. A datasheet's numbers for an A100
+# (312 TFLOP/s, 2,039 GB/s) stand beside this machine's, which are measured.
 
 # %%
-from labutils.acceleration.timeline import bound_by
+from labutils.acceleration.timeline import explained_shares
+from labutils.measurement.resources import weight_bytes_read
 from labutils.measurement.roofline import measure_roofline
 
 machine = measure_roofline(1.0, device=device)
 print(machine)
-intensity = 2 / 4  # decoding one text: 2 operations for a weight of 4 bytes
-print("LabLM's eager decoding waits for:", bound_by(timeline.gap_share, intensity, machine.ridge_flop_per_byte))
-print("without any gap it would wait for:", bound_by(0.0, intensity, machine.ridge_flop_per_byte))
+roofs = {"bytes_per_s": machine.bandwidth_bytes_per_s, "flops_per_s": machine.flops_per_s}
+read = weight_bytes_read(model)
+for batch in (1, 32):
+    seconds, flop = sweep[str(batch)].median_s, 2 * batch * read / 4
+    shares = explained_shares(seconds, moved_bytes=read, flop=flop, **roofs)
+    print(f"a step, batch {batch}:", ", ".join(f"{what} {share:.0%}" for what, share in shares.items()))
 for name, flops, bandwidth, size in (
     ("this machine, float32", machine.flops_per_s, machine.bandwidth_bytes_per_s, 4),
     ("A100 by its datasheet, bf16", 312e12, 2.039e12, 2),
@@ -345,9 +391,8 @@ for name, flops, bandwidth, size in (
 #
 # The article says so, without a condition. Two products decide about a model's speed: one row times a matrix (decoding
 # one text) and many rows times a matrix (prefill). The same shapes in four formats, on *this* processor; and once more
-# in a process in which oneDNN, which computes PyTorch's low-precision products on a CPU, may use AVX2 only. (float32 goes to
-# another library, MKL, which keeps its full speed; an older processor would be slower there as well, so read the second
-# process's ratios as an upper bound.)
+# in a process in which both libraries that compute them, oneDNN and MKL, are asked to use AVX2 only. (MKL may ignore this on a
+# processor that is not Intel's. Then its float32 keeps its full speed: compare its absolute times in both processes.)
 #
 # **Predict** the order of the four formats, for each of the two.
 
@@ -358,7 +403,8 @@ print("units for vectors and low precision:", ", ".join(cpu_units()) or "unknown
 measured = {"this processor": time_formats(device=device)}
 if device == "cpu":
     measured["held to AVX2"] = time_formats_limited("AVX2")
-print(*measured["this processor"].values(), sep="\n")
+for where, formats in measured.items():
+    print(f"{where}:", *formats.values(), sep="\n  ")
 
 # %%
 ROWS = {1: "decoding, 1 row", 256: "prefill, 256 rows"}
@@ -371,15 +417,17 @@ for where, formats in measured.items():
         print(f"{where}, {work}:", ", ".join(f"{n} {r}" for n, r in zip(names, versus[where, rows], strict=True)))
         slower += [f"{n} ({where}, {work})" for n, r in zip(names, versus[where, rows], strict=True) if r.low > 1]
         faster += [f"{n} ({where}, {work})" for n, r in zip(names, versus[where, rows], strict=True) if r.high < 1]
-print("time of float32 = 1; surely slower than float32:", "; ".join(slower) or "none")
-print("surely faster:", "; ".join(faster) or "none")
+print("time of float32 = 1; the interval lies above 1:", "; ".join(slower) or "none")
+print("the interval lies below 1:", "; ".join(faster) or "none")
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained", sharey=True)
 for axes, (rows, work) in zip(panels, ROWS.items(), strict=True):
     for index, where in enumerate(measured):
-        ratios = [r.value for r in versus[where, rows]]
-        axes.plot(ratios, range(len(names)), label=where, **{**series_style(index), "linestyle": "none"})
+        ratios = versus[where, rows]
+        bars = [[max(r.value - r.low, 0) for r in ratios], [max(r.high - r.value, 0) for r in ratios]]
+        values, style = [r.value for r in ratios], {**series_style(index), "linestyle": "none"}
+        axes.errorbar(values, range(len(names)), xerr=bars, capsize=3, label=where, **style)
     worst = max((r.value, n) for where in measured for n, r in zip(names, versus[where, rows], strict=True))
     axes.set(xscale="log", xlabel="time against float32 (times)", title=f"{work}: slowest {worst[1]}, {worst[0]:.1f}x")
     low, high = axes.set_xlim(axes.get_xlim()[0] / 1.2, axes.get_xlim()[1] * 1.2)
@@ -393,14 +441,14 @@ panels[0].legend()
 plt.show()
 
 # %% [markdown]
-# *The figure shows the time of one product with a 1024 × 1024 matrix, against float32 on the same processor: left of the
-# dotted line is faster. int8 is PyTorch's plain `@`, on a CPU only; its sums wrap around at 8 bits, so it shows a speed and no usable
-# result.*
+# *The figure shows the time of one product with a 1024 × 1024 matrix, against float32 in the same process, with 95% intervals: left
+# of the dotted line is faster. int8 is `torch._int_mm`, which sums in 32 bits (PyTorch's plain `@` of int8 returns int8, and its sums
+# wrap around), on a CPU only.*
 #
 # **Explain.** A format is fast where the processor has a unit for it *and* the library calls that unit. Without one,
-# every number is converted, multiplied as a float, and rounded back; for plain int8 `@` no library is called at all. One
-# row is another matter: there only reading counts, and fewer bytes may help. So the article's advice needs two conditions,
-# and the rule is: measure. Chapter 03's int8 is fast because it brings its own kernel. On a GPU: TF32 and bf16 from Ampere on,
+# numbers are converted, multiplied in another format, and rounded back. With a single row the time goes into reading the matrix, so
+# a smaller format can help even without a unit for it. So the article's advice needs two conditions,
+# and the rule is: measure. Chapter 03's int8 brings its own kernel. On a GPU: TF32 and bf16 from Ampere on,
 # fp16 since Volta; a T4 has fp16 but only emulates bf16.
 
 # %% [markdown]
@@ -428,11 +476,16 @@ for name, its_model, autocast in (("autocast", model, True), ("cast once", half_
 del half_model
 
 # %% [markdown]
+# "Cast once" still casts: transformers computes RMSNorm and the rotary angles in float32 on purpose, and rounds the result. These
+# casts touch activations, which are small; autocast's also touch the weights.
+
+# %% [markdown]
 # ## 6 · Attention without the square
 #
 # Plain attention writes the scores (n × n for each head) to memory, reads them for the softmax, writes the shares, and
 # reads those to mix the values. A *fused* kernel never writes them: it keeps a block of scores on the chip
-# (FlashAttention, Dao et al. 2022, arXiv:2205.14135). `scaled_dot_product_attention` (SDPA) picks such a kernel.
+# (FlashAttention, Dao et al. 2022, arXiv:2205.14135). `scaled_dot_product_attention` (SDPA) picks such a kernel where it can; on a
+# GPU a mask of one's own, or float32, rules FlashAttention out and leaves another fused kernel.
 #
 # **Tiny numbers:** n = 10 positions of 4 numbers in fp16. Query, key, value, output: 4 · 40 numbers = 320 bytes. Scores:
 # written and read, shares: written and read: 4 · 100 numbers = 800 bytes more.
@@ -470,25 +523,29 @@ def plain_attention(query, key, value):
     return scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ value
 
 
-LENGTHS, contestants, error = (128, 256, 512, 1024), {}, 0.0
+LENGTHS = (128, 256, 512, 1024)
+if device == "cuda":  # there, short texts are launch-bound
+    LENGTHS = tuple(8 * n for n in LENGTHS)
+DTYPE = torch.float16 if device == "cuda" else torch.float32
+contestants, error, longest = {}, 0.0, LENGTHS[-1]
 for n in LENGTHS:
-    q, k, v = torch.randn(3, 1, 4, n, 64, device=device)
+    q, k, v = torch.randn(3, 1, 4, n, 64, device=device, dtype=DTYPE)
     contestants[f"plain {n}"] = lambda q=q, k=k, v=v: plain_attention(q, k, v)
     contestants[f"SDPA {n}"] = lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v, is_causal=True)
     error = max(error, (contestants[f"plain {n}"]() - contestants[f"SDPA {n}"]()).abs().max().item())
 attention = measure_interleaved(contestants, repeats=7, warmup=1, device=device)
 print(f"largest difference between the two: {error:.1e}")
-print(attention["plain 1024"], attention["SDPA 1024"], sep="\n")
+print(attention[f"plain {longest}"], attention[f"SDPA {longest}"], sep="\n")
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 for index, name in enumerate(("plain", "SDPA")):
     medians = [attention[f"{name} {n}"].median_s * 1e3 for n in LENGTHS]
     left.plot(LENGTHS, medians, label=name, **series_style(index))
-    moved = [4 * (4 * n * 64 + (4 * n * n if name == "plain" else 0)) * 4 / 1e6 for n in LENGTHS]
+    moved = [4 * (4 * n * 64 + (4 * n * n if name == "plain" else 0)) * DTYPE.itemsize / 1e6 for n in LENGTHS]
     right.plot(LENGTHS, moved, label=name, **series_style(index))
-ratio = paired_ratio(attention["plain 1024"].samples_s, attention["SDPA 1024"].samples_s)
-left.set(ylabel="time (ms)", title=f"At 1024 tokens SDPA takes 1/{ratio.value:.1f} of the time")
+ratio = paired_ratio(attention[f"plain {longest}"].samples_s, attention[f"SDPA {longest}"].samples_s)
+left.set(ylabel="time (ms)", title=f"At {longest} tokens plain takes {ratio} the time of SDPA")
 right.set(ylabel="bytes moved (MB), computed", title="Scores grow with the square of the text")
 for axes in (left, right):
     axes.set(xscale="log", yscale="log", xlabel="length of the text (tokens)")
@@ -499,8 +556,9 @@ for axes in (left, right):
 plt.show()
 
 # %% [markdown]
-# *Left: measured time of attention, 4 heads of 64, float32, medians of 7 rounds; right: the bytes, computed by the formula
-# of the exercise.* SDPA also skips the blocks that the causal mask empties, which the formula does not count.
+# *Left: measured time of attention, 4 heads of 64, medians of 7 rounds (float32 on a CPU, float16 on a GPU); right: the bytes, computed
+# by the formula of the exercise.* SDPA also skips the blocks that the causal mask empties, and `plain_attention` writes two copies
+# more, the scaled and the masked scores: the formula counts neither.
 
 # %% [markdown]
 # ## 7 · Will it fit?
@@ -559,8 +617,8 @@ print("and the device works:", torch.ones(3, device=device).sum().item())
 # %% [markdown]
 # ## 8 · torch.compile, and what makes it start over
 #
-# A compiler sees many small operators and makes one kernel of them: the numbers travel to the chip once. Four operators,
-# one million numbers. The first call compiles.
+# A compiler sees many small operators and makes one kernel of them: the numbers travel to the chip once. Seven operators (silu,
+# sigmoid, tanh, three products and a sum), one million numbers. The first call compiles.
 
 # %%
 import time
@@ -589,9 +647,11 @@ except Exception as error:  # no C++ compiler, say
     print(f"left out: {type(error).__name__}: {str(error).splitlines()[0]}")
 
 # %% [markdown]
-# What was compiled holds for what was seen: shapes, dtypes, and **Python numbers**. With `dynamic=False`, as below, anything new
-# compiles again. PyTorch's default compiles a second time with the changed number as a symbol, and then stops; symbols rule out
-# CUDA graphs and some optimisations, so a fixed shape still wins. A backend that only counts shows it without waiting for a compiler.
+# What was compiled holds for what was seen: shapes, dtypes, and **Python numbers**. With `dynamic=False` anything new compiles again.
+# PyTorch's default compiles a second time with the changed number as a symbol, and then stops. A recorded CUDA graph (section 9)
+# holds one shape, and a kernel for one shape can be tuned to it, so a decoder keeps its shapes fixed. Two modes matter here:
+# `mode="reduce-overhead"` puts the compiled step into a CUDA graph, and `"max-autotune"` also times several kernels for each product.
+# A backend that only counts shows the compilations without waiting for a compiler.
 #
 # **Predict** the number of compilations for six steps of each: a position as a Python number; the position in a tensor;
 # a text that grows; a buffer of fixed length.
@@ -605,10 +665,10 @@ def counting(graph, _inputs):
     return graph.forward
 
 
-def count_compilations(function, calls):
+def count_compilations(function, calls, dynamic):
     torch._dynamo.reset()
     compiled_graphs.clear()
-    compiled = torch.compile(function, backend=counting, dynamic=False)
+    compiled = torch.compile(function, backend=counting, dynamic=dynamic)
     for arguments in calls:
         compiled(*arguments)
     return len(compiled_graphs)
@@ -618,16 +678,21 @@ def shift(x, position):
     return x + position
 
 
-print("position as a number:  ", count_compilations(shift, [(torch.ones(8), i) for i in range(6)]))
-print("position in a tensor:  ", count_compilations(shift, [(torch.ones(8), torch.tensor(i)) for i in range(6)]))
-print("a text that grows:     ", count_compilations(torch.sum, [(torch.ones(n),) for n in range(3, 9)]))
-print("a buffer of fixed size:", count_compilations(torch.sum, [(torch.ones(8),) for _ in range(6)]))
+six_steps = {
+    "position as a number": (shift, [(torch.ones(8), i) for i in range(6)]),
+    "position in a tensor": (shift, [(torch.ones(8), torch.tensor(i)) for i in range(6)]),
+    "a text that grows": (torch.sum, [(torch.ones(n),) for n in range(3, 9)]),
+    "a buffer of fixed size": (torch.sum, [(torch.ones(8),) for _ in range(6)]),
+}
+for name, (function, calls) in six_steps.items():
+    fixed, default = (count_compilations(function, calls, dynamic) for dynamic in (False, None))
+    print(f"{name:<23} {fixed} with dynamic=False, {default} by default")
 torch._dynamo.reset()
 
 # %% [markdown]
 # This is why a compiled decoder has a **static KV cache**: buffers of full length, the position in a tensor, a mask over
-# what is still empty (`CompiledKVCache`, chapter 01). Eight compilations of one function, and PyTorch gives up
-# on it and runs it eagerly.
+# what is still empty (`CompiledKVCache`, chapter 01). After eight recompilations of one function PyTorch stops compiling it and
+# runs it eagerly.
 
 # %% [markdown]
 # ## 9 · CUDA graphs: launch once, replay for ever
@@ -757,12 +822,23 @@ from labutils.bench.gpu import bytes_read, decode_step
 
 new_tokens = {name: rung.generate(prompt_ids, 12)[0, -12:].tolist() for name, rung in rungs.items()}
 others = [name for name, ids in new_tokens.items() if ids != new_tokens["fp32"]]
-print("12 new tokens, others than fp32's on:", ", ".join(others) or "no rung")
+print("rungs whose 12 greedy tokens differ from fp32's:", ", ".join(others) or "none")
 decoding = {name: decode_step(rung, prompt_ids) for name, rung in rungs.items()}
-timings = measure_interleaved(decoding, repeats=9, warmup=2, device=device, calls_per_sample=3)
+calls = 20 if device == "cuda" else 3
+timings = measure_interleaved(decoding, repeats=9, warmup=2, device=device, calls_per_sample=calls)
+below = "fp32"
 for name, timing in timings.items():
     rate = bytes_read(rungs[name].model) / timing.median_s / 1e9
     print(f"{timing}, {bytes_read(rungs[name].model) / 1e6:.1f} MB read at {rate:.1f} GB/s")
+    base = below if name in NAMES else "fp32"
+    r = paired_ratio(timings[base].samples_s, timing.samples_s)
+    verdict = "faster than" if r.low > 1 else "slower than" if r.high < 1 else "not told apart from"
+    below = name if name in NAMES else below
+    print(f"    {verdict} {base}: {r}" if name != "fp32" else "    the base")
+alone = sweep["1"]
+print(f"section 4's step, timed beside no other model: {alone.median_s * 1e3:.2f} ms")
+if "cuda graph" in decoding:
+    print("profile of a replayed step:", profile(decoding["cuda graph"], device=device))
 
 # %%
 from labutils.plots.acceleration import draw_ladder
@@ -779,21 +855,24 @@ for name, reason in skipped.items():
 #
 # **Explain.** Compare the bytes that two rungs read with their times: they are far from proportional. LabLM is small. The
 # profile of section 1 says which share of a step no kernel runs, and no format makes that shorter; and a small kernel takes
-# its time to start, whatever it reads. On a GPU the gains are others; published for a
-# 7B Llama on an A100 (gpt-fast): eager 25.5 tokens/s, compiled with a static cache 107, int8 157, int4 202.
+# its time to start, whatever it reads. A rung may also lose against the one below it: the second lines say which did. And the step of
+# section 4, the same as "static cache", ran beside no other model, so its weights could stay in the caches; here the models take
+# turns and push each other out. Both times are right, for two different questions.
+#
+# On a GPU the gains are others; published for a 7B Llama on an A100 (gpt-fast): eager 25.5 tokens/s, compiled with a static cache 107,
+# int8 157, int4 202.
 # `python -m labutils bench gpu` runs all rungs on a 0.2B model, too large for most caches, beside transformers' own
 # `generate` and torchao. What it wrote on this project's machines stands in `data/results`.
 
 # %%
-from labutils.bench.gpu import BASE, read_ladders
+from labutils.bench.gpu import BASE, ladder_files, read_ladders
 from labutils.paths import DATA
 
-for name, where in (("cpu_ladder", "on a shared Xeon of two cores"), ("h200", "on an H200")):
-    path = DATA / "results" / f"{name}.jsonl"
-    if not path.exists():
-        print(f"data/results/{path.name} does not exist: nothing was ever run {where}")
-        continue
-    ladders = read_ladders(path)
+stored = ladder_files(DATA / "results")
+if "h200.jsonl" not in {path.name for path in stored}:
+    print("data/results/h200.jsonl does not exist: nothing was ever run on an H200")
+for path in stored:
+    ladders, where = read_ladders(path), f"in {path.name}"
     figure, panels = plt.subplots(1, len(ladders), figsize=(12, 4.4), layout="constrained", squeeze=False)
     for axes, (its_model, found) in zip(panels[0], ladders.items(), strict=True):
         draw_ladder(found, {}, base=BASE, ax=axes, where=where)
@@ -801,8 +880,8 @@ for name, where in (("cpu_ladder", "on a shared Xeon of two cores"), ("h200", "o
     plt.show()
 
 # %% [markdown]
-# *The figures show the stored runs of `bench gpu`, one panel a model: speed of each rung and of other people's paths
-# against the first rung, with 95% intervals. A GPU's stands there only if its file does.*
+# *The figures show the stored runs of `bench gpu`, one figure a file in `data/results` and one panel a model: speed of each rung and of
+# other people's paths against the first rung, with 95% intervals. Where an interval reaches over the dotted line, nothing was shown.*
 
 # %%
 from labutils.measurement import ledger
@@ -832,7 +911,8 @@ for name in ("fp32", "int8", "int4"):
 #
 # $$\text{threads} = \left\lceil \frac{\text{channels} \cdot \text{transfers/s} \cdot 8}{\text{lines} \cdot 64 / \text{latency}} \right\rceil$$
 #
-# **Tiny numbers:** 12 lines on their way for 80 ns each: 9.6 GB/s a core. Two channels of DDR4-3200: 51.2 GB/s. So six threads.
+# **Tiny numbers:** 12 requests for cache lines in flight, each taking 80 ns: 9.6 GB/s a core. Two channels of DDR4-3200: 51.2 GB/s.
+# So six threads.
 
 # %% [markdown]
 # ## Exercise 6.7: threads_to_saturate
@@ -882,6 +962,7 @@ for name, choice in choices.items():
 # %%
 rates = {n: numbers.nbytes / t.median_s for n, t in choices["reading memory"].timings.items()}
 print("memory is read:", ", ".join(f"{n} threads {rate / 1e9:.1f} GB/s" for n, rate in rates.items()))
+print(f"if a line took 80 ns here too, one thread would have {rates[1] * 80e-9 / 64:.0f} of them in flight")
 for memory, transfers in (("DDR4-3200", 3.2e9), ("DDR5-4800", 4.8e9)):
     one = channels_bytes_per_s(1, transfers)
     print(
@@ -907,9 +988,9 @@ plt.show()
 # %% [markdown]
 # *The figure shows the speed with several threads against one, with 95% intervals over 5 rounds.*
 #
-# **Explain.** Reading gains until the channels are full. A step of a small model is hundreds of small operators, each of
-# which starts and joins its threads: it gains little or loses. And threads that outnumber the *free* cores wait for one
-# another, which can cost more than they bring. How many channels there are, a program may not ask; the board's manual
+# **Explain.** Reading gains until the channels are full; a few threads need not get that far. A step of a small model is hundreds of
+# small operators, each of which starts and joins its threads, so compare its line with the other. And threads that outnumber the
+# *free* cores wait for one another, which can cost more than they bring. How many channels there are, a program may not ask; the board's manual
 # says so, and a virtual machine shares them with its neighbours.
 
 # %% [markdown]
@@ -978,6 +1059,47 @@ from labutils.checks import ch06_kernels
 ch06_kernels.saxpy_kernel(saxpy_kernel)
 
 # %% [markdown]
+# (Where there is a GPU, this check and the next two also compile your kernel and run it there.)
+#
+# So far `tl` and the launch came from `labutils`. A program of your own needs three more lines: the decorator `triton.jit`, a **grid**
+# in square brackets, and `triton.autotune`, which times some block sizes and numbers of warps at the first call for each n, and keeps
+# the best. Here is a whole file. Without a GPU, `TRITON_INTERPRET=1` runs it in slow motion, and there is nothing to tune.
+
+# %%
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PROGRAM = """
+import torch, triton
+import triton.language as tl
+
+device, n = ("cuda", 10**7) if torch.cuda.is_available() else ("cpu", 10**4)
+sizes = [(256, 4), (1024, 4), (4096, 8)] if device == "cuda" else [(1024, 4)]
+
+@triton.autotune(configs=[triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in sizes], key=["n"])
+@triton.jit
+def saxpy_kernel(x, y, out, a, n, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    tl.store(out + offsets, a * tl.load(x + offsets, mask=mask) + tl.load(y + offsets, mask=mask), mask=mask)
+
+x, y, out = torch.randn(3, n, device=device)
+saxpy_kernel[lambda chosen: (triton.cdiv(n, chosen["BLOCK"]),)](x, y, out, 2.0, n)
+print(f"{device}: largest error {(out - (2 * x + y)).abs().max().item():.1e}; chosen: {saxpy_kernel.best_config}")
+"""
+
+# %%
+if has_triton:
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder) / "saxpy.py").write_text(PROGRAM, encoding="utf-8")
+        slow = {} if device == "cuda" else {"TRITON_INTERPRET": "1"}
+        done = subprocess.run([sys.executable, file], env=os.environ | slow, capture_output=True, encoding="utf-8")
+    print(done.stdout or done.stderr)
+
+# %% [markdown]
 # Now a row a program. PyTorch computes RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4) in several passes over
 # memory; a fused kernel reads the row once and writes it once:
 #
@@ -1017,9 +1139,9 @@ ch06_kernels.rms_norm_kernel(rms_norm_kernel)
 #
 # $$y_r = \sum_k s_r\, q_{rk}\, x_k = s_r \sum_k q_{rk}\, x_k ,$$
 #
-# so the weights travel as bytes and become floats *inside*. Dequantizing first would write and read the whole
-# matrix as floats, which is why eager int8 is slower than fp16. This kernel avoids that traffic; whether it is fast on a GPU was never
-# measured here.
+# so the weights travel as bytes and become floats *inside*. Dequantizing first would read the bytes, then write and read the whole
+# matrix as floats: more traffic than fp16 weights ever cause. This kernel avoids it; whether it is fast on a GPU was never measured
+# here.
 
 # %% [markdown]
 # ## Exercise 6.10: int8_gemv_kernel
@@ -1051,6 +1173,27 @@ def int8_gemv_kernel(codes, scales, x, out, n, BLOCK: "tl.constexpr"):
 ch06_kernels.int8_gemv_kernel(int8_gemv_kernel)
 
 # %% [markdown]
+# How wide are its loads? A GPU's thread can fetch 16 bytes at once. Block size and warps decide whether it does: with 128 threads,
+# 128 int8 codes are one byte for each. The compiler's **PTX**, an assembly language for all NVIDIA GPUs, tells, and needs no GPU.
+# **Predict:** how does the kernel read its codes in blocks of 1 × 128, and in blocks of 4 rows × 512?
+
+# %%
+from collections import Counter
+
+from labutils.acceleration import triton_ops as ops
+
+if has_triton:
+    import re
+
+    types = {"codes": "*i8", "scales": "*fp32", "x": "*fp16", "out": "*fp32", "rows": "i32", "n": "i32"}
+    for rows, block in ((1, 128), (4, 512)):
+        blocks = {"ROWS": rows, "BLOCK": block}
+        assembly = ops.machine_code(kernels.int8_gemv_kernel, types, blocks, capability=80)
+        print(f"{rows} x {block}:", dict(Counter(re.findall(r"ld\.global\S*", assembly))))
+
+# %% [markdown]
+# `v4.b32` is four times 32 bits, 16 bytes; `b8` is one. (Loads of x, of the scales and of a row's end are in the list too.)
+#
 # `labutils`' kernels take several rows a program; the int4 one unpacks two codes from a byte. Their memory, for 4 rows of
 # 64 weights, in four groups:
 
@@ -1058,7 +1201,9 @@ ch06_kernels.int8_gemv_kernel(int8_gemv_kernel)
 if has_triton:
     packed = torch.randint(0, 256, (4, 32), dtype=torch.uint8)
     scales, inputs, result = torch.rand(4, 4), torch.randn(64), torch.zeros(4)
-    accesses = interpret(kernels.int4_gemv_kernel, (2,), packed, scales, inputs, result, 4, 64, GROUP=16, ROWS=2)
+    accesses = interpret(
+        kernels.int4_gemv_kernel, (2,), packed, scales, inputs, result, 4, 64, GROUP=16, GROUPS=1, ROWS=2
+    )
     figure, panels = plt.subplots(1, 3, figsize=(11, 3), layout="constrained", sharey=True)
     title = f"128 weights of a program travel as {packed.numel() // 2} bytes; every program reads all of x"
     draw_accesses(accesses, where(codes=packed, scales=scales, x=inputs), title=title, axes=panels)
@@ -1068,7 +1213,7 @@ if has_triton:
 # *The figure shows the int4 kernel at work, group after group from bottom to top: codes are read once, x by every
 # program (on a GPU, from its cache).*
 #
-# ## Flash attention
+# ### Flash attention
 #
 # The softmax of a row needs its maximum and its sum, and so, it seems, the whole row. It does not (Milakov and Gimelshein
 # 2018, arXiv:1805.02867). Keep the maximum m so far, the sum ℓ of $e^{s-m}$, and the mixed values o; a new block of
@@ -1108,10 +1253,8 @@ ch06_kernels.online_update(online_update)
 # With it, attention never holds more than a block of scores. All six kernels of `labutils` against PyTorch in float64, by
 # relative error $\lVert \hat y - y \rVert / \lVert y \rVert$; float32 rounds by up to 6e-8, and a few roundings add up.
 
+
 # %%
-from labutils.acceleration import triton_ops as ops
-
-
 def against_float64(place):
     """Name to (kernel's result, PyTorch's in float64)."""
     a, b, gain = torch.randn(5, 96, device=place), torch.randn(5, 96, device=place), torch.randn(96, device=place)
@@ -1138,10 +1281,17 @@ for place in ("cpu", "cuda") if device == "cuda" else ("cpu",):
             f"{'compiled' if place == 'cuda' else 'interpreted'}: {name:<16} error {ops.relative_error(ours, exact):.1e}"
         )
 if device == "cuda" and has_triton:
-    w = torch.randn(4096, 4096, device=device)
-    x, codes, scales = w[0].clone(), (w * 30).clamp(-127, 127).to(torch.int8), torch.ones(4096, device=device)
-    race = {"fp32 by PyTorch": lambda: w @ x, "int8 by our kernel": lambda: ops.int8_gemv(codes, scales, x)}
-    print(*measure_interleaved(race, device=device).values(), sep="\n")
+    # Eight matrices in turn: half a gigabyte of codes, more than any L2 holds.
+    codes = [torch.randint(-127, 128, (8192, 8192), dtype=torch.int8, device=device) for _ in range(8)]
+    halves = [matrix.half() for matrix in codes]
+    x, scales = torch.randn(8192, dtype=torch.half, device=device), torch.ones(8192, device=device)
+    race = {
+        "fp16 by PyTorch": lambda: [matrix @ x for matrix in halves],
+        "int8 by our kernel": lambda: [ops.int8_gemv(matrix, scales, x) for matrix in codes],
+    }
+    raced = measure_interleaved(race, device=device, calls_per_sample=5)
+    for timing, matrices in zip(raced.values(), (halves, codes), strict=True):
+        print(f"{timing}: {sum(matrix.nbytes for matrix in matrices) / timing.median_s / 1e9:.0f} GB/s")
 else:
     print("compiled and timed: not run on a GPU")
 
@@ -1151,18 +1301,30 @@ else:
 
 # %%
 if has_triton:
-    import re
-
     pointers = dict.fromkeys(("q", "k", "v", "out"), "*fp16") | {"positions": "i32", "scale": "fp32"}
-    sizes = {"CAUSAL": True, "DIM": 64, "QUERIES": 32, "KEYS": 32}
-    for gpu, capability in (("T4", 75), ("A100", 80), ("H100 and H200", 90)):
+    for gpu, capability, queries in (("T4", 75, 32), ("A100", 80, 32), ("H200", 90, 32), ("H200", 90, 64)):
+        sizes = {"CAUSAL": True, "DIM": 64, "QUERIES": queries, "KEYS": queries}
         assembly = ops.machine_code(kernels.flash_attention_kernel, pointers, sizes, capability=capability)
-        found = sorted(set(re.findall(r"\bw?gmma\.\S+|\bmma\.sync\S+", assembly)))
-        print(f"{gpu}: {len(assembly.splitlines())} lines of PTX; matrix instructions: {', '.join(found) or 'none'}")
+        found = sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)[\w.]*", assembly)))
+        print(f"{gpu}, {queries} queries a block: {', '.join(found) or 'no matrix instructions'}")
 
 # %% [markdown]
-# Not run on a GPU, but compiled for three. Compiled is not fast: block sizes, numbers of warps and the order of memory
-# accesses are chosen by measuring (`triton.autotune`), on the device itself.
+# Two lines deserve a word. *T4:* Triton gave up Turing's matrix instructions (its pull request 5066, in version 3.3), so there this
+# kernel multiplies with ordinary units. *H200:* `mma.sync` is Ampere's instruction. Hopper's own, `wgmma`, multiplies 64 rows at a time,
+# and a block of 32 queries has too few. Compiled is not fast: block sizes, numbers of warps and the order of memory accesses are
+# chosen by measuring, on the device itself.
+
+# %% [markdown]
+# ### What production kernels add
+#
+# - **Flash-decoding** (Dao et al. 2023): decoding has one query, so one program a head leaves most SMs idle. The keys are split among
+#   several programs, and exercise 6.11's update merges their (m, ℓ, o). Products with few rows do the same (*split-K*).
+# - **Marlin** (Frantar et al. 2024, arXiv:2408.11743) stores 4-bit codes in the order in which the threads of a warp hand them to the
+#   tensor cores, so that every load is 16 bytes and nothing is shuffled.
+# - **fp8** (Ada, Hopper) and, on Blackwell, 4-bit floats go into the tensor cores as they are: **MXFP4** with a power of two as the
+#   scale of 32 numbers, **NVFP4** with an fp8 scale for 16.
+#
+# `labutils`' kernels do none of this; compare with them before you blame your own GPU.
 
 # %% [markdown]
 # ## 13 · What does it cost?
@@ -1200,14 +1362,21 @@ ch06_machine.price_per_million(price_per_million)
 # %%
 from labutils.acceleration.cost import cost_per_million, joules_per_token
 from labutils.measurement.energy import energy
+from labutils.measurement.timing import synchronize
 
-with energy() as spent:
-    for _ in range(200):
-        decoding["fp32"]()
-per_token = joules_per_token(spent, 200)
-print("energy of 200 tokens:", spent)
+if device == "cuda":
+    install_extra("nvml")  # the driver's counters, for Python
+per_token = {}
 for name in ("fp32", "int8"):
-    cost = cost_per_million(1 / timings[name].median_s, price_per_hour=1.0, joules_per_token=per_token)
+    tokens, end = 0, time.perf_counter() + (5 if device == "cuda" else 1)  # a GPU's counter moves ten times a second
+    with energy() as spent:
+        while time.perf_counter() < end:
+            decoding[name]()
+            tokens += 1
+            synchronize(device)
+    per_token[name] = joules_per_token(spent, tokens)
+    print(f"{name}: energy of {tokens} tokens: {spent}")
+    cost = cost_per_million(1 / timings[name].median_s, price_per_hour=1.0, joules_per_token=per_token[name])
     print(f"{name}, at a made-up price of 1.00 an hour: {cost}")
 
 # %% [markdown]
@@ -1217,7 +1386,7 @@ for name in ("fp32", "int8"):
 # %%
 from labutils.widgets.acceleration import cost_widget
 
-cost_widget(1 / timings["fp32"].median_s, joules_per_token=per_token)
+cost_widget(1 / timings["fp32"].median_s, joules_per_token=per_token["fp32"])
 
 # %% [markdown]
 # ## What you have

@@ -79,6 +79,28 @@ def magnitude_mask(weight, sparsity):
     return weight.abs() > sparsity * weight.abs().max()
 
 
+# %% WRONG magnitude_mask | cut off, not rounded
+# EXERCISE magnitude_mask
+def magnitude_mask(weight, sparsity):
+    mask = torch.ones(weight.numel(), dtype=torch.bool)
+    mask[weight.abs().flatten().argsort()[: int(sparsity * weight.numel())]] = False
+    return mask.view_as(weight)
+
+
+# %% WRONG wanda_mask | the norms were squared
+# EXERCISE wanda_mask
+def wanda_mask(weight, norms, sparsity):
+    smallest = (weight.abs() * norms**2).argsort(dim=1)[:, : round(sparsity * weight.shape[1])]
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(1, smallest, False)
+
+
+# %% WRONG wanda_mask | a root was taken
+# EXERCISE wanda_mask
+def wanda_mask(weight, norms, sparsity):
+    smallest = (weight.abs().sqrt() * norms).argsort(dim=1)[:, : round(sparsity * weight.shape[1])]
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(1, smallest, False)
+
+
 # %% WRONG wanda_mask | the whole layer competed
 # EXERCISE wanda_mask
 def wanda_mask(weight, norms, sparsity):
@@ -194,34 +216,49 @@ def remove_one(weights, inverse, index):
     return weights + weights[index] / inverse[index, index] * inverse[index]
 
 
-# %% WRONG sparsity_at | straight line
-# EXERCISE sparsity_at
-def sparsity_at(step, steps, final):
-    return final * step / steps
+# %% WRONG prune_column | no column made up
+# EXERCISE prune_column
+def prune_column(weight, factor, column, gone):
+    changed = weight.clone()
+    changed[gone, column] = 0
+    return changed
 
 
-# %% WRONG sparsity_at | wrong way round
-# EXERCISE sparsity_at
-def sparsity_at(step, steps, final):
-    return final * (step / steps) ** 3
+# %% WRONG prune_column | the wrong way
+# EXERCISE prune_column
+def prune_column(weight, factor, column, gone):
+    errors = torch.where(gone, weight[:, column] / factor[column, column], 0.0)
+    changed = weight + errors[:, None] * factor[column]
+    changed[:, column] = torch.where(gone, 0.0, weight[:, column])
+    return changed
 
 
-# %% WRONG sparsity_at | starts at the final sparsity
-# EXERCISE sparsity_at
-def sparsity_at(step, steps, final):
-    return final * (1 - step / steps) ** 3
+# %% WRONG prune_column | divide by
+# EXERCISE prune_column
+def prune_column(weight, factor, column, gone):
+    errors = torch.where(gone, weight[:, column], 0.0)
+    changed = weight - errors[:, None] * factor[column]
+    changed[:, column] = torch.where(gone, 0.0, weight[:, column])
+    return changed
 
 
-# %% WRONG sparsity_at | it ends at 1
-# EXERCISE sparsity_at
-def sparsity_at(step, steps, final):
-    return 1 - (1 - step / steps) ** 3
+# %% WRONG prune_column | rows that keep their weight
+# EXERCISE prune_column
+def prune_column(weight, factor, column, gone):
+    errors = weight[:, column] / factor[column, column]
+    changed = weight - errors[:, None] * factor[column]
+    changed[:, column] = torch.where(gone, 0.0, weight[:, column])
+    return changed
 
 
-# %% WRONG sparsity_at | squared where
-# EXERCISE sparsity_at
-def sparsity_at(step, steps, final):
-    return final * (1 - (1 - step / steps) ** 2)
+# %% WRONG prune_column | was left out
+# EXERCISE prune_column
+def prune_column(weight, factor, column, gone):
+    errors = torch.where(gone, weight[:, column] / factor[column, column], 0.0)
+    changed = weight.clone()
+    changed[:, column + 2 :] -= errors[:, None] * factor[column, column + 2 :]
+    changed[gone, column] = 0
+    return changed
 
 
 # %% WRONG remove_neurons | take down's columns

@@ -47,6 +47,14 @@ def soft_loss(student_logits, teacher_logits):
     return torch.nn.functional.kl_div(student, wanted, reduction="batchmean")
 
 
+# %% WRONG soft_loss | cut the student off
+# EXERCISE soft_loss
+def soft_loss(student_logits, teacher_logits):
+    student = torch.log_softmax(student_logits, dim=-1)
+    wanted = torch.log_softmax(teacher_logits, dim=-1)
+    return (wanted.exp() * (wanted - student)).sum(-1).mean().item()
+
+
 # %% WRONG soften | must flatten
 # EXERCISE soften
 def soften(logits, temperature):
@@ -69,6 +77,15 @@ def soften(logits, temperature):
 # EXERCISE soften
 def soften(logits, temperature):
     return logits / temperature
+
+
+# %% WRONG hinton_loss | cut the student off
+# EXERCISE hinton_loss
+def hinton_loss(student_logits, teacher_logits, labels, temperature, soft):
+    student = torch.log_softmax(student_logits.detach() / temperature, dim=-1)
+    wanted = torch.log_softmax(teacher_logits / temperature, dim=-1)
+    kd = temperature**2 * (wanted.exp() * (wanted - student)).sum(-1).mean()
+    return soft * kd + (1 - soft) * torch.nn.functional.cross_entropy(student_logits.detach(), labels)
 
 
 # %% WRONG hinton_loss | T² is missing

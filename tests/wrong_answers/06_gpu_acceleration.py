@@ -213,6 +213,13 @@ def replayed_step(step, example, record):
     return call
 
 
+# %% WRONG replayed_step | replay the tape instead
+# EXERCISE replayed_step
+def replayed_step(step, example, record):
+    record(lambda: step(example.clone()))
+    return lambda x: step(x)
+
+
 # %% WRONG threads_to_saturate | round up
 # EXERCISE threads_to_saturate
 def threads_to_saturate(channels, transfers_per_s, lines, latency_s):
@@ -305,6 +312,27 @@ def rms_norm_kernel(x, gain, out, n, eps, BLOCK: "tl.constexpr"):
     row = tl.load(x + start + columns)
     inverse = 1 / tl.sqrt(tl.sum(row * row, axis=0) / n + eps)
     tl.store(out + start + columns, row * inverse * tl.load(gain + columns))
+
+
+# %% WRONG rms_norm_kernel | what a mask hides is undefined
+# EXERCISE rms_norm_kernel
+def rms_norm_kernel(x, gain, out, n, eps, BLOCK: "tl.constexpr"):
+    start, columns = tl.program_id(0) * n, tl.arange(0, BLOCK)
+    mask = columns < n
+    row = tl.load(x + start + columns, mask=mask)
+    inverse = 1 / tl.sqrt(tl.sum(row * row, axis=0) / n + eps)
+    tl.store(out + start + columns, row * inverse * tl.load(gain + columns, mask=mask), mask=mask)
+
+
+# %% WRONG int8_gemv_kernel | what a mask hides is undefined
+# EXERCISE int8_gemv_kernel
+def int8_gemv_kernel(codes, scales, x, out, n, BLOCK: "tl.constexpr"):
+    r = tl.program_id(0)
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, n, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        sums += tl.load(codes + r * n + k, mask=k < n) * tl.load(x + k, mask=k < n)
+    tl.store(out + r, tl.sum(sums, axis=0) * tl.load(scales + r))
 
 
 # %% WRONG int8_gemv_kernel | the scale is missing
