@@ -608,7 +608,8 @@ plt.show()
 # - **heads**: a key-value head goes with *all* query heads that share it (GQA), or the rest would look up the wrong keys;
 # - **layers** with little influence;
 # - **width**: channels of the residual stream, through embeddings, norms and every matrix.
-#
+
+# %% [markdown]
 # Two more ways keep every neuron and store fewer numbers:
 #
 # - **low rank:** W ≈ A B with two thin matrices, from the SVD of W alone or of W weighted by its inputs (*activation-aware*). **Tiny

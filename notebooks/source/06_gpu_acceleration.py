@@ -66,7 +66,8 @@ plt.show()
 
 # %% [markdown]
 # *The figure is a drawing, not a measurement: from the device's memory below through L2 up to the SMs, of which four are shown.*
-#
+
+# %% [markdown]
 # | by NVIDIA's documents | T4 | A100 80 GB | H200 | B200 |
 # | --- | --- | --- | --- | --- |
 # | compute capability | 7.5 | 8.0 | 9.0 | 10.0 |
@@ -858,7 +859,8 @@ for name, reason in skipped.items():
 # its time to start, whatever it reads. A rung may also lose against the one below it: the second lines say which did. And the step of
 # section 4, the same as "static cache", ran beside no other model, so its weights could stay in the caches; here the models take
 # turns and push each other out. Both times are right, for two different questions.
-#
+
+# %% [markdown]
 # On a GPU the gains are others; published for a 7B Llama on an A100 (gpt-fast): eager 25.5 tokens/s, compiled with a static cache 107,
 # int8 157, int4 202.
 # `python -m labutils bench gpu` runs all rungs on a 0.2B model, too large for most caches, beside transformers' own
