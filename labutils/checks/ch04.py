@@ -87,14 +87,14 @@ def magnitude_mask(answer):
                 "each row lost its own smallest: here the whole layer competes, so flatten it first",
             ),
             (
+                lambda weight, sparsity: reference(weight, int(sparsity * weight.numel()) / weight.numel()),
+                "the count was cut off, not rounded: round(sparsity * weight.numel())",
+            ),
+            (
                 lambda weight, sparsity: weight.abs() > weight.abs().max() * sparsity,
                 "a share of the largest weight is no share of the weights: rank them, and count",
             ),
             (lambda weight, sparsity: weight * reference(weight, sparsity), "return the mask, not the pruned weight"),
-            (
-                lambda weight, sparsity: reference(weight, int(sparsity * weight.numel()) / weight.numel()),
-                "the count was cut off, not rounded: round(sparsity * weight.numel())",
-            ),
         ],
     )
 
