@@ -147,11 +147,7 @@ def wanda_mask(answer):
             ),
             (
                 lambda weight, norms, sparsity: masks.mask_rows(weight.abs() * norms**2, sparsity),
-                "the norms were squared: the score is |W| times the norm itself",
-            ),
-            (
-                lambda weight, norms, sparsity: masks.mask_rows(weight.abs().sqrt() * norms, sparsity),
-                "a root was taken of the weight's size: the score is |W| times the norm",
+                "the norms were squared (or the sizes rooted, which ranks alike): the score is |W| times the norm",
             ),
         ],
     )

@@ -94,13 +94,6 @@ def wanda_mask(weight, norms, sparsity):
     return torch.ones_like(weight, dtype=torch.bool).scatter_(1, smallest, False)
 
 
-# %% WRONG wanda_mask | a root was taken
-# EXERCISE wanda_mask
-def wanda_mask(weight, norms, sparsity):
-    smallest = (weight.abs().sqrt() * norms).argsort(dim=1)[:, : round(sparsity * weight.shape[1])]
-    return torch.ones_like(weight, dtype=torch.bool).scatter_(1, smallest, False)
-
-
 # %% WRONG wanda_mask | the whole layer competed
 # EXERCISE wanda_mask
 def wanda_mask(weight, norms, sparsity):
