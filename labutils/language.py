@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 ENGLISH = "en"
 CATALOGUES = Path(__file__).parent / "languages"
 _CHOSEN = {"language": ENGLISH}
+BLANK = re.compile(r"\{\d+\}|\[s\]")
+PIECES = re.compile(r"(: |, | \(|\))")
 
 
 def languages() -> list[str]:
@@ -58,6 +61,40 @@ def in_language(name: str, message: str, /, **values) -> str:
     """As `translated`, in a given language whatever the learner's is."""
     text = message if name == ENGLISH else _spoken(name).get(message, message)
     return text.format(**values) if values else text
+
+
+def retold(name: str, text: str) -> str:
+    """A finished text in another language: that of its message, or of one whose numbered blanks it fills.
+
+    A figure's code writes its words itself, so only the finished text is there to be looked up. What fills a blank is
+    retold in turn; a text that no message fits is retold piece by piece.
+    """
+    if name == ENGLISH or text in _spoken(name):
+        return in_language(name, text)
+    for form, message in _forms(name):
+        if found := form.fullmatch(text):
+            return _spoken(name)[message].format(*(retold(name, words) for words in found.groups()))
+    pieces = PIECES.split(text)
+    pieces[::2] = [retold(name, piece) for piece in pieces[::2]] if len(pieces) > 1 else pieces
+    return "".join(pieces)
+
+
+@functools.cache
+def _forms(name: str) -> list[tuple[re.Pattern, str]]:
+    """The messages with blanks, each with what a filled one looks like; those with the most words first."""
+    blank = [message for message in _spoken(name) if BLANK.search(message)]
+    blank.sort(key=lambda message: -len(BLANK.sub("", message)))
+    return [(re.compile(_form(message), re.DOTALL), message) for message in blank]
+
+
+def _form(message: str) -> str:
+    r"""A regular expression for the filled message; "[s]" is the plural of a count.
+
+    >>> print(_form("{0} row[s]"))
+    (.*?)\ rows?
+    """
+    marks = ["s?" if mark == "[s]" else "(.*?)" for mark in BLANK.findall(message)]
+    return "".join(a + b for a, b in zip(map(re.escape, BLANK.split(message)), [*marks, ""], strict=True))
 
 
 def marked(message: str) -> str:

@@ -42,6 +42,7 @@ NEIGHBOURS = {
     ("capstone", "models"),  # chapter 13 builds on everything
     ("capstone", "data"),
     ("course", "checks"),
+    ("course", "plots"),  # figures in an edition's language
     ("widgets", "plots"),
     ("cli", "bench"),
 }
@@ -49,7 +50,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 320, 45
 TABLES = {"data/service_grammar.py"}  # data, not code
 # The design's aims were 500 lines a topic and 5,000 in all; the checks' hints and references alone take 1,400 for four
 # chapters. These bounds keep growth in sight: raise one only beside a chapter that needs it.
-MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_500, 29_000
+MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_500, 29_400
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

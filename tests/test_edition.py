@@ -16,7 +16,7 @@ from nbformat import v4
 
 from labutils import checks, language
 from labutils.checks import CheckFailed, StillBlank, ch02
-from labutils.course import catalogue
+from labutils.course import catalogue, figures
 from labutils.course.build import build, learner_notebook, place, read_notebook, repository, text_of, update_catalogues
 from labutils.course.check import as_text, check_notebook
 from labutils.course.execute import unclean
@@ -64,7 +64,10 @@ def course(tmp_path):
 
 
 def code_of(path):
+    """All of a notebook's code cells but the pictures, whose words differ."""
     cells = [cell for cell in read_notebook(path).cells if cell.cell_type == "code"]
+    for output in (output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})):
+        output.data["image/png"] = ""
     return [(cell.id, cell.source, cell.metadata, cell.outputs) for cell in cells if not is_setup(cell)]
 
 
@@ -107,6 +110,47 @@ def test_outputs_are_those_of_the_english_solution_and_nothing_is_executed(cours
     assert [path.name for path in build(course, language="zh").changed] == [f"{STEM}.ipynb"]
     assert code_of(english) == code_of(course / place(STEM, "solutions", "zh"))
     assert build(course, language="zh").changed == []
+
+
+def shows(notebook, image, printed, **beside):
+    """A notebook whose first code cell has printed something and drawn a figure."""
+    for cell in (code := [cell for cell in notebook.cells if cell.cell_type == "code"]):
+        cell.execution_count = 1
+    drawn = v4.new_output("display_data", {"image/png": image, "text/plain": "<Figure>"} | beside)
+    code[1].outputs = [v4.new_output("stream", name="stdout", text=printed), drawn]
+    return notebook
+
+
+def image_of(path):
+    return next(o.data["image/png"] for c in read_notebook(path).cells for o in c.get("outputs", []) if "data" in o)
+
+
+def test_an_edition_keeps_the_figures_of_the_run_that_it_shows(course):
+    english, chinese = (course / place(STEM, "solutions", name) for name in ("en", "zh"))
+    english.write_text(text_of(shows(read_notebook(english), "an English figure", "1.5 s")), encoding="utf-8")
+    build(course, language="zh")
+    assert image_of(chinese) == "an English figure" and "输出与英文版" in chinese.read_text(encoding="utf-8")
+    text = chinese.read_text(encoding="utf-8").replace("an English figure", "一幅中文图")
+    chinese.write_text(text, encoding="utf-8")
+    assert build(course, language="zh").changed == [] and image_of(chinese) == "一幅中文图"
+    english.write_text(english.read_text(encoding="utf-8").replace("1.5 s", "1.6 s"), encoding="utf-8")
+    build(course, language="zh")
+    assert image_of(chinese) == "an English figure" and "1.6 s" in chinese.read_text(encoding="utf-8")
+
+
+def test_a_run_draws_the_figures_of_every_edition(course, monkeypatch):
+    def execute(notebook, root, editions):
+        assert editions == ["zh"]
+        return shows(notebook, "an English figure", "1.5 s", **{figures.mime("zh"): "一幅中文图"})
+
+    monkeypatch.setattr("labutils.course.build.execute", execute)
+    monkeypatch.setattr("labutils.course.build.why_busy", lambda: "one more job")
+    assert build(course, execution="always").executed == [STEM]
+    english, chinese = (course / place(STEM, "solutions", name) for name in ("en", "zh"))
+    assert image_of(english) == "an English figure" and image_of(chinese) == "一幅中文图"
+    assert "labutils.zh" not in english.read_text(encoding="utf-8")
+    assert "在繁忙的机器上运行（one more job）" in chinese.read_text(encoding="utf-8")
+    assert code_of(english) == code_of(chinese)
 
 
 def test_a_changed_paragraph_is_fuzzy_a_removed_one_obsolete_and_none_is_lost(course):
@@ -268,7 +312,8 @@ def test_complete_means_complete(path):
     if catalogue.CLAIM not in path.read_text(encoding="utf-8"):
         pytest.skip("makes no such claim")
     known = language.translations(path)
-    wanted = catalogue.hints(ROOT, [path.stem] if path.parent == ZH else CHAPTERS)
+    checked = [path.stem] if path.parent == ZH else [source.stem for source in sources(ROOT)]
+    wanted = catalogue.hints(ROOT, checked, [] if path.parent == ZH else CHAPTERS)
     said = language.translations(language.CATALOGUES / "zh.po")
     assert [message for message in wanted if message not in said] == []
     if path.parent == ZH:

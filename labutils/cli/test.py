@@ -17,7 +17,7 @@ NEEDS_ENVIRONMENT = True
 PASSES_ON = True
 ROOT = Path(__file__).resolve().parents[2]
 # Their chapters are tested too; in an environment of one's own only where they are there.
-EXTRAS = ("tpu", "fpga", "gpu", "serve", "speech", "applications")
+EXTRAS = ("tpu", "fpga", "gpu", "serve", "speech", "applications", "zh")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

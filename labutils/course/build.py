@@ -10,11 +10,15 @@ from labutils.course.badge import badge, repository
 from labutils.course.catalogue import Edition, catalogues, edition, editions_of
 from labutils.course.execute import ExecutionError, execute
 from labutils.course.exercises import ExerciseError, blank, marker
+from labutils.course.figures import figures_of, placed, taken
 from labutils.course.setup_cell import is_setup, setup_source
 from labutils.course.source import Chapter, examine, read_chapter, sources
 from labutils.language import ENGLISH, in_language, marked
 from labutils.measurement.quiet import why_busy
 
+SHARED_OUTPUTS = marked(
+    "*The outputs are those of the English edition, from one and the same run: what the code prints is English.*"
+)
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -70,7 +74,8 @@ def _notebook(cells: list, stem: str, slug: str, folder: str, edition: Edition |
             cell.outputs, cell.execution_count = [], None
         elif edition:
             cell.source = edition.cell(cell.source)
-    line = "\n\n".join([badge(slug, place(stem, folder, language), language), *_unfinished(edition)])
+    said = [*_unfinished(edition), *([in_language(language, SHARED_OUTPUTS)] if folder and edition else [])]
+    line = "\n\n".join([badge(slug, place(stem, folder, language), language), *said])
     cells[0].source = _with_badge(cells[0].source, line)  # after the ids, which know no repository
     notebook = v4.new_notebook(cells=cells, metadata=copy.deepcopy(METADATA))
     notebook.metadata["labutils"] = {"chapter": stem} | ({"language": language} if edition else {})
@@ -115,7 +120,7 @@ def with_kept_outputs(fresh, stored) -> bool:
     """Give ``fresh`` the outputs of ``stored`` if their code is the same; tell whether it was."""
     ours = [cell for cell in fresh.cells if cell.cell_type == "code"]
     theirs = [cell for cell in stored.cells if cell.cell_type == "code"]
-    if [_code(cell) for cell in ours] != [_code(cell) for cell in theirs]:
+    if not same_code(fresh, stored):
         return False
     if any(cell.execution_count is None for cell in theirs):
         return False
@@ -129,7 +134,15 @@ def mark_busy(notebook, reason: str) -> None:
     """Say below a solution's title and in its metadata that a busy machine made its timings; nothing without reason."""
     if reason:
         notebook.metadata["labutils"]["busy"] = reason
-        notebook.cells[0].source += f"\n\n*Executed on a busy machine ({reason}): the timings below are noisy.*"
+        language = notebook.metadata["labutils"].get("language", ENGLISH)
+        message = marked("*Executed on a busy machine ({reason}): the timings below are noisy.*")
+        notebook.cells[0].source += f"\n\n{in_language(language, message, reason=reason)}"
+
+
+def same_code(first, second) -> bool:
+    """Whether two notebooks have the same code, their set-up cells apart."""
+    ours, theirs = ([_code(c) for c in notebook.cells if c.cell_type == "code"] for notebook in (first, second))
+    return ours == theirs
 
 
 def _code(cell) -> str:
@@ -167,22 +180,25 @@ def build(
     for path in sources(root):
         if only in path.stem:
             try:
+                figures = {}
                 if language in ("", ENGLISH):
-                    _build_chapter(root, path, execution, write, built, slug, say or (lambda _: None))
+                    figures = _build_chapter(root, path, execution, write, built, slug, say or (lambda _: None))
                 if language != ENGLISH and not built.errors:
-                    _build_editions(root, read_chapter(path), language, write, built, slug)
+                    _build_editions(root, read_chapter(path), language, write, built, slug, figures)
             except (ExerciseError, ExecutionError) as error:
                 built.errors.append(str(error))
     return built
 
 
-def _build_chapter(root, path, execution, write, built: Built, slug: str, say) -> None:
+def _build_chapter(root, path, execution, write, built: Built, slug: str, say) -> dict[str, dict]:
+    """Both notebooks in English; returns each edition's figures where the solution was executed."""
     chapter = read_chapter(path)
     findings = examine(chapter)
     built.errors.extend(findings.errors)
     built.warnings.extend(findings.warnings)
+    figures: dict[str, dict] = {}
     if findings.errors:
-        return
+        return figures
     _put(root / place(chapter.stem), learner_notebook(chapter, slug), write, built)
     target = root / place(chapter.stem, "solutions")
     solution, stored = solution_notebook(chapter, slug), read_notebook(target)
@@ -190,19 +206,26 @@ def _build_chapter(root, path, execution, write, built: Built, slug: str, say) -
     if not kept:
         if execution == "never":
             built.errors.append(f"{target.name}: not that of its source: run `python -m labutils build`")
-            return
+            return figures
         if write:
             say(f"executing {chapter.stem}")
             before = why_busy()
-            solution = execute(solution, root)
+            solution = execute(solution, root, editions=editions_of(root, chapter.stem))
+            figures = {name: taken(solution, name) for name in editions_of(root, chapter.stem)}
+            bare = [name for name, drawn in figures.items() if not drawn]
+            built.warnings.extend(f"{name}, {chapter.stem}: no figure drawn: is a font there?" for name in bare)
             mark_busy(solution, reason := before or why_busy())
             built.warnings.extend([f"{chapter.stem}: executed on a busy machine: {reason}"] if reason else [])
         built.executed.append(chapter.stem)
     _put(target, solution, write, built, unsure=not kept and not write)
+    return figures
 
 
-def _build_editions(root: Path, chapter: Chapter, language: str, write: bool, built: Built, slug: str) -> None:
-    """Both notebooks of a chapter in other languages; the solution's outputs are those of the English one."""
+def _build_editions(root, chapter: Chapter, language: str, write: bool, built: Built, slug: str, figures: dict) -> None:
+    """Both notebooks of a chapter in other languages; the solution's outputs are those of the English one.
+
+    Its figures are those that were drawn beside the English ones as these were executed, now or before.
+    """
     stem = chapter.stem
     for name in editions_of(root, stem):
         if language not in ("", name):
@@ -211,9 +234,14 @@ def _build_editions(root: Path, chapter: Chapter, language: str, write: bool, bu
         if ours.lacking:
             built.warnings.append(f"{name}, {stem}: {len(ours.lacking)} of {ours.paragraphs} paragraphs not translated")
         _put(root / place(stem, "", name), learner_notebook(chapter, slug, ours), write, built)
+        target = root / place(stem, "solutions", name)
         solution, stored = solution_notebook(chapter, slug, ours), read_notebook(root / place(stem, "solutions"))
+        before = read_notebook(target)
+        if before is not None and stored is not None and same_code(solution, before):
+            figures = {name: figures_of(before, stored)} | figures
         if stored is not None and with_kept_outputs(solution, stored):
-            _put(root / place(stem, "solutions", name), solution, write, built)
+            placed(solution, figures.get(name, {}))
+            _put(target, solution, write, built)
 
 
 def update_catalogues(root: Path, language: str, *, only: str = "", write: bool = True) -> list[Path]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from labutils.course.figure_words import figure_words
 from labutils.language import CATALOGUES, translations
 
 MARKUP = re.compile(
@@ -141,20 +142,32 @@ def _texts_of_checks(node: ast.AST, name: str) -> list[ast.expr]:
     return [text for text in node.elts[1:] if is_pair and " " in str(getattr(text, "value", ""))] if is_pair else []
 
 
-def hints(root: Path, stems: list[str]) -> dict[str, str]:
-    """What checks, verdicts and progress say to a learner of these chapters, each with its module."""
-    checks = root / "labutils" / "checks"
+def hints(root: Path, checked: list[str], drawn: list[str]) -> dict[str, str]:
+    """What verdicts, progress, widgets, some chapters' checks and some chapters' figures say, each with its module."""
+    checks, course = root / "labutils" / "checks", root / "labutils" / "course"
     modules = [checks / name for name in SHARED]
-    modules += [
-        root / "labutils" / "course" / f"{name}.py"
-        for name in ("badge", "build", "check", "predictions", "progress", "verdicts")
-    ]
-    modules += [path for stem in stems for path in sorted(checks.glob(f"ch{stem[:2]}*.py"))]
+    names = ("badge", "build", "check", "figures", "predictions", "progress", "verdicts")
+    modules += [course / f"{name}.py" for name in names]
+    modules += [path for stem in checked for path in sorted(checks.glob(f"ch{stem[:2]}*.py"))]
+    modules += sorted((root / "labutils" / "widgets").glob("[a-z]*.py"))
     found: dict[str, str] = {}
     for path in modules:
         for message in said_by(path):
             found.setdefault(message, path.stem)
+    for path in _drawing(root, drawn):
+        for message in figure_words(path.read_text(encoding="utf-8")):
+            found.setdefault(message, path.stem)
     return found
+
+
+def _drawing(root: Path, stems: list[str]) -> Iterator[Path]:
+    """The sources of chapters, each followed by the modules whose figures it draws."""
+    for stem in stems:
+        source = root / "notebooks" / "source" / f"{stem}.py"
+        yield source
+        names = re.findall(r"labutils\.plots\.(\w+)", source.read_text(encoding="utf-8"))
+        paths = [root / "labutils" / "plots" / f"{name}.py" for name in dict.fromkeys(names)]
+        yield from (path for path in paths if path.is_file())
 
 
 def catalogues(root: Path, chapters: dict[str, list], language: str, begin: list[str]) -> dict[Path, str]:
@@ -170,5 +183,5 @@ def catalogues(root: Path, chapters: dict[str, list], language: str, begin: list
     stems = [stem for stem in chapters if stem in begin or (folder / f"{stem}.po").is_file()]
     found = {folder / f"{stem}.po": updated(folder / f"{stem}.po", paragraphs(chapters[stem])) for stem in stems}
     if (own := root / "labutils" / CATALOGUES.name / f"{language}.po").parent.is_dir():
-        found[own] = updated(own, hints(root, stems))
+        found[own] = updated(own, hints(root, list(chapters), stems))
     return found

@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from labutils.course.figures import BESIDE
 from labutils.language import ENGLISH
 from labutils.paths import tool_cache_dir
 
@@ -20,8 +22,14 @@ class ExecutionError(RuntimeError):
     """A cell of a solution failed; the text names it."""
 
 
-def execute(notebook, root: Path, *, timeout_s: int = CELL_TIMEOUT_S):
+def execute(notebook, root: Path, *, timeout_s: int = CELL_TIMEOUT_S, editions: Sequence[str] = ()):
     """Run a notebook in a fresh kernel of this Python, in ``root/notebooks``; return it cleaned.
+
+    Args:
+        notebook: The notebook; its outputs are replaced.
+        root: The course's folder.
+        timeout_s: Of one cell.
+        editions: The languages in which each figure stands beside the English one: see `labutils.course.figures`.
 
     Raises:
         ExecutionError: When a cell raises, hangs or kills the kernel, or an exercise does not pass.
@@ -39,7 +47,7 @@ def execute(notebook, root: Path, *, timeout_s: int = CELL_TIMEOUT_S):
             resources={"metadata": {"path": str(root / "notebooks")}},
         )
         try:
-            client.execute(env=_environment(root, Path(home)), stderr=subprocess.DEVNULL)
+            client.execute(env=_environment(root, Path(home)) | {BESIDE: " ".join(editions)}, stderr=subprocess.DEVNULL)
         except (nbclient.exceptions.CellControlSignal, nbclient.exceptions.DeadKernelError) as error:
             stem = notebook.metadata.get("labutils", {}).get("chapter", "notebook")
             raise ExecutionError(f"{stem}: {error}") from None

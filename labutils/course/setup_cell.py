@@ -58,13 +58,15 @@ def language_of(cells) -> str:
 
 
 def ready(stem: str, language: str = ENGLISH) -> None:
-    """Make this kernel ready for notebook ``stem``: packages on Colab, its language, and the learner's progress."""
+    """Make this kernel ready for notebook ``stem``: packages on Colab, language, figures and the learner's progress."""
     use(language)
     if "google.colab" in sys.modules:
         install_missing(Path(__file__).resolve().parents[2] / "pyproject.toml")
+    from labutils.course.figures import show_in_words
     from labutils.course.progress import begin
 
     begin(stem)
+    show_in_words()
 
 
 def install_missing(pyproject: Path) -> list[str]:

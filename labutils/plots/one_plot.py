@@ -159,8 +159,8 @@ def draw_techniques(
         f"{found['beaten']} are beaten on both (hollow)",
         fontsize=10,
     )
-    for axis, which in ((across, "x"), (up, "y")):
-        ax.set(**{f"{which}label": f"{axis.label}; better is {'right' if which == 'x' else 'up'}"})
+    for axis, which, side in ((across, "x", "to the right"), (up, "y", "upwards")):
+        ax.set(**{f"{which}label": f"{axis.label}; better is {side}"})
         if axis.log:
             plain_log_scale(ax, which)
         if axis.lower_is_better:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ipywidgets as widgets
 
 from labutils.acceleration.cost import cost_per_million
+from labutils.language import translated
 
 
 def cost_widget(tokens_per_s: float, *, joules_per_token: float | None = None) -> widgets.VBox:
     """Returns the controls and the answer; `cost_per_million` is the plain function behind them."""
     wide = {"style": {"description_width": "11em"}}
-    speed = widgets.FloatText(value=round(tokens_per_s, 1), description="tokens per second", **wide)
-    rent = widgets.FloatText(value=1.0, description="price per hour", **wide)
-    tariff = widgets.FloatText(value=0.3, description="price per kWh", **wide)
-    share = widgets.FloatSlider(value=0.5, min=0.05, max=1.0, step=0.05, description="share of time in use", **wide)
+    speed = widgets.FloatText(value=round(tokens_per_s, 1), description=translated("tokens per second"), **wide)
+    rent = widgets.FloatText(value=1.0, description=translated("price per hour"), **wide)
+    tariff = widgets.FloatText(value=0.3, description=translated("price per kWh"), **wide)
+    in_use = translated("share of time in use")
+    share = widgets.FloatSlider(value=0.5, min=0.05, max=1.0, step=0.05, description=in_use, **wide)
     answer = widgets.Label()
 
     def redraw(_change=None) -> None:

@@ -3,6 +3,7 @@
 import ipywidgets as widgets
 
 from labutils.fpga.simulate import March
+from labutils.language import marked
 from labutils.plots.fpga import draw_cycle, march_table
 from labutils.widgets.slider import picture_slider
 
@@ -10,7 +11,7 @@ from labutils.widgets.slider import picture_slider
 def march_widget(march: March) -> widgets.VBox:
     """Returns a slider and the picture of one cycle; `print_march` is the plain alternative."""
     count = len(march.weights)
-    return picture_slider("cycle", count, lambda axes, cycle: draw_cycle(axes, march, cycle), figsize=(4, 4.2))
+    return picture_slider(marked("cycle"), count, lambda ax, cycle: draw_cycle(ax, march, cycle), figsize=(4, 4.2))
 
 
 def print_march(march: March, cycles: range | None = None) -> None:

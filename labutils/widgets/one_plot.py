@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Sequence
 
 import ipywidgets as widgets
 
+from labutils.language import language, retold, translated
 from labutils.measurement.ledger import Record
 from labutils.plots.one_plot import AXES, draw_techniques, techniques_table
+from labutils.plots.words import png
 
 
 def techniques_widget(records: Sequence[Record], *, x: str = "speed", y: str = "task score") -> widgets.VBox:
@@ -17,18 +18,19 @@ def techniques_widget(records: Sequence[Record], *, x: str = "speed", y: str = "
 
     An axis that was measured for no record is a sentence instead of a picture.
     """
-    across = widgets.Dropdown(options=list(AXES), value=x, description="right")
-    up = widgets.Dropdown(options=list(AXES), value=y, description="up")
+    choices = [(retold(language(), name), name) for name in AXES]
+    across = widgets.Dropdown(options=choices, value=x, description=translated("to the right"))
+    up = widgets.Dropdown(options=choices, value=y, description=translated("upwards"))
     picture, table = widgets.Image(format="png", layout=widgets.Layout(max_width="100%")), widgets.HTML()
 
     def redraw(_change=None) -> None:
-        image, text = io.BytesIO(), ""
+        image = b""
         try:
-            draw_techniques(records, x=across.value, y=up.value).savefig(image, format="png", dpi=100)
+            image = png(draw_techniques(records, x=across.value, y=up.value), dpi=100)
             text = techniques_table(records, x=across.value, y=up.value)
         except ValueError as error:
             text = str(error)
-        picture.value, table.value = image.getvalue(), f"<pre>{html.escape(text)}</pre>"
+        picture.value, table.value = image, f"<pre>{html.escape(text)}</pre>"
 
     for control in (across, up):
         control.observe(redraw, names="value")

@@ -7,6 +7,7 @@ import ipywidgets as widgets
 import torch
 
 from labutils.generation.decode import generate_cached
+from labutils.language import translated
 from labutils.layers.calibration import InputStatistics
 from labutils.layers.linears import linear_layers, set_weight_, weight_of
 from labutils.pruning.masks import apply_masks_, mask_model
@@ -64,11 +65,10 @@ def print_speech(speaker: PrunedSpeaker, sparsities: Sequence[float], *, criteri
 
 def pruning_widget(speaker: PrunedSpeaker) -> widgets.VBox:
     """A slider, a choice of criterion, a button that starts anew, and the text, each piece with its sparsity."""
-    sparsity = widgets.FloatSlider(
-        value=0, min=0, max=0.95, step=0.05, readout_format=".0%", description="zeros", continuous_update=False
-    )
-    criterion = widgets.Dropdown(options=CRITERIA, description="criterion")
-    anew = widgets.Button(description="start anew")
+    sparsity = widgets.FloatSlider(value=0, min=0, max=0.95, step=0.05, readout_format=".0%", continuous_update=False)
+    sparsity.description = translated("zeros")
+    criterion = widgets.Dropdown(options=CRITERIA, description=translated("criterion"))
+    anew = widgets.Button(description=translated("start anew"))
     page = widgets.HTML()
 
     def show() -> None:

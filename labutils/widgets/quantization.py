@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterable
 
 import ipywidgets as widgets
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from labutils.language import language, retold, translated
 from labutils.plots.quantization import CLIPPINGS, GRANULARITIES, draw_quantized_layer, quantized_layer
+from labutils.plots.words import png
 from labutils.quantization.floats import E2M1, E4M3, E5M2, decode
 
 FLOATS = {"E4M3": E4M3, "E5M2": E5M2, "E2M1": E2M1}
@@ -17,17 +19,17 @@ FLOATS = {"E4M3": E4M3, "E5M2": E5M2, "E2M1": E2M1}
 
 def quantization_widget(weight: Float[Tensor, "out_features in_features"]) -> widgets.VBox:
     """Returns the controls and the picture of a layer; `quantized_layer` is the plain function behind them."""
-    bits = widgets.IntSlider(value=4, min=2, max=8, description="bits", continuous_update=False)
-    granularity = widgets.Dropdown(options=list(GRANULARITIES), value="group of 64", description="scale per")
-    clipping = widgets.Dropdown(options=list(CLIPPINGS), description="range")
+    bits = widgets.IntSlider(value=4, min=2, max=8, description=translated("bits"), continuous_update=False)
+    granularity = widgets.Dropdown(
+        options=_choices(GRANULARITIES), value="group of 64", description=translated("scale per")
+    )
+    clipping = widgets.Dropdown(options=_choices(CLIPPINGS), description=translated("range"))
     line = widgets.Label()
     picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
 
     def redraw(_change=None) -> None:
         layer = quantized_layer(weight, bits=bits.value, granularity=granularity.value, clipping=clipping.value)
-        image = io.BytesIO()
-        draw_quantized_layer(layer).savefig(image, format="png", dpi=90)
-        picture.value, line.value = image.getvalue(), str(layer)
+        picture.value, line.value = png(draw_quantized_layer(layer)), retold(language(), str(layer))
 
     for control in (bits, granularity, clipping):
         control.observe(redraw, names="value")
@@ -63,7 +65,7 @@ def bits_widget() -> widgets.VBox:
     """Returns eight bits to flip and a format to read them in; `spell_bits` is the plain function behind them."""
     narrow = widgets.Layout(width="36px")
     buttons = [widgets.ToggleButton(value=bit == "1", description=bit, layout=narrow) for bit in "00111000"]
-    form = widgets.Dropdown(options=[*FLOATS, "int8"], description="read as")
+    form = widgets.Dropdown(options=[*FLOATS, "int8"], description=translated("read as"))
     line = widgets.Label()
 
     def respell(_change=None) -> None:
@@ -75,3 +77,8 @@ def bits_widget() -> widgets.VBox:
         control.observe(respell, names="value")
     respell()
     return widgets.VBox([widgets.HBox([*buttons, form]), line])
+
+
+def _choices(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Each name as the learner reads it, with itself as the value."""
+    return [(retold(language(), name), name) for name in names]

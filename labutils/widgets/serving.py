@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 import ipywidgets as widgets
 
+from labutils.language import marked
 from labutils.plots.serving import draw_blocks
 from labutils.widgets.slider import picture_slider
 
 
 def blocks_widget(frames: Sequence[Sequence[str]]) -> widgets.VBox:
     """Returns a slider and the block map after one step; `print_blocks` is the plain alternative."""
-    return picture_slider("step", len(frames), lambda axes, step: draw_blocks(axes, frames[step]), figsize=(7, 2.2))
+    name, count = marked("step"), len(frames)
+    return picture_slider(name, count, lambda axes, step: draw_blocks(axes, frames[step]), figsize=(7, 2.2))
 
 
 def print_blocks(frames: Sequence[Sequence[str]], steps: Sequence[int]) -> None:

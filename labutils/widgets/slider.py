@@ -1,26 +1,26 @@
 """A slider over a row of pictures. Works with ipywidgets 7.7 and 8."""
 
-import io
 from collections.abc import Callable
 
 import ipywidgets as widgets
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from labutils.language import translated
+from labutils.plots.words import png
+
 
 def picture_slider(
     name: str, count: int, draw: Callable[[Axes, int], object], *, figsize: tuple[float, float]
 ) -> widgets.VBox:
     """Returns a slider from 0 to `count` - 1 and below it what `draw` makes of its value, in inches of `figsize`."""
-    slider = widgets.IntSlider(value=0, min=0, max=count - 1, description=name)
+    slider = widgets.IntSlider(value=0, min=0, max=count - 1, description=translated(name))
     picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
 
     def redraw(_change=None) -> None:
         figure = Figure(figsize=figsize, layout="constrained")
         draw(figure.subplots(), slider.value)
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=90)
-        picture.value = image.getvalue()
+        picture.value = png(figure)
 
     slider.observe(redraw, names="value")
     redraw()

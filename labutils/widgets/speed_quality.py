@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import ipywidgets as widgets
 
+from labutils.language import language, marked, retold, translated
 from labutils.measurement.ledger import Record, read
 from labutils.plots.speed_quality import BITS_PER_BYTE, Quality, draw_speed_quality, speed_quality_table, task_quality
+from labutils.plots.words import png
 
-ALL = "all"
+ALL = marked("all")
 
 
 def speed_quality_widget(records: Sequence[Record] | None = None) -> widgets.VBox:
@@ -26,9 +27,10 @@ def speed_quality_widget(records: Sequence[Record] | None = None) -> widgets.VBo
     qualities = available_qualities(records)
     if not qualities:
         raise ValueError(f"the plot needs at least one record with a quality; got {len(records)} records")
-    model = widgets.Dropdown(options=_choices(r.model for r in records), description="model")
-    device = widgets.Dropdown(options=_choices(r.device for r in records), description="device")
-    quality = widgets.Dropdown(options=list(qualities), description="quality")
+    shown = [(retold(language(), name), name) for name in qualities]
+    model = widgets.Dropdown(options=_choices(r.model for r in records), description=translated("model"))
+    device = widgets.Dropdown(options=_choices(r.device for r in records), description=translated("device"))
+    quality = widgets.Dropdown(options=shown, description=translated("quality"))
     picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
     table = widgets.HTML()
 
@@ -55,16 +57,14 @@ def select(records: Sequence[Record], *, model: str = ALL, device: str = ALL) ->
 
 def _render(records: Sequence[Record], quality: Quality) -> tuple[bytes, str]:
     try:
-        figure = draw_speed_quality(records, quality=quality)
+        image = png(draw_speed_quality(records, quality=quality), dpi=100)
     except ValueError as error:
         return b"", f"<p>{error}</p>"
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=100)
-    return image.getvalue(), f"<pre>{_escape(speed_quality_table(records, quality=quality))}</pre>"
+    return image, f"<pre>{_escape(speed_quality_table(records, quality=quality))}</pre>"
 
 
-def _choices(values) -> list[str]:
-    return [ALL, *dict.fromkeys(values)]
+def _choices(values) -> list[tuple[str, str]]:
+    return [(translated(ALL), ALL), *((value, value) for value in dict.fromkeys(values))]
 
 
 def _escape(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import TextIO
 import ipywidgets as widgets
 
 from labutils.generation.stream import StreamedToken, StreamTimes
+from labutils.language import marked, translated
 
 
 def speed_line(tokens: list[StreamedToken]) -> str:
@@ -19,9 +20,10 @@ def speed_line(tokens: list[StreamedToken]) -> str:
     '2 tokens: the first after 0.500 s, then 10.0 tokens/s'
     """
     times = StreamTimes.of(tokens)
-    speed = "" if times.tokens_per_s is None else f", then {times.tokens_per_s:.1f} tokens/s"
-    count = "1 token" if len(tokens) == 1 else f"{len(tokens)} tokens"
-    return f"{count}: the first after {times.time_to_first_token_s:.3f} s{speed}"
+    if times.tokens_per_s is None:
+        return translated("1 token: the first after {first:.3f} s", first=times.time_to_first_token_s)
+    said = marked("{count} tokens: the first after {first:.3f} s, then {speed:.1f} tokens/s")
+    return translated(said, count=len(tokens), first=times.time_to_first_token_s, speed=times.tokens_per_s)
 
 
 def print_stream(tokens: Iterable[StreamedToken], *, file: TextIO | None = None) -> StreamTimes:
@@ -44,7 +46,7 @@ def print_stream(tokens: Iterable[StreamedToken], *, file: TextIO | None = None)
 
 def stream_widget() -> widgets.VBox:
     """Returns an empty text box with a speed line; hand it to `show_stream`."""
-    return widgets.VBox([widgets.HTML("<pre></pre>"), widgets.Label("no token yet")])
+    return widgets.VBox([widgets.HTML("<pre></pre>"), widgets.Label(translated("no token yet"))])
 
 
 def show_stream(tokens: Iterable[StreamedToken], box: widgets.VBox) -> StreamTimes:
