@@ -66,14 +66,16 @@ def in_language(name: str, message: str, /, **values) -> str:
 def retold(name: str, text: str) -> str:
     """A finished text in another language: that of its message, or of one whose numbered blanks it fills.
 
-    A figure's code writes its words itself, so only the finished text is there to be looked up. What fills a blank is
-    retold in turn; a text that no message fits is retold piece by piece.
+    A figure's code writes its words itself, so only the finished text is there to be looked up. Of the messages that fit
+    the one is taken whose blanks hold the fewest pieces; what fills a blank is retold in turn, and a text that no message
+    fits is retold piece by piece.
     """
     if name == ENGLISH or text in _spoken(name):
         return in_language(name, text)
-    for form, message in _forms(name):
-        if found := form.fullmatch(text):
-            return _spoken(name)[message].format(*(retold(name, words) for words in found.groups()))
+    fits = [(message, found.groups()) for form, message in _forms(name) if (found := form.fullmatch(text))]
+    if fits:  # of equals the one with the most words of its own
+        message, blanks = min(fits, key=lambda fit: sum(len(PIECES.findall(words)) for words in fit[1]))
+        return _spoken(name)[message].format(*(retold(name, words) for words in blanks))
     pieces = PIECES.split(text)
     pieces[::2] = [retold(name, piece) for piece in pieces[::2]] if len(pieces) > 1 else pieces
     return "".join(pieces)

@@ -28,6 +28,8 @@ KNOWN = {
     "{0} is {1}x as fast as {2} and {3}": "{0} 的速度是 {2} 的 {1} 倍，{3}",
     "costs {0} bits": "损失 {0} 比特",
     "memory": "内存",
+    "the decoding of {0}": "{0} 的解码",
+    "{0}: {1} used": "{0}：用了 {1}",
 }
 
 
@@ -82,6 +84,7 @@ def test_figure_words_are_those_that_are_drawn(source, messages):
         ("12 rows", "12 行"),
         ("int8 is 2.1x as fast as float32 and costs 0.02 bits", "int8 的速度是 float32 的 2.1 倍，损失 0.02 比特"),
         ("LabLM: memory (int8, 2 rows)", "LabLM: 内存 (int8, 2 行)"),
+        ("the decoding of 2 rows: 47% used", "2 行 的解码：用了 47%"),  # not the decoding of "2 rows: 47% used"
         ("an unknown text: , (", "an unknown text: , ("),
         (": ", ": "),
         ("", ""),

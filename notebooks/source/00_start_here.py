@@ -258,7 +258,6 @@ for name, bits in rivals.items():
     axes.annotate(f"{name} ({bits:.2f})", (0, bits), xytext=(4, 4), textcoords="offset points", color="0.3")
 axes.set(xlim=(0, None), ylim=(1.1 * max(rivals.values()), 0))
 axes.set_title(f"LabLM's first point: {record.tokens_per_s:.0f} tokens/s at {quality:.2f} bits per byte")
-axes.get_legend().remove()
 plt.show()
 
 # %% [markdown]

@@ -209,7 +209,8 @@ my_growth.compare(growth["attention"].value)
 #
 # Left: the LSTM multiplies its matrices by one vector, waits, and repeats, so each step reads the weights again. Attention multiplies by all
 # positions together and reads each weight once. Its scores grow with the square of the length, so for a text that is long enough it loses all
-# the same. Right: a state has a fixed size, and the work on it does not depend on the text. Attention's memory grows with the text, and so
+# the same. Right: a state has a fixed size, and the work on it does not depend on the text; a factor that
+# lies surely beside 1 tells of the machine, such as what its caches held, and not of the layer. Attention's memory grows with the text, and so
 # does its work. Which curve lies lower at the left end is a matter of libraries.
 #
 # </details>

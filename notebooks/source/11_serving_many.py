@@ -1280,8 +1280,8 @@ else:
 # <details><summary>Explain</summary>
 #
 # Clients, server and engine are threads of one interpreter here, which runs Python code of one thread at a time: while a client parses a piece, no step begins. Every
-# piece also passes through two queues, JSON and a socket. LabLM's steps are so short that all this weighs as much as they do; with a large model on a GPU the same
-# milliseconds hardly show.
+# piece also passes through two queues, JSON and a socket. LabLM's steps are so short that all this shows; beside the steps of a large model the same
+# milliseconds would be few.
 # </details>
 #
 # ## 11 · Clients that misbehave

@@ -6,7 +6,7 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapters 03 to 05, 10 and 11 |
-# | Time | 4 hours for you; all cells run in about 5 minutes on one core (measured: 320 s, the build included) |
+# | Time | 4 hours for you; all cells run in about 4 minutes on one core (measured: 232 s, the build included) |
 # | Memory, download | 1.6 GB at the peak; one sentence encoder of 84 MB and a speech recogniser of 29 MB, where they are missing |
 # | Hardware | any computer; a C compiler for the int8 kernels |
 # | Exercises | 10, each checked in the cell below it; short of time, do those marked `core` |
