@@ -27,9 +27,7 @@ from labutils.language import ENGLISH, language, speaking, translated
 from labutils.paths import tool_cache_dir
 
 CELL_TIMEOUT_S = 120.0
-LONG_CELLS_S = dict.fromkeys(
-    ("08", "09", "12", "13"), 300.0
-)  # their longest cells take a quarter of it on one slow core
+LONG_CELLS_S = dict.fromkeys(("03", "08", "09", "12", "13"), 300.0)  # of which their longest cells take a good part
 LIMITS = Limits()
 STARTUP = "from labutils.course import guard\nguard.install(get_ipython(), {answers!a}, {is_solution})\n"
 # nbval reads the sanitizer file in the locale's encoding: keep it ASCII

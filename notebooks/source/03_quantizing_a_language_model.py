@@ -7,7 +7,7 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapters 01 and 02 |
-# | Time | 4.5 hours for you; two sessions serve best, sections 1 to 9 on methods and the rest on speed; all cells run in about 5 minutes on one core (measured: 171 s, the core shared) |
+# | Time | 4.5 hours for you; two sessions serve best, sections 1 to 9 on methods and the rest on speed; all cells run in about 7 minutes on one core (measured: 397 s, the build included) |
 # | Memory, download | 3 GB at the most; nothing is downloaded |
 # | Hardware | any computer; a C compiler helps |
 # | Exercises | 13 (3.1 to 3.7 on methods, 3.8 to 3.10 on speed, 3.11 to 3.13 on formats), each checked in the cell below it |
