@@ -66,9 +66,9 @@ def in_language(name: str, message: str, /, **values) -> str:
 def retold(name: str, text: str) -> str:
     """A finished text in another language: that of its message, or of one whose numbered blanks it fills.
 
-    A figure's code writes its words itself, so only the finished text is there to be looked up. Of the messages that fit
-    the one is taken whose blanks hold the fewest pieces; what fills a blank is retold in turn, and a text that no message
-    fits is retold piece by piece.
+    A figure's code writes its words itself, so only the finished text is there to be looked up. Of the messages that
+    fit, the one is taken whose blanks hold the fewest pieces. What fills a blank is retold in turn; a text that no
+    message fits is retold piece by piece.
     """
     if name == ENGLISH or text in _spoken(name):
         return in_language(name, text)
