@@ -100,7 +100,7 @@ def test_changed_code_executes_again_or_is_an_error(built, monkeypatch, tmp_path
     path.write_text(SOURCE.replace("1 + 1", "2 + 2"), encoding="utf-8")
     assert "not that of its source" in build(root, execution="never").errors[0]
     ran = []
-    monkeypatch.setattr(module, "execute", lambda notebook, root: ran.append(1) or notebook)
+    monkeypatch.setattr(module, "execute", lambda notebook, root, editions: ran.append(1) or notebook)
     monkeypatch.setattr(module, "why_busy", lambda: "")
     assert build(root, write=False).executed == [STEM] and ran == []
     assert build(root).executed == [STEM] and ran == [1]
@@ -112,7 +112,7 @@ def test_a_busy_machine_marks_the_solution_and_the_mark_stays(built, monkeypatch
     path = root / "notebooks" / "solutions" / f"{STEM}.ipynb"
     assert "busy machine" not in path.read_text(encoding="utf-8")
     monkeypatch.setattr(
-        module, "execute", lambda notebook, root: module.with_kept_outputs(notebook, read_notebook(path)) and notebook
+        module, "execute", lambda notebook, root, editions: module.with_kept_outputs(notebook, read_notebook(path)) and notebook
     )
     monkeypatch.setattr(module, "why_busy", lambda: "a function against itself: 1.20x [1.10, 1.30]")
     assert any("busy machine" in warning for warning in build(root, execution="always").warnings)
@@ -125,7 +125,7 @@ def test_a_busy_machine_marks_the_solution_and_the_mark_stays(built, monkeypatch
 
 def test_a_solution_that_never_ran_is_executed(monkeypatch, tmp_path):
     root = demo_course(tmp_path)  # its solution has the right code and no outputs
-    monkeypatch.setattr(module, "execute", lambda notebook, root: notebook)
+    monkeypatch.setattr(module, "execute", lambda notebook, root, editions: notebook)
     monkeypatch.setattr(module, "why_busy", lambda: "")
     assert build(root).executed == [STEM]
 

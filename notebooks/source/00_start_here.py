@@ -256,7 +256,7 @@ draw_speed_quality([record], ax=axes)
 for name, bits in rivals.items():
     axes.axhline(bits, color="0.6", linestyle=":")
     axes.annotate(f"{name} ({bits:.2f})", (0, bits), xytext=(4, 4), textcoords="offset points", color="0.3")
-axes.set(xlim=(0, None), ylim=(1.1 * max(rivals.values()), 0))
+axes.set(xlim=(0, 1.4 * record.tokens_per_s), ylim=(1.1 * max(rivals.values()), 0))
 axes.set_title(f"LabLM's first point: {record.tokens_per_s:.0f} tokens/s at {quality:.2f} bits per byte")
 plt.show()
 

@@ -7,7 +7,7 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapters 01 and 02; 04 helps |
-# | Time | 3 hours for you; all cells run in about 2 minutes on one core (measured: 110 s; 163 to 419 s on cores shared with other work) |
+# | Time | 3 hours for you; all cells run in about 3 minutes on one core (measured: 187 s, the build included) |
 # | Memory, download | 2 GB at the peak; nothing is downloaded |
 # | Hardware | any computer |
 # | Exercises | 8, each checked in the cell below it |
