@@ -941,8 +941,8 @@ else:
 # %% [markdown]
 # Most teams run a **serving engine** instead: vLLM, or `transformers serve`. They speak OpenAI's protocol, batch requests continuously, and hold
 # tensor parallelism behind a flag. Our client needs only the standard library, and is a function for `dispatch` that keeps several requests of a
-# batch in flight; `notebooks/RENTED_GPUS.md` gives each node a client of its own. Name servers in `SERVERS` to try it. With vLLM on a machine with two GPUs: `vllm serve MODEL --tensor-parallel-size 2 --host 127.0.0.1`. **We did not
-# run vLLM here**; it also has a CPU backend. Where its packages can be installed, the test suite runs `transformers serve
+# batch in flight; `notebooks/RENTED_GPUS.md` gives each node a client of its own. Name servers in `SERVERS` to try it. With vLLM on a machine with two GPUs: `vllm serve MODEL --tensor-parallel-size 2 --host 127.0.0.1`. **That line
+# was not run here**; two servers of vLLM's CPU backend were, behind `dispatch` (`tests/test_vllm.py`, where you name a Python that has vLLM). Where its packages can be installed, the test suite runs `transformers serve
 # --continuous-batching` on LabLM and holds the client against it.
 
 # %%
