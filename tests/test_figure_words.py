@@ -132,6 +132,15 @@ def test_words_are_put_in_for_the_drawing_and_taken_back(known, font):
         assert texts_of(figure) == before
 
 
+def test_ticks_named_by_numbers_are_drawn(known, font):
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set_xticks([1, 2], [10, 20])
+    with in_words(figure, "zh"):
+        figure.draw_without_rendering()
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "20"]
+
+
 def test_without_a_font_the_words_stay_english(known, monkeypatch):
     monkeypatch.setattr(words, "font_of", lambda name: None)
     figure = labelled()

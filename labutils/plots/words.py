@@ -74,7 +74,7 @@ def in_words(figure: Figure, name: str) -> Iterator[None]:
 
 
 def _tick(name: str, formatter, value: float, place: int | None = None) -> str:
-    return retold(name, formatter(value, place))
+    return retold(name, str(formatter(value, place)))  # tick labels may be set to numbers
 
 
 def broken(text: str, width: float) -> str:
