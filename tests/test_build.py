@@ -111,9 +111,11 @@ def test_a_busy_machine_marks_the_solution_and_the_mark_stays(built, monkeypatch
     shutil.copytree(built, root)
     path = root / "notebooks" / "solutions" / f"{STEM}.ipynb"
     assert "busy machine" not in path.read_text(encoding="utf-8")
-    monkeypatch.setattr(
-        module, "execute", lambda notebook, root, editions: module.with_kept_outputs(notebook, read_notebook(path)) and notebook
-    )
+
+    def kept(notebook, root, editions):
+        return module.with_kept_outputs(notebook, read_notebook(path)) and notebook
+
+    monkeypatch.setattr(module, "execute", kept)
     monkeypatch.setattr(module, "why_busy", lambda: "a function against itself: 1.20x [1.10, 1.30]")
     assert any("busy machine" in warning for warning in build(root, execution="always").warnings)
     notebook = read_notebook(path)
