@@ -98,14 +98,6 @@ def affine_codes(x, scale, zero_point, qmin, qmax):
     return (torch.round(x / scale) + zero_point).clamp(qmin, qmax).long()
 
 
-# %% WRONG affine_qparams | out of a tensor
-# EXERCISE affine_qparams
-def affine_qparams(x, qmin, qmax):
-    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-    scale = (high - low) / (qmax - qmin)
-    return scale, (qmin - torch.round(low / scale)).int()
-
-
 # %% WRONG group_scales | take the largest |w|
 # EXERCISE group_scales
 def group_scales(weight, qmax, group_size):
