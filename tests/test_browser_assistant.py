@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-import socket
 import threading
 import time
 
 import pytest
+from ports import free_port
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed: labutils test does")
 pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed: labutils test does")
@@ -189,12 +189,6 @@ def test_chinese(opened, address):
         }"""
     )
     assert page.locator("#log li").count() == 2  # Enter that only chooses a character sends nothing
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_server_gone_and_back(opened):

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ports import free_port
 
 from labutils import __version__
 from labutils.cli import environment, lab, main
@@ -240,12 +240,6 @@ def test_jupyter_command_serves_a_remote_machine(tmp_path):
 def test_jupyter_command_allows_root_only_to_root(tmp_path, monkeypatch, user, expected):
     monkeypatch.setattr(os, "geteuid", lambda: user, raising=False)
     assert ("--allow-root" in lab.jupyter_command(arguments(lab), tmp_path)) is expected
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 @pytest.fixture

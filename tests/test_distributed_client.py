@@ -1,7 +1,6 @@
 """The client against a small server of our own, and against `transformers serve` on LabLM."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ import pytest
 import torch
 from aside import install_aside
 from chat_server import chat_server
+from ports import free_port
 
 from labutils.distributed.client import ChatClient, ServerError
 from labutils.paths import DATA
@@ -77,11 +77,6 @@ def test_client_sends_nothing_of_a_batch_with_a_forged_turn(server):
 def test_client_says_that_nobody_listens():
     with pytest.raises(ServerError, match="cannot be reached"):
         ChatClient(f"http://127.0.0.1:{free_port()}", "tiny", control_tokens=()).models()
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from chat_server import chat_server
+from ports import free_port
 
 from labutils.cli import main as cli
 
@@ -32,11 +32,6 @@ PATIENCE_S = 120
 def environment(**more):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return os.environ | {"PATH": path, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | more
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 def the_block(word):

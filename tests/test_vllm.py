@@ -9,12 +9,12 @@ Prints the 50th and 99th percentile of the time to first token and of the time p
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from ports import free_port
 
 from labutils.distributed.client import ChatClient, ServerError
 from labutils.distributed.dispatch import Settings, dispatch
@@ -27,11 +27,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not PYTHON, reason="LABUTILS_VLLM names no Python that has vLLM"),
 ]
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("notebook", type=Path, help="the learner's notebook, from JupyterLab or Colab")
-    words = "seconds for one cell (120; 300 in chapters 08, 09, 12 and 13)"
-    parser.add_argument("--timeout", type=float, metavar="S", help=words)
+    parser.add_argument(
+        "--timeout", type=float, metavar="S", help="seconds for one cell (as long as its chapter allows)"
+    )
     parser.add_argument("--root", type=Path, default=ROOT, help="the course's folder (default: this one)")
 
 

@@ -210,8 +210,9 @@ def _build_chapter(root, path, execution, write, built: Built, slug: str, say) -
         if write:
             say(f"executing {chapter.stem}")
             before = why_busy()
-            solution = execute(solution, root, editions=editions_of(root, chapter.stem))
-            figures = {name: taken(solution, name) for name in editions_of(root, chapter.stem)}
+            editions = editions_of(root, chapter.stem)
+            solution = execute(solution, root, editions=editions)
+            figures = {name: taken(solution, name) for name in editions}
             bare = [name for name, drawn in figures.items() if not drawn]
             built.warnings.extend(f"{name}, {chapter.stem}: no figure drawn: is a font there?" for name in bare)
             mark_busy(solution, reason := before or why_busy())

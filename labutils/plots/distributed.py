@@ -3,9 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from matplotlib.ticker import LogLocator, NullLocator
-
-from labutils.plots.style import PALETTE, series_style
+from labutils.plots.style import PALETTE, plain_log_scale, series_style
 
 HATCHES = ("", "//", "..", "xx", "\\\\")
 
@@ -40,10 +38,8 @@ def draw_links(axes, milliseconds: Mapping[str, Mapping[str, float]]) -> None:
     for index, (way, by_link) in enumerate(milliseconds.items()):
         names = [textwrap.fill(name, 14) for name in by_link]
         axes.plot(names, list(by_link.values()), label=way, **series_style(index) | {"linestyle": "none"})
-    axes.set(yscale="log", xlabel="link (all simulated except the first)", ylabel="time per token (ms)")
+    axes.set(xlabel="link (all simulated except the first)", ylabel="time per token (ms)")
     axes.margins(x=0.1)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter("{x:g}")
+    plain_log_scale(axes, "y")
     axes.grid(alpha=0.25)
     axes.legend()
