@@ -33,7 +33,7 @@ def decode_q4_0(blocks: Blocks) -> Numbers:
 
     >>> block = np.array([[0x00, 0xBC] + [0x8F] * 16], dtype=np.uint8)  # d = −1; codes 15 and 8
     >>> decode_q4_0(block)[0, [0, 16]].tolist()
-    [-7.0, 0.0]
+    [-7.0, -0.0]
     """
     return _half(blocks[:, :2]) * (_halves(blocks[:, 2:]) - 8)
 
