@@ -10,6 +10,6 @@ if sys.version_info < (3, 11):
     )
 
 if __name__ == "__main__":
-    from labutils.cli.main import main
+    from labutils.course.cli.main import main
 
     sys.exit(main())

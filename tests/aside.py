@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from labutils.cli.installation import UNREACHABLE, pip_environment
+from labutils.course.cli.installation import UNREACHABLE, pip_environment
 
 
 def install_aside(folder: Path, pins: Sequence[str], *, dependencies: bool = False) -> None:

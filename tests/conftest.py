@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 if os.environ.get("LABUTILS_CHECK_SHAPES") != "0":
     install_import_hook("labutils", "shapes.checked")
 
-from labutils.paths import tool_cache_dir
+from labutils.lab.paths import tool_cache_dir
 
 os.environ.pop("LABUTILS_LANGUAGE", None)  # the tests read English hints
 

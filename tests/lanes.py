@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from labutils.checks import CheckFailed
+from labutils.course.checks import CheckFailed
 from labutils.course.exercises import Exercise, blank, marker
 from labutils.course.isolation import Isolation
 from labutils.course.source import Chapter, read_chapter

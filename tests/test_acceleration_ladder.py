@@ -18,10 +18,10 @@ from labutils.acceleration.ladder import LADDER, NAMES, Device, Plan, climb, mis
 from labutils.acceleration.linears import Fp8Linear, Int4Linear, Int8Linear, fits_sparse, fuse_, takes_kernel
 from labutils.acceleration.memory import DoesNotFit
 from labutils.acceleration.triton_ops import relative_error
-from labutils.bench.gpu import decode_step
+from labutils.course.bench.gpu import decode_step
 from labutils.generation.decode import forward_logits, generate_cached
-from labutils.models import ladder
-from labutils.models.ladder import accelerate, build, check_equal, compiled_step
+from labutils.lab.models import ladder
+from labutils.lab.models.ladder import accelerate, build, check_equal, compiled_step
 
 T4, A100 = Device("cuda", "T4", (7, 5)), Device("cuda", "A100", (8, 0))
 L4, H200 = Device("cuda", "L4", (8, 9)), Device("cuda", "H200", (9, 0))

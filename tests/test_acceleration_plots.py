@@ -4,8 +4,8 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
+from labutils.lab.plots.acceleration import draw_gpu, draw_ladder
 from labutils.measurement.timing import Timing
-from labutils.plots.acceleration import draw_gpu, draw_ladder
 
 
 @pytest.fixture(autouse=True)

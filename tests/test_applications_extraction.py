@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from labutils.applications.extraction import Span, bio_tags, fit_head, spans_of
-from labutils.data import service, service_labels
-from labutils.data.service_labels import entities, keywords, read_answer, sentiment, value_form
+from labutils.lab.data import service, service_labels
+from labutils.lab.data.service_labels import entities, keywords, read_answer, sentiment, value_form
 
 RNG = random.Random(4)
 QUERIES = [service.sample_query(RNG, split) for split in service.SPLITS for _ in range(80)]

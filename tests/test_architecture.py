@@ -164,6 +164,6 @@ def test_command_line_starts_with_the_standard_library_only(path):
                 top = name.split(".")[0]
                 assert (
                     top in sys.stdlib_module_names
-                    or name.startswith(("labutils.cli", "labutils.paths"))
+                    or name.startswith(("labutils.course.cli", "labutils.lab.paths"))
                     or (name == "labutils")
                 ), f"{path.name} imports {name} before the environment stands"

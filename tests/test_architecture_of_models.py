@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from labutils.generation.cache import CompiledKVCache, KVCache, StaticKVCache
 from labutils.generation.decode import generate_cached, generate_naive, generate_static
 from labutils.generation.fast_llama import FastLlama
-from labutils.layers.architecture import Architecture, LayerCache, is_tied, layer_caches, require_llama
+from labutils.lab.layers.architecture import Architecture, LayerCache, is_tied, layer_caches, require_llama
 from labutils.measurement.resources import decode_bytes_per_token, kv_bytes_per_position, kv_cache_bytes
 from labutils.pruning import low_rank, structured
 from labutils.pruning.masks import apply_masks_, mask_model

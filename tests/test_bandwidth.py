@@ -3,8 +3,8 @@
 import pytest
 from tiny_models import tiny_model
 
-from labutils.bench import bandwidth
-from labutils.bench.bandwidth import BandwidthMeter, describe_time, probe_bytes, where_time_goes
+from labutils.course.bench import bandwidth
+from labutils.course.bench.bandwidth import BandwidthMeter, describe_time, probe_bytes, where_time_goes
 from labutils.generation.fast_llama import FastLlama
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 
-from labutils.bench import decode, llama_cpp
-from labutils.bench.decode import Clock, Settings, Technique, agreement, as_record, bench_decode
-from labutils.bench.subject import Subject, speed_subject
-from labutils.bench.table import Row, as_table, write_json
-from labutils.cli import bench
+from labutils.course.bench import decode, llama_cpp
+from labutils.course.bench.decode import Clock, Settings, Technique, agreement, as_record, bench_decode
+from labutils.course.bench.subject import Subject, speed_subject
+from labutils.course.bench.table import Row, as_table, write_json
+from labutils.course.cli import bench
 from labutils.measurement import ledger
 
 QUICK = Settings(new_tokens=4, rounds=5, threads=1, compile=False)
@@ -171,9 +171,9 @@ def test_speed_subject_says_that_its_weights_are_random():
 def test_bench_command_prints_tables_writes_json_and_appends_to_the_ledger(
     monkeypatch, tmp_path, capsys, subject, rows
 ):
-    monkeypatch.setattr("labutils.bench.decode.bench_decode", lambda subject, settings, say: rows)
-    monkeypatch.setattr("labutils.bench.subject.trained_subject", lambda name: subject)
-    monkeypatch.setattr("labutils.bench.subject.speed_subject", lambda **sizes: subject)
+    monkeypatch.setattr("labutils.course.bench.decode.bench_decode", lambda subject, settings, say: rows)
+    monkeypatch.setattr("labutils.course.bench.subject.trained_subject", lambda name: subject)
+    monkeypatch.setattr("labutils.course.bench.subject.speed_subject", lambda **sizes: subject)
     monkeypatch.setenv("LABUTILS_HOME", str(tmp_path))
     parser = ArgumentParser()
     bench.add_arguments(parser)

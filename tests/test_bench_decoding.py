@@ -4,10 +4,18 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 
-from labutils.bench import llama_server
-from labutils.bench.decoding_batches import RememberingPaged, race_batches
-from labutils.bench.decoding_rows import DraftRow, as_table, judge
-from labutils.bench.decoding_ways import Remembering, Settings, draft_way, near_tie, plain_way, predicted_at, step_curve
+from labutils.course.bench import llama_server
+from labutils.course.bench.decoding_batches import RememberingPaged, race_batches
+from labutils.course.bench.decoding_rows import DraftRow, as_table, judge
+from labutils.course.bench.decoding_ways import (
+    Remembering,
+    Settings,
+    draft_way,
+    near_tie,
+    plain_way,
+    predicted_at,
+    step_curve,
+)
 from labutils.decoding.proposers import ModelDraft, NoDraft, PromptLookup
 from labutils.generation.decode import generate_cached
 from labutils.generation.fast_llama import FastLlama

@@ -2,8 +2,8 @@
 
 import json
 
-from labutils.bench import fpga as bench
-from labutils.bench.fpga import Design, Result, bench_fpga, conditions, designs, line, write_results
+from labutils.course.bench import fpga as bench
+from labutils.course.bench.fpga import Design, Result, bench_fpga, conditions, designs, line, write_results
 from labutils.fpga.hardware import ArraySpec
 from labutils.fpga.synthesis import Area
 
@@ -41,7 +41,7 @@ def test_file_holds_command_conditions_and_rows(fpga_tools, tmp_path):
 
 
 def test_command_says_in_a_sentence_that_tools_are_missing(monkeypatch, capsys):
-    from labutils.cli.main import main
+    from labutils.course.cli.main import main
     from labutils.fpga.tools import ToolError
 
     def refuse(*_, **__):

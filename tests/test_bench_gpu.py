@@ -9,8 +9,8 @@ from tiny_models import random_ids, tiny_model
 
 from labutils.acceleration.ladder import NAMES, Device, climb
 from labutils.acceleration.triton_ops import relative_error
-from labutils.bench import bandwidth, gpu, gpu_peers
-from labutils.bench.gpu import (
+from labutils.course.bench import bandwidth, gpu, gpu_peers
+from labutils.course.bench.gpu import (
     BASE,
     FITS_IN_CACHE,
     Settings,
@@ -20,13 +20,13 @@ from labutils.bench.gpu import (
     ladder_files,
     read_ladders,
 )
-from labutils.bench.subject import Subject
-from labutils.bench.table import as_table, write_json
-from labutils.layers.linears import linear_layers, weight_of
+from labutils.course.bench.subject import Subject
+from labutils.course.bench.table import as_table, write_json
+from labutils.lab.layers.linears import linear_layers, weight_of
+from labutils.lab.models.ladder import accelerate, check_equal
 from labutils.measurement import ledger, roofline
 from labutils.measurement.resources import kv_bytes_per_position, weight_bytes_read
 from labutils.measurement.threads import ThreadChoice
-from labutils.models.ladder import accelerate, check_equal
 
 QUICK = Settings(rounds=5, compile=False, threads=1)
 CPU_RUNGS = ("fp32", "sdpa", "static cache", "fused", "int8", "int4")
@@ -36,7 +36,7 @@ CPU_RUNGS = ("fp32", "sdpa", "static cache", "fused", "int8", "int4")
 def quick_roof(monkeypatch):
     """The machine is measured elsewhere; here a peak that nothing passes."""
     roof = roofline.Roofline(1e12, 1e13, 1, "cpu", "float32", 1000, {})
-    monkeypatch.setattr("labutils.bench.gpu.measure_roofline", lambda *_, **__: roof)
+    monkeypatch.setattr("labutils.course.bench.gpu.measure_roofline", lambda *_, **__: roof)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_bench_gpu_has_a_row_for_every_rung_and_peer(subject, tmp_path):
 
 
 def test_bench_gpu_states_the_share_of_what_probes_of_that_size_read(subject, monkeypatch):
-    monkeypatch.setattr("labutils.bench.gpu.probe_bytes", lambda weights: 2**20)
+    monkeypatch.setattr("labutils.course.bench.gpu.probe_bytes", lambda weights: 2**20)
     monkeypatch.setattr(bandwidth, "_rate", lambda *_: 1e15)
     rows = bench_gpu(subject, replace(QUICK, peers=False), say=lambda line: None)
     assert [row.technique for row in rows] == list(NAMES)
@@ -77,10 +77,11 @@ def test_bench_gpu_states_the_share_of_what_probes_of_that_size_read(subject, mo
 
 
 def test_threads_are_chosen_by_measuring_unless_given(subject, monkeypatch):
-    monkeypatch.setattr("labutils.bench.gpu.available_cores", lambda: 2)
+    monkeypatch.setattr("labutils.course.bench.gpu.available_cores", lambda: 2)
     said, asked = [], []
     monkeypatch.setattr(
-        "labutils.bench.gpu.best_thread_count", lambda step, candidates: asked.append(candidates) or ThreadChoice(2, {})
+        "labutils.course.bench.gpu.best_thread_count",
+        lambda step, candidates: asked.append(candidates) or ThreadChoice(2, {}),
     )
     rows = bench_gpu(subject, replace(QUICK, threads=None, peers=False), say=said.append)
     assert asked == [(1, 2)] and {row.threads for row in rows} == {2} and said[1].startswith("measured")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from labutils.bench import pruning
-from labutils.bench.subject import speed_subject
-from labutils.cli.main import main
+from labutils.course.bench import pruning
+from labutils.course.bench.subject import speed_subject
+from labutils.course.cli.main import main
 from labutils.measurement.timing import Timing
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 96}

@@ -5,12 +5,21 @@ from argparse import ArgumentParser
 import pytest
 import torch
 
-from labutils.bench import llama_cpp, quantization
-from labutils.bench.decode import Settings
-from labutils.bench.quantization import DECODE_BARS, FP32, INT4, INT8, PREFILL_BARS, Bar, bench_quantization, verdicts
-from labutils.bench.subject import speed_subject
-from labutils.bench.table import Row
-from labutils.cli import bench
+from labutils.course.bench import llama_cpp, quantization
+from labutils.course.bench.decode import Settings
+from labutils.course.bench.quantization import (
+    DECODE_BARS,
+    FP32,
+    INT4,
+    INT8,
+    PREFILL_BARS,
+    Bar,
+    bench_quantization,
+    verdicts,
+)
+from labutils.course.bench.subject import speed_subject
+from labutils.course.bench.table import Row
+from labutils.course.cli import bench
 from labutils.quantization.kernels import find_kernels
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 96, "num_attention_heads": 8}
@@ -101,7 +110,7 @@ def test_bench_command_runs_quantization(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         quantization, "bench_quantization", lambda subject, settings, say: say("ran") or [row("x", 1, 1, 1, 1, 1)]
     )
-    monkeypatch.setattr("labutils.bench.subject.speed_subject", lambda **sizes: sizes)
+    monkeypatch.setattr("labutils.course.bench.subject.speed_subject", lambda **sizes: sizes)
     parser = ArgumentParser()
     bench.add_arguments(parser)
     options = ["quantization", "--quick", "--json", str(tmp_path / "rows.json")]

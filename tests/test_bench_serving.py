@@ -11,18 +11,18 @@ import psutil
 import pytest
 from aside import install_aside
 
-from labutils.bench import serving
-from labutils.bench.child import Child
-from labutils.bench.serving import Bench, Settings, bench_serving, environment
-from labutils.bench.serving_engines import ENGINES, Ours, drive
-from labutils.bench.serving_profile import profile
-from labutils.bench.serving_rows import ServingRow, as_markdown, as_table, judge, same_twice
-from labutils.cli.main import main
+from labutils.course.bench import serving
+from labutils.course.bench.child import Child
+from labutils.course.bench.serving import Bench, Settings, bench_serving, environment
+from labutils.course.bench.serving_engines import ENGINES, Ours, drive
+from labutils.course.bench.serving_profile import profile
+from labutils.course.bench.serving_rows import ServingRow, as_markdown, as_table, judge, same_twice
+from labutils.course.cli.main import main
+from labutils.lab.models.gguf import export_gguf
+from labutils.lab.models.load import load_model
+from labutils.lab.models.tokenizer import chat_ids
+from labutils.lab.paths import DATA, ROOT
 from labutils.measurement.timing import paired_ratio
-from labutils.models.gguf import export_gguf
-from labutils.models.load import load_model
-from labutils.models.tokenizer import chat_ids
-from labutils.paths import DATA, ROOT
 
 PROMPTS = [[1, 5 + i, 9, 40 + i, 7] for i in range(6)]
 
@@ -149,7 +149,7 @@ def test_a_child_answers_and_is_stopped_otherwise():
 
 def test_a_stopped_child_does_not_outlive_a_parent_that_is_killed():
     program = f"""import os, signal
-from labutils.bench.child import Child
+from labutils.course.bench.child import Child
 child = Child([{sys.executable!r}, "-c", {ECHO!r}])
 print(child.process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)"""
@@ -194,7 +194,7 @@ def test_llama_cpp_writes_as_many_tokens_of_the_same_text(tmp_path):
     chat = chat_ids(tokenizer, [{"role": "user", "content": "Where is my order A12345?"}], add_generation_prompt=True)
     told = json.dumps(["llama.cpp", {"folder": str(tmp_path / "m.gguf"), "threads": 1}])
     paths = environment(1) | {"PYTHONPATH": os.pathsep.join([environment(1)["PYTHONPATH"], str(tmp_path / "aside")])}
-    child = Child([sys.executable, "-m", "labutils.bench.serving_engines", told], environment=paths)
+    child = Child([sys.executable, "-m", "labutils.course.bench.serving_engines", told], environment=paths)
     bench = Bench.__new__(Bench)
     bench.tokenizer = tokenizer
     try:

@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 import pytest
 
-from labutils.bench.users import RUNGS, Replicas, Rung, UsersRow, bench_users, p99, questions, table
 from labutils.capstone.designs import Design
 from labutils.capstone.users import Bracket, Crowd
+from labutils.course.bench.users import RUNGS, Replicas, Rung, UsersRow, bench_users, p99, questions, table
 
 
 def test_p99_is_the_nearest_rank():

@@ -6,9 +6,9 @@ import pytest
 from jax_here import devices  # noqa: F401
 from tiny_models import random_ids, tiny_model
 
-from labutils.bench import xla
-from labutils.bench.subject import Subject
-from labutils.cli import bench
+from labutils.course.bench import xla
+from labutils.course.bench.subject import Subject
+from labutils.course.cli import bench
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def test_other_tokens_have_no_quality(subject, monkeypatch):
 
 
 def test_bench_command_prints_the_table(monkeypatch, capsys, subject, rows, tmp_path):
-    monkeypatch.setattr("labutils.bench.xla.bench_xla", lambda subject, **settings: rows)
-    monkeypatch.setattr("labutils.bench.subject.trained_subject", lambda name: subject)
+    monkeypatch.setattr("labutils.course.bench.xla.bench_xla", lambda subject, **settings: rows)
+    monkeypatch.setattr("labutils.course.bench.subject.trained_subject", lambda name: subject)
     parser = ArgumentParser()
     bench.add_arguments(parser)
     assert bench.run(parser.parse_args(["xla", "--no-speed-model", "--json", str(tmp_path / "rows.json")])) == 0

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from labutils.data.corpus import held_out_documents
-from labutils.models.calibration_text import calibration_batches
-from labutils.models.load import load_model
+from labutils.lab.data.corpus import held_out_documents
+from labutils.lab.models.calibration_text import calibration_batches
+from labutils.lab.models.load import load_model
 
 
 @pytest.fixture(scope="module")

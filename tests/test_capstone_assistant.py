@@ -19,8 +19,8 @@ from serving_server import decode, encode, encode_chat, tiny_engine
 from labutils.capstone import assistant as subject
 from labutils.capstone.assistant import PAGE, Assistant, Built, Technique, build, running_assistant, techniques
 from labutils.capstone.designs import Design
-from labutils.cli.main import main
-from labutils.layers.compile import KernelError
+from labutils.course.cli.main import main
+from labutils.lab.layers.compile import KernelError
 from labutils.serving.engine import run
 from labutils.serving.scheduler import Request
 from labutils.serving.server import Served

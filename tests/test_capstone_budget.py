@@ -22,7 +22,7 @@ from labutils.capstone.budget import (
 )
 from labutils.capstone.designs import Design
 from labutils.capstone.leaderboard import HandIn, HandInError, ranked, read_folder, read_hand_in, table, write_hand_in
-from labutils.cli import leaderboard
+from labutils.course.cli import leaderboard
 from labutils.quantization.kernels import find_kernels
 
 RIGHT = (1.0,) * 150 + (0.0,) * 10

@@ -22,11 +22,11 @@ from labutils.capstone.canaries import (
 )
 from labutils.capstone.designs import Design
 from labutils.capstone.membership import auc, auc_interval, roc, text_losses, tpr_at
-from labutils.models.load import load_model
-from labutils.models.tokenizer import chat_ids, text_ids
+from labutils.lab.models.load import load_model
+from labutils.lab.models.tokenizer import chat_ids, text_ids
+from labutils.lab.training.loop import FitPlan, fit_
+from labutils.lab.training.losses import IGNORED, text_loss
 from labutils.quantization.packed import pack_model_
-from labutils.training.loop import FitPlan, fit_
-from labutils.training.losses import IGNORED, text_loss
 
 SCORES = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=12)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from labutils.capstone.designs import Design
-from labutils.layers.linears import linear_layers, weight_of
-from labutils.models.load import load_model
-from labutils.models.quantized import packed_layers
+from labutils.lab.layers.linears import linear_layers, weight_of
+from labutils.lab.models.load import load_model
+from labutils.lab.models.quantized import packed_layers
 from labutils.quantization.affine import Scheme
 from labutils.quantization.packed import pack_model_
 

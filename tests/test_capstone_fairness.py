@@ -28,10 +28,10 @@ from labutils.capstone.fairness import (
     mixed,
     stored_scores,
 )
-from labutils.data import service
-from labutils.layers.calibration import InputStatistics
-from labutils.models.calibration_text import calibration_batches
-from labutils.models.load import load_model
+from labutils.lab.data import service
+from labutils.lab.layers.calibration import InputStatistics
+from labutils.lab.models.calibration_text import calibration_batches
+from labutils.lab.models.load import load_model
 
 
 def test_requests_come_in_both_languages_with_one_meaning_and_every_phrasing():

@@ -18,9 +18,9 @@ from labutils.capstone.inherit import (
     shape_of,
     smaller_tokenizer,
 )
-from labutils.data import service
-from labutils.models.load import load_model
-from labutils.models.tokenizer import SPECIAL_TOKENS, chat_ids, text_ids
+from labutils.lab.data import service
+from labutils.lab.models.load import load_model
+from labutils.lab.models.tokenizer import SPECIAL_TOKENS, chat_ids, text_ids
 
 LABLM = load_model("lablm")
 SMALLER = {size: smaller_tokenizer(LABLM.tokenizer, size) for size in (262, 1024, 4095, 4096)}

@@ -21,10 +21,10 @@ from labutils.capstone.private_training import (
 )
 from labutils.capstone.redaction import RedactingFormatter, find_values, passes_luhn, redact
 from labutils.capstone.timing_channel import hashes_behind, probe
-from labutils.data import service
-from labutils.data.service_grammar import VALUES
-from labutils.data.service_labels import entities
-from labutils.models.served import paged_llama
+from labutils.lab.data import service
+from labutils.lab.data.service_grammar import VALUES
+from labutils.lab.data.service_labels import entities
+from labutils.lab.models.served import paged_llama
 from labutils.serving.blocks import chained_hashes
 from labutils.serving.engine import Engine
 

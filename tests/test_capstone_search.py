@@ -21,7 +21,7 @@ from labutils.capstone.search import (
     one_step_away,
     random_search,
 )
-from labutils.models.load import load_model
+from labutils.lab.models.load import load_model
 
 TOY = [tuple(range(5))] * 5
 BEST = (3, 1, 4, 2, 0)

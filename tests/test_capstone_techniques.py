@@ -6,7 +6,7 @@ from tiny_models import tiny_model
 from labutils.applications.tasks import Task
 from labutils.capstone.techniques import Technique, Written, compare, guessing, library, plain, voting
 from labutils.generation.fast_llama import FastLlama
-from labutils.models.load import LanguageModel
+from labutils.lab.models.load import LanguageModel
 
 PROMPTS = [[5, 6, 7, 5, 6], [9, 8, 9, 8], [3, 3, 3]]
 

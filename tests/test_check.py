@@ -28,8 +28,6 @@ from hand_ins import (
     unusable,
 )
 
-from labutils.cli import check as command
-from labutils.cli import grade as grade_command
 from labutils.course import verdicts
 from labutils.course.check import (
     CELL_TIMEOUT_S,
@@ -42,6 +40,8 @@ from labutils.course.check import (
     check_notebook,
     prepared,
 )
+from labutils.course.cli import check as command
+from labutils.course.cli import grade as grade_command
 from labutils.course.contained import Limits
 from labutils.course.grade import Options
 from labutils.course.hand_in import UnusableError, find_reference, read_hand_in

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labutils import checks
-from labutils.checks import (
+from labutils.course import checks
+from labutils.course.checks import (
     CheckFailed,
     StillBlank,
     exercise,
@@ -23,7 +23,7 @@ from labutils.checks import (
     expect_true,
     expect_type,
 )
-from labutils.checks.compare import describe, difference, guess, same
+from labutils.course.checks.compare import describe, difference, guess, same
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import torch
 from aside import triton_there
 
 from labutils.acceleration.interpreter import WITHOUT_TRITON, interpret
-from labutils.checks import ch06_kernels
+from labutils.course.checks import ch06_kernels
 
 
 def doubling_kernel(x, out, n, BLOCK: "tl.constexpr"):

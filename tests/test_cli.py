@@ -17,8 +17,8 @@ import pytest
 from ports import free_port
 
 from labutils import __version__
-from labutils.cli import environment, lab, main
-from labutils.cli import test as suite
+from labutils.course.cli import environment, lab, main
+from labutils.course.cli import test as suite
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESENT = [name for name in main.COMMANDS if main.exists(name)]
@@ -132,14 +132,14 @@ def test_main_hides_no_error_of_an_optional_package(command, monkeypatch):
 
 @pytest.mark.parametrize("name", PRESENT)
 def test_command_keeps_the_protocol(name):
-    module = main.importlib.import_module(f"labutils.cli.{name}")
+    module = main.importlib.import_module(f"labutils.course.cli.{name}")
     assert module.HELP and isinstance(module.NEEDS_ENVIRONMENT, bool)
     assert callable(module.add_arguments) and callable(module.run)
 
 
 def test_every_help_works_with_the_standard_library_alone():
     code = (
-        "import sys; from labutils.cli.main import COMMANDS, exists, main\n"
+        "import sys; from labutils.course.cli.main import COMMANDS, exists, main\n"
         "for name in filter(exists, COMMANDS):\n"
         "    try: main([name, '--help'])\n"
         "    except SystemExit as end: assert end.code == 0, name\n"

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from labutils.data.corpus import Document
-from labutils.models.compare import bits_by_document, held_out_dialogues, held_out_documents, paired_quality
+from labutils.lab.data.corpus import Document
+from labutils.lab.models.compare import bits_by_document, held_out_dialogues, held_out_documents, paired_quality
 
 
 class Bytes:

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import random_ids, tiny_model
 
-from labutils.layers.linears import change_weights_, linear_layers, weight_of
-from labutils.models.compressed_tensors import (
+from labutils.lab.layers.linears import change_weights_, linear_layers, weight_of
+from labutils.lab.models.compressed_tensors import (
     from_words,
     read_compressed_tensors,
     save_compressed_tensors,
     to_words,
 )
-from labutils.models.load import LoadError
+from labutils.lab.models.load import LoadError
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, dequantize, quantize
 
 PINS = ["compressed-tensors==0.20.0", "loguru==0.7.3"]
@@ -137,7 +137,7 @@ LOADED = """
 import sys, torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-from labutils.models.compressed_tensors import to_words
+from labutils.lab.models.compressed_tensors import to_words
 
 for bits in range(1, 9):
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (16, 40), dtype=torch.int8)
@@ -158,7 +158,7 @@ for folder in sys.argv[1:]:
 @pytest.mark.slow
 def test_transformers_loads_it_with_our_logits(tmp_path):
     """The package packs as we do, and folders of each scheme, and of LabLM, load with the logits of our weights."""
-    from labutils.models.load import load_model
+    from labutils.lab.models.load import load_model
 
     install_aside(tmp_path / "aside", PINS)
     lablm = load_model("lablm")

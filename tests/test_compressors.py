@@ -5,8 +5,8 @@ from math import log2
 
 import pytest
 
-from labutils.data import compressors
-from labutils.data.corpus import Document
+from labutils.lab.data import compressors
+from labutils.lab.data.corpus import Document
 
 CODE = Document("code.py", "".join(f"def f{i}(x):\n    return x * {i * 7919 % 1000}\n" for i in range(400)))
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from labutils.data import corpus
-from labutils.data.corpus import Document
+from labutils.lab.data import corpus
+from labutils.lab.data.corpus import Document
 
 
 @pytest.fixture(scope="module")

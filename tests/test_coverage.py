@@ -28,10 +28,10 @@ from transformers.pytorch_utils import Conv1D
 
 from labutils.distillation.hidden import hidden_loss
 from labutils.distributed.tensor_parallel import RowParallelLinear
-from labutils.layers.calibration import input_statistics
-from labutils.layers.linears import change_weights_, linear_layers, matrices_outside_layers, set_weight_, weight_of
+from labutils.lab.layers.calibration import input_statistics
+from labutils.lab.layers.linears import change_weights_, linear_layers, matrices_outside_layers, set_weight_, weight_of
+from labutils.lab.models.load import load_model
 from labutils.measurement.resources import weight_bytes_read
-from labutils.models.load import load_model
 from labutils.pruning.masks import apply_masks_, mask_model, mask_n_of_m, sparsity
 from labutils.pruning.recovery import LoraLinear, add_lora_, merge_lora_
 from labutils.pruning.scores import magnitude_scores

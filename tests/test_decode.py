@@ -19,7 +19,7 @@ from labutils.generation.decode import (
     prefill,
 )
 from labutils.generation.sampling import Sampler
-from labutils.layers.compile import KernelError, torch_compile_lack
+from labutils.lab.layers.compile import KernelError, torch_compile_lack
 
 NEW = 12
 

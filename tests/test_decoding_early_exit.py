@@ -10,10 +10,10 @@ from labutils.decoding.proposers import ModelDraft
 from labutils.decoding.speculate import generate_speculative
 from labutils.generation.decode import generate_cached
 from labutils.generation.fast_llama import FastLlama
-from labutils.models import training
-from labutils.models.draft_heads import HEADS, load_head, save_head, train_head
-from labutils.models.load import LoadError
-from labutils.training.loop import FitPlan, fit_
+from labutils.lab.models import training
+from labutils.lab.models.draft_heads import HEADS, load_head, save_head, train_head
+from labutils.lab.models.load import LoadError
+from labutils.lab.training.loop import FitPlan, fit_
 
 IDS = random_ids(12, batch=2)
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
 
-from labutils.data import service
 from labutils.decoding import automaton, grammar
 from labutils.decoding.proposers import NoDraft, Proposal
 from labutils.decoding.speculate import generate_speculative
@@ -19,7 +18,8 @@ from labutils.decoding.target import ModelTarget
 from labutils.generation.cache import KVCache
 from labutils.generation.decode import prefill
 from labutils.generation.sampling import Sampler
-from labutils.models.load import load_model
+from labutils.lab.data import service
+from labutils.lab.models.load import load_model
 
 PATTERNS = [
     grammar.json_object({"intent": ["track_order", "track_parcel", "café"], "urgent": [True, False]}),

@@ -7,9 +7,9 @@ from labutils.decoding.speculate import generate_speculative
 from labutils.generation.decode import generate_cached
 from labutils.generation.fast_llama import FastLlama
 from labutils.generation.sampling import Sampler
-from labutils.models.tiled import tiled_model
-from labutils.training.loop import FitPlan, fit_
-from labutils.training.losses import IGNORED, forward_kl
+from labutils.lab.models.tiled import tiled_model
+from labutils.lab.training.loop import FitPlan, fit_
+from labutils.lab.training.losses import IGNORED, forward_kl
 
 
 def random_head(model, seed=0):

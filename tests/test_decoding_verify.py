@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from labutils.decoding import verify as module
 from labutils.decoding.verify import Verdict, acceptance_probs, residual, verify
 from labutils.generation.sampling import Sampler, greedy
-from labutils.models.drafting_text import text_prompts
-from labutils.models.load import load_model
+from labutils.lab.models.drafting_text import text_prompts
+from labutils.lab.models.load import load_model
 
 VOCAB = 5
 SAMPLERS = {"plain": {}, "hot": {"temperature": 1.7}, "cool, top-p": {"temperature": 0.7, "top_p": 0.8}}

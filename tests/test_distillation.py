@@ -10,7 +10,7 @@ from shapes import unchecked
 from torch.distributions import Categorical, kl_divergence
 
 from labutils.distillation import divergences, hidden, sparse
-from labutils.training.losses import forward_kl
+from labutils.lab.training.losses import forward_kl
 
 EACH = pytest.mark.parametrize("name", divergences.DIVERGENCES)
 EVEN, SKEWED = torch.tensor([0.0, 0.0]), torch.tensor([0.75, 0.25]).log()

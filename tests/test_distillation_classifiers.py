@@ -5,7 +5,7 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from labutils.distillation import classifiers
-from labutils.training.loop import FitPlan, fit_
+from labutils.lab.training.loop import FitPlan, fit_
 
 
 @pytest.mark.parametrize("family", ["llama-gqa-tied", "gpt2"])

@@ -9,8 +9,8 @@ from tiny_models import random_ids, tiny_model
 from labutils.distillation import cache, recipe, sequences, sparse, student
 from labutils.distillation.divergences import reverse_kl
 from labutils.distillation.hidden import Projections
-from labutils.training.loop import FitPlan, fit_
-from labutils.training.losses import IGNORED, text_loss
+from labutils.lab.training.loop import FitPlan, fit_
+from labutils.lab.training.losses import IGNORED, text_loss
 
 FAMILIES = ["llama-gqa-tied", "qwen3", "gpt2"]
 

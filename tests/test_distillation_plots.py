@@ -6,11 +6,11 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from labutils.cli.main import main
-from labutils.models import students
-from labutils.models.students import Effect, mean_interval
-from labutils.plots import distillation as plots
-from labutils.widgets.distillation import opinion_at, temperature_widget
+from labutils.course.cli.main import main
+from labutils.lab.models import students
+from labutils.lab.models.students import Effect, mean_interval
+from labutils.lab.plots import distillation as plots
+from labutils.lab.widgets.distillation import opinion_at, temperature_widget
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from chat_server import chat_server
 from ports import free_port
 
 from labutils.distributed.client import ChatClient, ServerError
-from labutils.paths import DATA
+from labutils.lab.paths import DATA
 
 QUESTION = [{"role": "user", "content": "Where is my parcel?"}]
 # What `transformers serve` needs, in versions that go with one another.
@@ -83,7 +83,7 @@ def test_client_says_that_nobody_listens():
 @pytest.mark.network
 def test_transformers_serve_answers_as_generate_does(tmp_path):
     """Both with and without continuous batching."""
-    from labutils.models.load import load_model
+    from labutils.lab.models.load import load_model
 
     install_aside(tmp_path / "aside", SERVING)
     (tmp_path / "hub").mkdir()

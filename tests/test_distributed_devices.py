@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tiny_models import tiny_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from labutils.bench import ranks
+from labutils.course.bench import ranks
 from labutils.distributed import collectives
 from labutils.distributed.pipeline import Stage, pipeline_generate
 from labutils.distributed.rank import join_group

@@ -14,8 +14,8 @@ import pytest
 
 from labutils.distributed.dispatch import Report, Settings, dispatch
 from labutils.distributed.work import NodeGone, answer_batch, current_node
+from labutils.lab.widgets.dispatch import dispatch_widget, print_progress, show_progress
 from labutils.measurement.resources import peak_memory
-from labutils.widgets.dispatch import dispatch_widget, print_progress, show_progress
 
 looks = [0.0]
 

@@ -214,9 +214,9 @@ def test_ranks_on_a_gpu_find_what_ranks_on_the_cpu_find():
 
 
 TARGETS = {
-    "labutils.bench.ranks:hello": None,
-    "labutils.bench.ranks:four_ranks": {"pace_s": 0.0, "counts": (1, 2)},
-    "labutils.bench.ranks:two_ranks": {
+    "labutils.course.bench.ranks:hello": None,
+    "labutils.course.bench.ranks:four_ranks": {"pace_s": 0.0, "counts": (1, 2)},
+    "labutils.course.bench.ranks:two_ranks": {
         "name": "lablm",
         "token_ids": torch.arange(8).view(2, 4) + 5,
         "new_tokens": 2,

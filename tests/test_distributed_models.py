@@ -19,7 +19,7 @@ from labutils.distributed.launch import launch
 from labutils.distributed.pipeline import bubble, measured_bubble, stage_layers
 from labutils.distributed.ring_attention import merge_attention, partial_attention
 from labutils.distributed.tensor_parallel import heads_of, span
-from labutils.layers.architecture import Architecture
+from labutils.lab.layers.architecture import Architecture
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="tried on POSIX only")
 LATER = pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)
@@ -167,7 +167,7 @@ def test_more_ranks_than_layers_is_one_clear_sentence(found):
 
 @pytest.mark.slow
 def test_the_kernel_counts_the_bytes_that_the_ring_formula_says():
-    counted, predicted = launch("labutils.bench.ranks:loopback_bytes", 2, {"megabytes": 32, "rounds": 4})[0]
+    counted, predicted = launch("labutils.course.bench.ranks:loopback_bytes", 2, {"megabytes": 32, "rounds": 4})[0]
     assert 1.0 <= counted / predicted < 1.1  # headers, and whatever else uses the loopback meanwhile
 
 

@@ -6,10 +6,10 @@ import subprocess
 import matplotlib
 import pytest
 
-from labutils.bench.distributed import PolicyTime, bars, paced
+from labutils.course.bench.distributed import PolicyTime, bars, paced
 from labutils.distributed.dispatch import Report
-from labutils.plots.distributed import draw_links, draw_pipeline, draw_policies
-from labutils.widgets.dispatch import dispatch_widget, print_progress, progress_line, show_progress
+from labutils.lab.plots.distributed import draw_links, draw_pipeline, draw_policies
+from labutils.lab.widgets.dispatch import dispatch_widget, print_progress, progress_line, show_progress
 
 matplotlib.use("Agg")
 
@@ -80,7 +80,7 @@ def test_paced_work_needs_a_node():
 @pytest.mark.slow
 def test_bench_distributed_quick_ends_with_its_bars(capsys):
     pytest.importorskip("distributed", reason="Dask distributed is not installed")
-    from labutils.cli.main import main
+    from labutils.course.cli.main import main
 
     assert main(["bench", "distributed", "--quick"]) == 0
     printed = capsys.readouterr().out

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from labutils.cli import doctor
-from labutils.layers import compile
+from labutils.course.cli import doctor
+from labutils.lab.layers import compile
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from labutils.data.corpus import stdlib_documents
-from labutils.models.drafting_text import CODE_STRIDE, CODE_TOKENS, FAQ_TURNS, KINDS, text_prompts
-from labutils.models.load import load_model
+from labutils.lab.data.corpus import stdlib_documents
+from labutils.lab.models.drafting_text import CODE_STRIDE, CODE_TOKENS, FAQ_TURNS, KINDS, text_prompts
+from labutils.lab.models.load import load_model
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,18 @@ from hand_ins import RIGHT, ROOT, STEM, WRONG_SPEED, demo_course, learner, save
 from markdown_it import MarkdownIt
 from nbformat import v4
 
-from labutils import checks, language
-from labutils.checks import CheckFailed, StillBlank, ch02
-from labutils.course import catalogue, figures
+from labutils.course import catalogue, checks, figures
 from labutils.course.build import build, learner_notebook, place, read_notebook, repository, text_of, update_catalogues
 from labutils.course.check import as_text, check_notebook
+from labutils.course.checks import CheckFailed, StillBlank, ch02
 from labutils.course.execute import unclean
 from labutils.course.grade import Options, grade
 from labutils.course.handout import handout
 from labutils.course.progress import summary
 from labutils.course.setup_cell import is_setup, language_of, setup_source
 from labutils.course.source import read_chapter, sources
-from labutils.paths import readable
+from labutils.lab import language
+from labutils.lab.paths import readable
 
 ZH = ROOT / "notebooks" / "zh"
 CATALOGUES = [*sorted(ZH.glob("*.po")), *sorted(language.CATALOGUES.glob("*.po"))]
@@ -355,7 +355,7 @@ def test_every_hint_of_the_mistakes_is_in_the_catalogue(stem, monkeypatch):
     handed = []
     modules = [m.name for m in pkgutil.iter_modules(checks.__path__) if m.name.startswith(f"ch{stem[:2]}")]
     for name in modules:
-        module = importlib.import_module(f"labutils.checks.{name}")
+        module = importlib.import_module(f"labutils.course.checks.{name}")
         for expect in ("expect_function", "expect_close", "expect_equal"):
             if hasattr(module, expect):
                 monkeypatch.setattr(module, expect, lambda *_, mistakes=(), **__: handed.extend(h for _, h in mistakes))

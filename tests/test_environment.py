@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from labutils.cli import environment, lock
-from labutils.cli.installation import Plan, SetupError
+from labutils.course.cli import environment, lock
+from labutils.course.cli.installation import Plan, SetupError
 
 PYPROJECT = """[project]
 dependencies = ["torch>=2.9"]

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labutils.data import service
-from labutils.data.corpus import Document
-from labutils.models import evaluate_service, model_card
-from labutils.models.evaluate_text import bits_per_byte, document_bits, token_nats
+from labutils.lab.data import service
+from labutils.lab.data.corpus import Document
+from labutils.lab.models import evaluate_service, model_card
+from labutils.lab.models.evaluate_text import bits_per_byte, document_bits, token_nats
 
 VOCAB = 7
 

@@ -13,13 +13,13 @@ from matplotlib.text import Text
 from nbformat import v4
 from test_packaging import PINS, ROOT
 
-from labutils import language
 from labutils.course import figures
 from labutils.course.execute import execute
 from labutils.course.figure_words import figure_words
-from labutils.language import retold
-from labutils.plots import words
-from labutils.plots.words import broken, font_of, font_package, in_words, png
+from labutils.lab import language
+from labutils.lab.language import retold
+from labutils.lab.plots import words
+from labutils.lab.plots.words import broken, font_of, font_package, in_words, png
 
 CHINESE = language.translations(language.CATALOGUES / "zh.po")
 KNOWN = {

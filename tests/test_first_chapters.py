@@ -9,10 +9,10 @@ import torch
 from tiny_models import tiny_model
 from torch import nn
 
-from labutils.checks import CheckFailed, ch00, ch01, ch01_costs
+from labutils.course.checks import CheckFailed, ch00, ch01, ch01_costs
 from labutils.course.source import read_chapter
-from labutils.models.load import load_model
-from labutils.plots.anatomy import draw_block
+from labutils.lab.models.load import load_model
+from labutils.lab.plots.anatomy import draw_block
 
 data_parallel = importlib.import_module("torch.nn.parallel.data_parallel")  # the package has a function of that name
 SOURCE = Path(__file__).resolve().parents[1] / "notebooks" / "source"

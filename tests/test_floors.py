@@ -30,8 +30,8 @@ CORE = (
     "tests/test_xla_programs.py",
 )
 SHOW = """
-import importlib, importlib.metadata, json, pkgutil, sys, labutils.widgets as widgets
-for module in pkgutil.iter_modules(widgets.__path__, "labutils.widgets."): importlib.import_module(module.name)
+import importlib, importlib.metadata, json, pkgutil, sys, labutils.lab.widgets as widgets
+for module in pkgutil.iter_modules(widgets.__path__, "labutils.lab.widgets."): importlib.import_module(module.name)
 print(json.dumps({name: importlib.metadata.version(name) for name in sys.argv[1:]}))
 """
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from labutils.fpga.hardware import ArraySpec
 from labutils.fpga.simulate import March
 from labutils.fpga.synthesis import Placement
-from labutils.plots import fpga as plots
+from labutils.lab.plots import fpga as plots
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_board_says_whether_an_array_waits_for_memory_or_for_itself():
 
 
 def test_slider_redraws(frames):
-    from labutils.widgets.fpga import march_widget, print_march
+    from labutils.lab.widgets.fpga import march_widget, print_march
 
     slider, picture = march_widget(frames).children
     before = picture.value

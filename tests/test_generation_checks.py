@@ -7,8 +7,8 @@ import torch
 from lanes import read_wrong_answers
 from tiny_models import random_ids, tiny_model
 
-from labutils.checks import CheckFailed, ch01
-from labutils.checks.passes import generation_cases, watched
+from labutils.course.checks import CheckFailed, ch01
+from labutils.course.checks.passes import generation_cases, watched
 from labutils.generation.cache import KVCache
 from labutils.generation.decode import decode_one_token, generate_cached, generate_naive, prefill
 

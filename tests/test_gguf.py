@@ -16,11 +16,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from labutils.cli import export
-from labutils.models import gguf as ours
-from labutils.models import gguf_blocks
-from labutils.models.gguf_tokenizer import pre_tokenizer_name, tokenizer_metadata
-from labutils.models.tokenizer import SPLIT_PATTERN, train_tokenizer
+from labutils.course.cli import export
+from labutils.lab.models import gguf as ours
+from labutils.lab.models import gguf_blocks
+from labutils.lab.models.gguf_tokenizer import pre_tokenizer_name, tokenizer_metadata
+from labutils.lab.models.tokenizer import SPLIT_PATTERN, train_tokenizer
 from labutils.quantization.integer_linear import use_integers_
 from labutils.quantization.rotation import rotate_
 

@@ -10,9 +10,9 @@ from llama_cpp_server import ask
 from tiny_models import random_ids, tiny_model
 from tokenizers import pre_tokenizers, processors
 
-from labutils.models.gguf import export_gguf
-from labutils.models.gguf_tokenizer import SPLIT_PATTERNS, TEXTS
-from labutils.models.load import load_model
+from labutils.lab.models.gguf import export_gguf
+from labutils.lab.models.gguf_tokenizer import SPLIT_PATTERNS, TEXTS
+from labutils.lab.models.load import load_model
 from labutils.pruning import low_rank, structured
 from labutils.pruning.masks import apply_masks_, mask_model
 from labutils.pruning.recovery import add_lora_, merge_lora_

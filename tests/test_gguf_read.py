@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model
 
-from labutils.models.gguf import export_gguf, string, typed
-from labutils.models.gguf_blocks import encode_q4_0, encode_q8_0
-from labutils.models.gguf_read import TYPES, decode_mxfp4, decode_q4_0, decode_q4_k, decode_q6_k, read_gguf
+from labutils.lab.models.gguf import export_gguf, string, typed
+from labutils.lab.models.gguf_blocks import encode_q4_0, encode_q8_0
+from labutils.lab.models.gguf_read import TYPES, decode_mxfp4, decode_q4_0, decode_q4_k, decode_q6_k, read_gguf
 from labutils.quantization.floats import E2M1, mxfp4_dequantize, mxfp4_quantize
 
 BLOCKED = [kind for kind in TYPES.values() if kind.weights > 1]

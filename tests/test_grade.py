@@ -26,8 +26,8 @@ from hand_ins import (
     vandal,
 )
 
-from labutils.cli import grade as command
 from labutils.course import grade as module
+from labutils.course.cli import grade as command
 from labutils.course.contained import Limits, folder_bytes, run_contained
 from labutils.course.grade import COLUMNS, Options, find_hand_ins, grade, rows, summary, write_csv
 from labutils.course.hand_in import UnusableError, read_hand_in

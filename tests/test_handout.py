@@ -26,8 +26,8 @@ from hand_ins import (
     without,
 )
 
-from labutils.cli import handout as command
 from labutils.course.check import check_notebook
+from labutils.course.cli import handout as command
 from labutils.course.handout import handout
 
 
@@ -52,7 +52,7 @@ def test_kit_holds_no_solution(kit):
     for path in notebooks:
         text = (kit / path).read_text(encoding="utf-8")
         assert "BEGIN SOLUTION" not in text and "return tokens / seconds" not in text
-    assert (kit / "pyproject.toml").is_file() and (kit / "labutils" / "checks" / "core.py").is_file()
+    assert (kit / "pyproject.toml").is_file() and (kit / "labutils" / "course" / "checks" / "core.py").is_file()
 
 
 HAND_INS = {

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from labutils.cli import installation, progress
-from labutils.cli.installation import Plan, SetupError
-from labutils.cli.progress import Outcome, Stage
+from labutils.course.cli import installation, progress
+from labutils.course.cli.installation import Plan, SetupError
+from labutils.course.cli.progress import Outcome, Stage
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from labutils.data import service
-from labutils.models import intents
-from labutils.models.load import load_model
+from labutils.lab.data import service
+from labutils.lab.models import intents
+from labutils.lab.models.load import load_model
 
 
 def test_intent_queries_carry_their_own_labels():

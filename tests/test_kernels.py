@@ -11,8 +11,8 @@ import types
 
 import pytest
 
-from labutils.layers import compile
-from labutils.layers.compile import KernelError, cache_dir, compile_c, torch_compile_lack
+from labutils.lab.layers import compile
+from labutils.lab.layers.compile import KernelError, cache_dir, compile_c, torch_compile_lack
 from labutils.quantization import kernels
 from labutils.quantization.kernels import find_kernels
 
@@ -76,7 +76,7 @@ def test_compile_c_reports_what_the_compiler_refuses(home):
 
 
 def test_two_processes_may_build_at_once(home):
-    program = f"from labutils.layers.compile import compile_c; print(compile_c({SEVEN!r}))"
+    program = f"from labutils.lab.layers.compile import compile_c; print(compile_c({SEVEN!r}))"
     running = [
         subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, encoding="utf-8") for _ in range(2)
     ]

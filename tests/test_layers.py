@@ -9,8 +9,8 @@ from torch import nn
 from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
-from labutils.layers.calibration import InputStatistics, input_statistics, inverse_factor, layer_error
-from labutils.layers.linears import linear_layers, replace_module_, set_weight_, untie_head_, weight_of
+from labutils.lab.layers.calibration import InputStatistics, input_statistics, inverse_factor, layer_error
+from labutils.lab.layers.linears import linear_layers, replace_module_, set_weight_, untie_head_, weight_of
 
 
 @pytest.mark.parametrize("name", CONFIGS)

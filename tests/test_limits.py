@@ -111,7 +111,7 @@ def test_no_limit_is_none(host, tmp_path):
 
 def test_memory_of_a_container_reaches_doctor_and_the_fitting(host, monkeypatch):
     from labutils.acceleration import memory
-    from labutils.cli import doctor
+    from labutils.course.cli import doctor
 
     monkeypatch.setattr(limits, "memory_left_bytes", lambda: 1000)
     monkeypatch.setattr(memory, "memory_limit_bytes", lambda: 1500)

@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, HEADS, LLAMA, random_ids, tiny_model
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, MixtralConfig
 
-from labutils.models import lablm
-from labutils.models.checkpoint import CHECKSUMS, save_checkpoint, verify_checksums, written_aside
-from labutils.models.lablm import llama_config
-from labutils.models.load import LoadError, load_model
-from labutils.models.tokenizer import train_tokenizer
-from labutils.paths import DATA
+from labutils.lab.models import lablm
+from labutils.lab.models.checkpoint import CHECKSUMS, save_checkpoint, verify_checksums, written_aside
+from labutils.lab.models.lablm import llama_config
+from labutils.lab.models.load import LoadError, load_model
+from labutils.lab.models.tokenizer import train_tokenizer
+from labutils.lab.paths import DATA
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_a_kill_among_the_moves_leaves_a_folder_that_is_refused(checkpoint, tmp_
             raise KeyboardInterrupt
         target.write_bytes(source.read_bytes())
 
-    monkeypatch.setattr("labutils.models.checkpoint.os.replace", killed_at_the_second)
+    monkeypatch.setattr("labutils.lab.models.checkpoint.os.replace", killed_at_the_second)
     for folder in (checkpoint, tmp_path / "new"):
         with pytest.raises(KeyboardInterrupt), written_aside(folder) as new:
             (new / "model.safetensors").write_bytes(b"other")
@@ -217,13 +217,13 @@ def test_wrong_architecture(tmp_path, tokenizer):
 
 
 def test_unreachable_hub_names_the_offline_way(monkeypatch):
-    monkeypatch.setattr("labutils.models.load.AutoConfig.from_pretrained", _no_network)
+    monkeypatch.setattr("labutils.lab.models.load.AutoConfig.from_pretrained", _no_network)
     with pytest.raises(LoadError, match="go online, or load 'lablm'"):
         load_model("someone/some-model")
 
 
 def test_unknown_hub_name(monkeypatch):
-    monkeypatch.setattr("labutils.models.load.AutoConfig.from_pretrained", _not_found)
+    monkeypatch.setattr("labutils.lab.models.load.AutoConfig.from_pretrained", _not_found)
     with pytest.raises(LoadError, match="no usable model 'someone/misspelt'"):
         load_model("someone/misspelt")
 

@@ -4,9 +4,9 @@ import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.text import Text
 
+from labutils.lab.plots.one_plot import AXES, draw_techniques, placed, standing, techniques_table
+from labutils.lab.widgets.one_plot import techniques_widget
 from labutils.measurement.ledger import Record
-from labutils.plots.one_plot import AXES, draw_techniques, placed, standing, techniques_table
-from labutils.widgets.one_plot import techniques_widget
 
 COMMON = {"model": "lablm", "device": "cpu", "dtype": "int8", "threads": 1, "prompt_tokens": 8, "output_tokens": 8}
 

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from labutils.cli.installation import UNREACHABLE, pinned_torch, pip_environment
+from labutils.course.cli.installation import UNREACHABLE, pinned_torch, pip_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

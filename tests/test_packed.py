@@ -11,8 +11,8 @@ from tiny_models import CONFIGS, random_ids, tiny_model
 from torch import nn
 
 from labutils.generation import decode
-from labutils.layers.compile import KernelError, compile_c, compiler
-from labutils.layers.linears import linear_layers, weight_of
+from labutils.lab.layers.compile import KernelError, compile_c, compiler
+from labutils.lab.layers.linears import linear_layers, weight_of
 from labutils.quantization import packed_ops
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, dequantize, quantize
 from labutils.quantization.kernels import Weight, find_kernels, load_library, read_sources

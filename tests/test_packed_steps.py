@@ -11,9 +11,9 @@ from tiny_models import LLAMAS, random_ids, tiny_model
 from torch import nn
 
 from labutils.generation.decode import forward_logits
-from labutils.layers.linears import linear_layers
-from labutils.models import quantized
-from labutils.models.quantized import FloatMatrix, fast_float_llama, fast_packed_llama
+from labutils.lab.layers.linears import linear_layers
+from labutils.lab.models import quantized
+from labutils.lab.models.quantized import FloatMatrix, fast_float_llama, fast_packed_llama
 from labutils.quantization.affine import Scheme
 from labutils.quantization.kernels import KernelError, find_kernels
 from labutils.quantization.packed import PackedLinear, pack_model_, replace_packed_

@@ -2,7 +2,7 @@
 
 import pytest
 
-from labutils.paths import learner_dir, written_whole
+from labutils.lab.paths import learner_dir, written_whole
 
 
 def test_written_whole_replaces_the_file_and_leaves_nothing_else(tmp_path):

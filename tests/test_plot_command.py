@@ -2,13 +2,13 @@
 
 import pytest
 
-from labutils.cli.main import main
+from labutils.course.cli.main import main
 from labutils.measurement.ledger import Record, append
 
 
 @pytest.fixture(autouse=True)
 def _inside(monkeypatch, tmp_path):
-    monkeypatch.setattr("labutils.cli.environment.enter", lambda *args, **kwargs: None)
+    monkeypatch.setattr("labutils.course.cli.environment.enter", lambda *args, **kwargs: None)
     monkeypatch.setenv("LABUTILS_HOME", str(tmp_path / "learner"))
     monkeypatch.chdir(tmp_path)
 

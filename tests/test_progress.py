@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from labutils import checks
-from labutils.checks import core
+from labutils.course import checks
 from labutils.course import progress as module
+from labutils.course.checks import core
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
 
-from labutils.layers.linears import linear_layers, weight_of
+from labutils.lab.layers.linears import linear_layers, weight_of
 from labutils.pruning.allocation import sensitivity, solve_budget
 from labutils.pruning.masks import mask_layer
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from labutils.layers.calibration import input_statistics, layer_error
-from labutils.layers.linears import change_weights_, linear_layers, weight_of
-from labutils.models.calibration_text import calibration_batches
-from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
-from labutils.models.load import load_model
+from labutils.lab.layers.calibration import input_statistics, layer_error
+from labutils.lab.layers.linears import change_weights_, linear_layers, weight_of
+from labutils.lab.models.calibration_text import calibration_batches
+from labutils.lab.models.compare import bits_by_document, held_out_documents, paired_quality
+from labutils.lab.models.load import load_model
 from labutils.pruning import masks, scores, structured
 from labutils.pruning.sparsegpt import sparsegpt
 

@@ -6,7 +6,7 @@ from tiny_models import LLAMAS, random_ids, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from labutils.layers.calibration import layer_error
+from labutils.lab.layers.calibration import layer_error
 from labutils.pruning.low_rank import low_rank, principal_axes, rank_for, rotated, thin_layers
 from labutils.pruning.structured import keep_channels
 

@@ -8,8 +8,8 @@ from tiny_models import random_ids, tiny_model
 from torch import nn
 from torch.nn.utils import prune
 
-from labutils.layers.calibration import input_statistics
-from labutils.layers.linears import linear_layers, weight_of
+from labutils.lab.layers.calibration import input_statistics
+from labutils.lab.layers.linears import linear_layers, weight_of
 from labutils.pruning import masks, scores
 
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 
-from labutils.layers.calibration import input_statistics
-from labutils.layers.linears import linear_layers, weight_of
-from labutils.models.compare import PairedQuality
-from labutils.plots import pruning as plots
-from labutils.widgets.pruning import PrunedSpeaker, print_speech, pruning_widget
+from labutils.lab.layers.calibration import input_statistics
+from labutils.lab.layers.linears import linear_layers, weight_of
+from labutils.lab.models.compare import PairedQuality
+from labutils.lab.plots import pruning as plots
+from labutils.lab.widgets.pruning import PrunedSpeaker, print_speech, pruning_widget
 
 
 def quality(lost):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
 from torch import nn
 
-from labutils.layers.compile import KernelError
+from labutils.lab.layers.compile import KernelError
 from labutils.measurement.threads import thread_count
 from labutils.pruning import sparse
 from labutils.pruning.masks import apply_masks_, mask_model, mask_n_of_m

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from labutils.checks.ch04_removal import column_pruned
-from labutils.layers.calibration import inverse_factor, layer_error
+from labutils.course.checks.ch04_removal import column_pruned
+from labutils.lab.layers.calibration import inverse_factor, layer_error
 from labutils.pruning.masks import mask_layer, mask_n_of_m
 from labutils.pruning.scores import magnitude
 from labutils.pruning.similarity import reconstruct

@@ -8,9 +8,9 @@ from tiny_models import LLAMAS, random_ids, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from labutils.layers.architecture import Architecture
-from labutils.layers.calibration import input_statistics
-from labutils.models.gguf import export_gguf
+from labutils.lab.layers.architecture import Architecture
+from labutils.lab.layers.calibration import input_statistics
+from labutils.lab.models.gguf import export_gguf
 from labutils.pruning import structured
 
 LLAMA_LIKE = [*LLAMAS, "qwen2", "qwen3"]

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tiny_models import CONFIGS, random_ids, tiny_model
 from transformers import BertConfig, BertModel
 
-from labutils.layers.calibration import input_statistics
-from labutils.layers.linears import linear_layers
-from labutils.models.calibration_text import calibration_batches
-from labutils.models.load import load_model
+from labutils.lab.layers.calibration import input_statistics
+from labutils.lab.layers.linears import linear_layers
+from labutils.lab.models.calibration_text import calibration_batches
+from labutils.lab.models.load import load_model
 from labutils.quantization.affine import Scheme, fake_quantize
 from labutils.quantization.folding import Fold, folds, inject_outliers_, scale_inputs_
 from labutils.quantization.integer_linear import IntegerLinear, integer_product, llm_int8, use_integers_

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tiny_models import CONFIGS, random_ids, tiny_model
 from transformers import BertConfig, BertModel
 
-from labutils.layers.calibration import input_statistics, layer_error
-from labutils.layers.linears import change_weights_, linear_layers, weight_of
-from labutils.models.calibration_text import calibration_batches
-from labutils.models.load import load_model
+from labutils.lab.layers.calibration import input_statistics, layer_error
+from labutils.lab.layers.linears import change_weights_, linear_layers, weight_of
+from labutils.lab.models.calibration_text import calibration_batches
+from labutils.lab.models.load import load_model
 from labutils.quantization.affine import Scheme, choose_qparams, dequantize, fake_quantize, quantize
 from labutils.quantization.awq import ALPHAS, awq_scale_, clipped_qparams, scale_losses
 from labutils.quantization.gptq import gptq

@@ -4,8 +4,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from labutils.models.compare import PairedQuality
-from labutils.plots.quantization import (
+from labutils.lab.models.compare import PairedQuality
+from labutils.lab.plots.quantization import (
     BitsPoint,
     bits_finding,
     bits_front,
@@ -15,9 +15,9 @@ from labutils.plots.quantization import (
     draw_quantized_layer,
     quantized_layer,
 )
+from labutils.lab.widgets.quantization import bits_widget, quantization_widget, spell_bits
 from labutils.quantization.affine import Scheme, fake_quantize
 from labutils.quantization.theory import sqnr_db
-from labutils.widgets.quantization import bits_widget, quantization_widget, spell_bits
 
 WEIGHT = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
 

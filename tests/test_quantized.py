@@ -11,10 +11,10 @@ from tiny_models import CONFIGS, random_ids, tiny_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from labutils.generation.decode import forward_logits, generate_cached
-from labutils.models import gguf
-from labutils.models.checkpoint import CHECKSUMS
-from labutils.models.load import LoadError
-from labutils.models.quantized import SCHEMES, WEIGHTS, load_quantized, packed_layers, save_quantized
+from labutils.lab.models import gguf
+from labutils.lab.models.checkpoint import CHECKSUMS
+from labutils.lab.models.load import LoadError
+from labutils.lab.models.quantized import SCHEMES, WEIGHTS, load_quantized, packed_layers, save_quantized
 from labutils.quantization.affine import Scheme
 from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWeight, pack_model_, replace_packed_
 
@@ -167,8 +167,8 @@ def test_gguf_export_of_a_packed_model_writes_its_own_values(bits, tmp_path):
 
 def test_llama_cpp_reads_a_packed_model_and_writes_the_same_tokens(tmp_path):
     pytest.importorskip("llama_cpp")
-    from labutils.bench.decode import Clock
-    from labutils.bench.llama_cpp import llama_cpp_run
+    from labutils.course.bench.decode import Clock
+    from labutils.course.bench.llama_cpp import llama_cpp_run
 
     model, ids = tiny_model("llama-gqa-tied"), random_ids(6)
     pack_model_(model, Scheme(8, granularity="group", group_size=32), half_scales=True)

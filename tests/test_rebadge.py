@@ -5,9 +5,9 @@ from argparse import ArgumentParser
 import pytest
 from hand_ins import STEM, demo_course
 
-from labutils.cli import rebadge as command
 from labutils.course.badge import check_slug, readme_badge, rebadge, repository
 from labutils.course.build import learner_notebook, text_of
+from labutils.course.cli import rebadge as command
 from labutils.course.source import read_chapter
 
 README = "# Course\n<!-- badges -->\nold\n<!-- /badges -->\ngit clone https://github.com/demo-owner/demo-course.git\n"

@@ -14,7 +14,7 @@ import pytest
 from chat_server import chat_server
 from ports import free_port
 
-from labutils.cli import main as cli
+from labutils.course.cli import main as cli
 
 PAGE = (Path(__file__).resolve().parents[1] / "notebooks" / "RENTED_GPUS.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?ms)^```(\w*)\n(.+?)^```", PAGE)
@@ -55,7 +55,7 @@ def test_commands_of_labutils_are_understood():
     parsed = {}
     for line in found:
         name, *argv = shlex.split(line, comments=True)[3:]
-        module = importlib.import_module(f"labutils.cli.{name}")
+        module = importlib.import_module(f"labutils.course.cli.{name}")
         parsed[name] = cli.parse(name, module, argv)
     assert parsed["bench"].name == "gpu" and parsed["test"].rest == ["-m", "gpu"] and "lab" in parsed
     source = Path(__file__).resolve().parents[1] / "notebooks" / "source" / "09_distributed_inference.py"

@@ -11,8 +11,8 @@ from random import Random
 
 import pytest
 
-from labutils.data import service
-from labutils.data.service_grammar import CLOSERS, FRAMES, OPENERS, PATTERNS, VALUES
+from labutils.lab.data import service
+from labutils.lab.data.service_grammar import CLOSERS, FRAMES, OPENERS, PATTERNS, VALUES
 
 INTENTS = service.intents()
 ACTS = [act for intent in INTENTS.values() for act in intent.acts]
@@ -20,7 +20,7 @@ REPLIES = [pair for i in INTENTS.values() for pair in [i.answer, *(half for turn
 TEMPLATES = ACTS + REPLIES + OPENERS + FRAMES + CLOSERS
 FIRST_VALUES = {name: service.sample_slot(Random(0), name) for name in [*VALUES, *PATTERNS]}
 CJK = re.compile(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]")
-DIGEST = "import hashlib; from labutils.data.service import dialogues; "
+DIGEST = "import hashlib; from labutils.lab.data.service import dialogues; "
 DIGEST += "print(hashlib.sha256(repr([d.messages for d in dialogues(3, 'train', 100)]).encode()).hexdigest())"
 
 

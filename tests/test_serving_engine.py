@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 
 from labutils.generation.fast_llama import FastLlama
 from labutils.generation.sampling import Sampler
-from labutils.models.quantized import fast_packed_llama
+from labutils.lab.models.quantized import fast_packed_llama
 from labutils.quantization.affine import Scheme
 from labutils.quantization.kernels import find_kernels
 from labutils.quantization.packed import pack_model_

@@ -20,7 +20,7 @@ pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed: labut
 
 from serving_server import NAME, decode, encode, head, running, send, tiny_engine
 
-from labutils.cli.main import main
+from labutils.course.cli.main import main
 from labutils.serving.engine import run
 from labutils.serving.scheduler import Request
 

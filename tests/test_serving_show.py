@@ -3,9 +3,9 @@
 import matplotlib
 import pytest
 
-from labutils.plots.serving import COLOURS, StepTimes, block_states, draw_blocks, draw_timeline, slots_of
+from labutils.lab.plots.serving import COLOURS, StepTimes, block_states, draw_blocks, draw_timeline, slots_of
+from labutils.lab.widgets.serving import blocks_widget, print_blocks
 from labutils.serving.blocks import BlockPool, chained_hashes
-from labutils.widgets.serving import blocks_widget, print_blocks
 
 matplotlib.use("Agg")
 STEPS = [StepTimes(0.0, 1.0, {0: 5, 1: 3}), StepTimes(1.0, 1.5, {0: 1, 1: 1}), StepTimes(1.5, 2.0, {1: 1, 2: 4})]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from labutils.cli import environment
+from labutils.course.cli import environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BACKEND = """
@@ -58,12 +58,12 @@ def run(args):
 @pytest.fixture
 def tiny_course(tmp_path):
     folder = tmp_path / "a course"  # a space, as in many a Windows user's name
-    (folder / "labutils" / "cli").mkdir(parents=True)
+    (folder / "labutils" / "course" / "cli").mkdir(parents=True)
     for name in ("__init__.py", "__main__.py"):
         shutil.copy(REPOSITORY / "labutils" / name, folder / "labutils" / name)
     for name in ("__init__", "main", "environment", "installation", "lock", "progress"):
-        shutil.copy(REPOSITORY / "labutils" / "cli" / f"{name}.py", folder / "labutils" / "cli")
-    (folder / "labutils" / "cli" / "test.py").write_text(COMMAND, encoding="utf-8")
+        shutil.copy(REPOSITORY / "labutils" / "course" / "cli" / f"{name}.py", folder / "labutils" / "course" / "cli")
+    (folder / "labutils" / "course" / "cli" / "test.py").write_text(COMMAND, encoding="utf-8")
     (folder / "pyproject.toml").write_text(TINY_PROJECT, encoding="utf-8")
     (folder / "constraints.txt").write_text("", encoding="utf-8")
     (folder / "backend.py").write_text(BACKEND, encoding="utf-8")

@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from labutils.checks import CheckFailed, exercise, expect_function
-from labutils.checks.shadows import bound_names, find_shadow
+from labutils.course.checks import CheckFailed, exercise, expect_function
+from labutils.course.checks.shadows import bound_names, find_shadow
 
 LESSON = "import torch\nimport numpy as np\nfrom math import floor\ndef helper(x):\n    return x"
 ANSWER = "# EXERCISE speed\ndef speed(x):\n    return torch.tensor(np.abs(min(floor(helper(x)), round(int(x)))))"

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from shapes import checked, unchecked
 from torch import Tensor
 
-from labutils.layers.calibration import layer_error
-from labutils.models.mixture import repeated
+from labutils.lab.layers.calibration import layer_error
+from labutils.lab.models.mixture import repeated
 
 
 @jaxtyping.jaxtyped(typechecker=checked)

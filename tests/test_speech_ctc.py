@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labutils.cli.main import main
-from labutils.layers.linears import linear_layers, set_weight_, weight_of
-from labutils.models import spoken
-from labutils.models.load import LoadError
+from labutils.course.cli.main import main
+from labutils.lab.layers.linears import linear_layers, set_weight_, weight_of
+from labutils.lab.models import spoken
+from labutils.lab.models.load import LoadError
 from labutils.pruning.masks import apply_masks_, mask_model, sparsity
 from labutils.pruning.scores import magnitude_scores
 from labutils.quantization.affine import Scheme, fake_quantize

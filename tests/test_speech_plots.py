@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from labutils.plots.speech import draw_utterance
+from labutils.lab.plots.speech import draw_utterance
 from labutils.speech.recognise import Recognition, Step, committed
 from labutils.speech.voices import white_noise
 

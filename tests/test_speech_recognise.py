@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labutils.models import spoken
+from labutils.lab.models import spoken
 from labutils.speech import recognise as r
 from labutils.speech import voices
 

@@ -8,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labutils.generation.stream import StreamedToken
-from labutils.measurement.ledger import Record, append
-from labutils.measurement.roofline import Roofline
-from labutils.plots.roofline import RooflinePoint, draw_roofline, limit_of, roofline_finding
-from labutils.plots.speed_quality import (
+from labutils.lab.plots.roofline import RooflinePoint, draw_roofline, limit_of, roofline_finding
+from labutils.lab.plots.speed_quality import (
     beaten_by,
     draw_speed_quality,
     drawable_records,
@@ -21,9 +19,11 @@ from labutils.plots.speed_quality import (
     speed_quality_table,
     task_quality,
 )
-from labutils.plots.style import series_style
-from labutils.widgets.speed_quality import available_qualities, select, speed_quality_widget
-from labutils.widgets.stream import print_stream, show_stream, stream_widget
+from labutils.lab.plots.style import series_style
+from labutils.lab.widgets.speed_quality import available_qualities, select, speed_quality_widget
+from labutils.lab.widgets.stream import print_stream, show_stream, stream_widget
+from labutils.measurement.ledger import Record, append
+from labutils.measurement.roofline import Roofline
 
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_training import TEXTS
 
-from labutils.models import students, training
-from labutils.models.checkpoint import sha256
-from labutils.models.lablm import SHAPES
-from labutils.models.load import load_model
+from labutils.lab.models import students, training
+from labutils.lab.models.checkpoint import sha256
+from labutils.lab.models.lablm import SHAPES
+from labutils.lab.models.load import load_model
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def test_numbers_of_the_model_answers():
 
 
 def test_every_command_that_it_names_exists():
-    from labutils.cli.main import COMMANDS
+    from labutils.course.cli.main import COMMANDS
 
     named = set(re.findall(r"python -m\s+labutils\s+(\w+)", TEACHING))
     assert {"bench", "handout", "lab", "check", "grade", "doctor", "rebadge"} == named

@@ -3,7 +3,7 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from labutils.generation.fast_llama import FastLlama
-from labutils.models.tiled import shared_out, tiled_model
+from labutils.lab.models.tiled import shared_out, tiled_model
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-untied-bias", "llama-head-dim", "qwen2"])
@@ -56,7 +56,7 @@ def test_tiled_model_decodes_fast_as_well():
 @pytest.mark.slow
 def test_tiled_lablm_writes_what_lablm_writes():
     from labutils.generation.decode import generate_static
-    from labutils.models.load import load_model
+    from labutils.lab.models.load import load_model
 
     model, tokenizer = load_model("lablm")
     tiled = tiled_model(model, width=3)

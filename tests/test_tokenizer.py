@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from labutils.data import corpus, service
-from labutils.models import calibration_text, mixture
-from labutils.models.evaluate_service import reply
-from labutils.models.load import load_model
-from labutils.models.tokenizer import SPECIAL_TOKENS, chat_ids, control_tokens, text_ids, train_tokenizer
+from labutils.lab.data import corpus, service
+from labutils.lab.models import calibration_text, mixture
+from labutils.lab.models.evaluate_service import reply
+from labutils.lab.models.load import load_model
+from labutils.lab.models.tokenizer import SPECIAL_TOKENS, chat_ids, control_tokens, text_ids, train_tokenizer
 
 LABLM = load_model("lablm-small")
 TOKENIZER = LABLM.tokenizer

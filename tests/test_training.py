@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from labutils.models import lablm, mixture, training
-from labutils.models.checkpoint import save_checkpoint, verify_checksums
-from labutils.models.load import load_model
-from labutils.models.optimizer import Muon, orthogonalize
-from labutils.models.tokenizer import train_tokenizer
+from labutils.lab.models import lablm, mixture, training
+from labutils.lab.models.checkpoint import save_checkpoint, verify_checksums
+from labutils.lab.models.load import load_model
+from labutils.lab.models.optimizer import Muon, orthogonalize
+from labutils.lab.models.tokenizer import train_tokenizer
 
 TEXTS = {
     "stdlib": ["def add(a, b):\n    return a + b\n" * 40],

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 
-from labutils.training import loop, losses
-from labutils.training.loop import FitPlan, fit_
+from labutils.lab.training import loop, losses
+from labutils.lab.training.loop import FitPlan, fit_
 
 PLAN = FitPlan(steps=8, lr=3e-3, warmup_steps=2, final_lr_share=0.1, weight_decay=0.1, max_grad_norm=1.0, save_every=3)
 

@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def lablm():
-    from labutils.models.load import load_model
+    from labutils.lab.models.load import load_model
 
     return load_model("lablm")
 
@@ -107,7 +107,7 @@ def asker(urls, marks):
 def test_two_replicas_answer_as_generate_does_and_one_that_dies_loses_nothing_of_the_other(replicas, lablm):
     pytest.importorskip("distributed", reason="Dask distributed is not installed")
     from labutils.distributed.dask_engine import local_cluster
-    from labutils.models.tokenizer import control_tokens
+    from labutils.lab.models.tokenizer import control_tokens
 
     urls, started = replicas
     chats = [[{"role": "user", "content": f"Where is my order A{10000 + 37 * i}?"}] for i in range(48)]

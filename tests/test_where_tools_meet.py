@@ -54,7 +54,7 @@ def test_a_transposed_weight_is_saved_as_it_is(tmp_path):
     assert np.array_equal(load(save({"w": np.ascontiguousarray(view)}))["w"], view)
     from safetensors.torch import load_file
 
-    from labutils.models.compressed_tensors import save_compressed_tensors
+    from labutils.lab.models.compressed_tensors import save_compressed_tensors
 
     model = tiny_model("llama-gqa-tied")
     layer = model.model.layers[0].self_attn.o_proj

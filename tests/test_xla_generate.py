@@ -11,8 +11,8 @@ from jax_here import devices  # noqa: F401
 from tiny_models import random_ids, tiny_model
 
 from labutils.generation.decode import generate_cached
-from labutils.models.evaluate_text import token_nats
-from labutils.models.load import load_model
+from labutils.lab.models.evaluate_text import token_nats
+from labutils.lab.models.load import load_model
 from labutils.xla import generate, runtime
 from labutils.xla.generate import AsTorch, XlaLlama, bucket_for, decode_scan, padding_share
 from labutils.xla.lazy import jax, jnp

@@ -8,7 +8,7 @@ import torch
 from jax_here import devices  # noqa: F401
 from tiny_models import LLAMAS, random_ids, tiny_model
 
-from labutils.models.load import load_model
+from labutils.lab.models.load import load_model
 from labutils.xla import llama
 from labutils.xla.lazy import jax, jnp
 

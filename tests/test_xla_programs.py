@@ -159,7 +159,7 @@ def test_without_jax_the_modules_import_and_say_in_a_sentence_what_is_missing():
 def test_importing_labutils_does_not_import_jax():
     program = """
 import sys
-import labutils.bench.xla, labutils.checks.ch07, labutils.xla.generate, labutils.xla.tpu_compiler
+import labutils.course.bench.xla, labutils.course.checks.ch07, labutils.xla.generate, labutils.xla.tpu_compiler
 print("jax" in sys.modules)
 """
     assert in_a_process_of_its_own(program) == ["False"]

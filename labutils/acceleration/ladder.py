@@ -1,7 +1,7 @@
 """The ladder: one choice after another that makes decoding faster, what each needs of a device, and how to fall back.
 
 A rung changes one thing of a `Plan`. A device that lacks what a rung needs skips it, says why, and goes on with the
-next one. What computes the plan is `labutils.models.ladder`.
+next one. What computes the plan is `labutils.lab.models.ladder`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from labutils.acceleration.interpreter import missing_triton
-from labutils.layers.compile import torch_compile_lack
+from labutils.lab.layers.compile import torch_compile_lack
 
 GPU_ONLY = "needs an NVIDIA GPU"
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from random import Random
 
 from labutils.capstone.designs import Design
-from labutils.data import service as corpus
-from labutils.models.served import paged_llama, served_model
+from labutils.lab.data import service as corpus
+from labutils.lab.models.served import paged_llama, served_model
 from labutils.quantization.kernels import find_kernels
 from labutils.serving.engine import Engine
 from labutils.serving.lookahead import Lookahead

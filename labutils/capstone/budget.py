@@ -15,14 +15,14 @@ import torch
 from labutils.applications.scores import Difference, paired_difference
 from labutils.applications.tasks import Task
 from labutils.capstone.designs import Design
-from labutils.data import service
-from labutils.data.service_labels import read_answer
 from labutils.decoding.proposers import PromptLookup
 from labutils.decoding.speculate import Speculation, generate_speculative
 from labutils.generation.fast_llama import FastLlama
+from labutils.lab.data import service
+from labutils.lab.data.service_labels import read_answer
+from labutils.lab.models.load import load_model
+from labutils.lab.models.tokenizer import chat_ids
 from labutils.measurement.timing import Ratio, check_repeats, measure_interleaved, paired_ratio
-from labutils.models.load import load_model
-from labutils.models.tokenizer import chat_ids
 
 REFERENCE = Design(model="lablm-small", bits=4, group_size=64, calibrated=True, draft_tokens=4)  # a solution of 13.11
 READ_BYTES = 1_200_000  # the exercise's limit in place of a time: bytes read for a token

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from labutils.models.tokenizer import chat_ids, text_ids
-from labutils.training.loop import Part
-from labutils.training.losses import IGNORED
+from labutils.lab.models.tokenizer import chat_ids, text_ids
+from labutils.lab.training.loop import Part
+from labutils.lab.training.losses import IGNORED
 
 DIGITS = 3
 

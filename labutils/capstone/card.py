@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from labutils.applications.scores import Difference
 from labutils.capstone.designs import Design
+from labutils.lab.models.model_card import Row, table
 from labutils.measurement.energy import Energy
 from labutils.measurement.ledger import host_line
 from labutils.measurement.resources import NOT_MEASURED
 from labutils.measurement.timing import Timing
-from labutils.models.model_card import Row, table
 
 SOURCES = {
     "lablm": "LabLM, trained from nothing by this course (data/MODEL_CARD.md)",

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from labutils.generation.fast_llama import FastLlama
-from labutils.layers.calibration import InputStatistics, input_statistics
-from labutils.layers.linears import linear_layers, weight_of
-from labutils.models.calibration_text import calibration_batches
-from labutils.models.lablm import SHAPES
-from labutils.models.load import LanguageModel, load_model
-from labutils.models.quantized import fast_packed_llama, packed_layers
+from labutils.lab.layers.calibration import InputStatistics, input_statistics
+from labutils.lab.layers.linears import linear_layers, weight_of
+from labutils.lab.models.calibration_text import calibration_batches
+from labutils.lab.models.lablm import SHAPES
+from labutils.lab.models.load import LanguageModel, load_model
+from labutils.lab.models.quantized import fast_packed_llama, packed_layers
 from labutils.pruning.masks import apply_masks_, mask_model
 from labutils.pruning.scores import wanda_scores
 from labutils.quantization.affine import Scheme, choose_qparams, quantize

@@ -17,16 +17,16 @@ from random import Random
 from labutils.applications.scores import Difference, paired_difference
 from labutils.applications.tasks import Outcome, Task, run_task
 from labutils.capstone.designs import Design, fast_decoder, pack_designed_
-from labutils.data import service
-from labutils.data.service_labels import read_answer
 from labutils.decoding.target import Target
 from labutils.generation.fast_llama import FastLlama
-from labutils.layers.calibration import InputStatistics, input_statistics
+from labutils.lab.data import service
+from labutils.lab.data.service_labels import read_answer
+from labutils.lab.layers.calibration import InputStatistics, input_statistics
+from labutils.lab.models.calibration_text import calibration_batches
+from labutils.lab.models.load import load_model
+from labutils.lab.models.tokenizer import chat_ids
+from labutils.lab.paths import DATA
 from labutils.measurement.timing import quantile
-from labutils.models.calibration_text import calibration_batches
-from labutils.models.load import load_model
-from labutils.models.tokenizer import chat_ids
-from labutils.paths import DATA
 
 RESULTS = DATA / "results" / "fairness.jsonl"
 KNOWN, NEW_FRAME, NEW_ACT = PHRASINGS = ("known phrasing", "new frame", "new act")

@@ -18,14 +18,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from labutils.data import service
 from labutils.distillation.student import spaced_layers
-from labutils.layers.calibration import InputStatistics, input_statistics
-from labutils.models.calibration_text import calibration_batches
-from labutils.models.lablm import SHAPES
-from labutils.models.load import LanguageModel, load_model
-from labutils.models.mixture import padded
-from labutils.models.tokenizer import chat_ids, role_ids
+from labutils.lab.data import service
+from labutils.lab.layers.calibration import InputStatistics, input_statistics
+from labutils.lab.models.calibration_text import calibration_batches
+from labutils.lab.models.lablm import SHAPES
+from labutils.lab.models.load import LanguageModel, load_model
+from labutils.lab.models.mixture import padded
+from labutils.lab.models.tokenizer import chat_ids, role_ids
+from labutils.lab.training.loop import FitPlan, fit_
+from labutils.lab.training.losses import counted, text_loss
 from labutils.pruning.structured import (
     channel_scores,
     head_group_scores,
@@ -37,8 +39,6 @@ from labutils.pruning.structured import (
     rebuilt,
     strongest,
 )
-from labutils.training.loop import FitPlan, fit_
-from labutils.training.losses import counted, text_loss
 
 
 class Shape(NamedTuple):

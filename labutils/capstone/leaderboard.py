@@ -14,10 +14,10 @@ from pathlib import Path
 
 from labutils.capstone.budget import ITEMS, Budget, Judgement, TooNoisy, judge, require_quiet
 from labutils.capstone.designs import Design
-from labutils.data import service
+from labutils.lab.data import service
+from labutils.lab.paths import written_whole
 from labutils.measurement.ledger import host_line
 from labutils.measurement.timing import check_repeats
-from labutils.paths import written_whole
 
 VERSION, MOST_BYTES, MOST_ROUNDS = 1, 64_000, 500
 SAMPLES = ("baseline", "again", "design")

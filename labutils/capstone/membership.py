@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from labutils.lab.training.losses import IGNORED
 from labutils.measurement.timing import quantile
-from labutils.training.losses import IGNORED
 
 Scores = Sequence[float]
 

@@ -24,13 +24,13 @@ from random import Random
 import torch
 
 from labutils.capstone.inherit import Shape, answer_bits, inherit, recover_, shape_of
-from labutils.data import service
 from labutils.generation.fast_llama import FastLlama
+from labutils.lab.data import service
+from labutils.lab.models.evaluate_service import score_task
+from labutils.lab.models.load import LanguageModel, load_model
+from labutils.lab.models.tokenizer import chat_ids, text_ids
+from labutils.lab.paths import DATA, written_whole
 from labutils.measurement.timing import measure_interleaved, paired_ratio
-from labutils.models.evaluate_service import score_task
-from labutils.models.load import LanguageModel, load_model
-from labutils.models.tokenizer import chat_ids, text_ids
-from labutils.paths import DATA, written_whole
 
 RESULTS = DATA / "results" / "architecture_search.jsonl"
 COMPARED = DATA / "results" / "architecture_compared.jsonl"

@@ -15,8 +15,8 @@ from labutils.decoding.proposers import NoDraft, PromptLookup
 from labutils.decoding.speculate import generate_speculative
 from labutils.generation.fast_llama import FastLlama
 from labutils.generation.sampling import Sampler
+from labutils.lab.models.load import LanguageModel
 from labutils.measurement.ledger import Record
-from labutils.models.load import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ How to write a chapter
 
        # %%
        # CHECK dequantize
-       from labutils.checks import ch02
+       from labutils.course.checks import ch02
 
        ch02.dequantize(dequantize)
 
    The number is chapter.order. Only the part between the markers is blanked; an answer may also be
    a plain value (``weight_bytes = …``). Later cells use ``labutils``' own version, never the learner's.
 
-3. **Its check**, in ``labutils/checks/ch02.py``, is a list of mistakes. The function's name is the
+3. **Its check**, in ``labutils/course/checks/ch02.py``, is a list of mistakes. The function's name is the
    exercise's name; it prints ``✓ 2.3 dequantize`` by itself when it returns::
 
        @exercise("2.3")

@@ -4,7 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from labutils.language import ENGLISH, in_language, marked
+from labutils.lab.language import ENGLISH, in_language, marked
 
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,38}/[A-Za-z0-9._-]{1,100}")
 IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"

@@ -13,7 +13,7 @@ from labutils.course.exercises import ExerciseError, blank, marker
 from labutils.course.figures import figures_of, placed, taken
 from labutils.course.setup_cell import is_setup, setup_source
 from labutils.course.source import Chapter, examine, read_chapter, sources
-from labutils.language import ENGLISH, in_language, marked
+from labutils.lab.language import ENGLISH, in_language, marked
 from labutils.measurement.quiet import why_busy
 
 SHARED_OUTPUTS = marked(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labutils.course.figure_words import figure_words
-from labutils.language import CATALOGUES, translations
+from labutils.lab.language import CATALOGUES, translations
 
 MARKUP = re.compile(
     r"(```.*?```|\$\$.*?\$\$|</?details>|</?summary>|^\|[ |:-]*\|$|^#+ |^(?:[-*]|\d\.) |\n\n+|\n(?=\|))",
@@ -144,12 +144,12 @@ def _texts_of_checks(node: ast.AST, name: str) -> list[ast.expr]:
 
 def hints(root: Path, checked: list[str], drawn: list[str]) -> dict[str, str]:
     """What verdicts, progress, widgets, some chapters' checks and some chapters' figures say, each with its module."""
-    checks, course = root / "labutils" / "checks", root / "labutils" / "course"
+    checks, course = root / "labutils" / "course" / "checks", root / "labutils" / "course"
     modules = [checks / name for name in SHARED]
     names = ("badge", "build", "check", "figures", "predictions", "progress", "verdicts")
     modules += [course / f"{name}.py" for name in names]
     modules += [path for stem in checked for path in sorted(checks.glob(f"ch{stem[:2]}*.py"))]
-    modules += sorted((root / "labutils" / "widgets").glob("[a-z]*.py"))
+    modules += sorted((root / "labutils" / "lab" / "widgets").glob("[a-z]*.py"))
     found: dict[str, str] = {}
     for path in modules:
         for message in said_by(path):
@@ -166,7 +166,7 @@ def _drawing(root: Path, stems: list[str]) -> Iterator[Path]:
         source = root / "notebooks" / "source" / f"{stem}.py"
         yield source
         names = re.findall(r"labutils\.plots\.(\w+)", source.read_text(encoding="utf-8"))
-        paths = [root / "labutils" / "plots" / f"{name}.py" for name in dict.fromkeys(names)]
+        paths = [root / "labutils" / "lab" / "plots" / f"{name}.py" for name in dict.fromkeys(names)]
         yield from (path for path in paths if path.is_file())
 
 
@@ -182,6 +182,6 @@ def catalogues(root: Path, chapters: dict[str, list], language: str, begin: list
     folder = root / "notebooks" / language
     stems = [stem for stem in chapters if stem in begin or (folder / f"{stem}.po").is_file()]
     found = {folder / f"{stem}.po": updated(folder / f"{stem}.po", paragraphs(chapters[stem])) for stem in stems}
-    if (own := root / "labutils" / CATALOGUES.name / f"{language}.po").parent.is_dir():
+    if (own := root / "labutils" / "lab" / CATALOGUES.name / f"{language}.po").parent.is_dir():
         found[own] = updated(own, hints(root, list(chapters), stems))
     return found

@@ -23,8 +23,8 @@ from labutils.course.guard import process_limit
 from labutils.course.hand_in import Reference, UnusableError, find_reference, read_hand_in
 from labutils.course.setup_cell import language_of
 from labutils.course.verdicts import Verdict
-from labutils.language import ENGLISH, language, speaking, translated
-from labutils.paths import tool_cache_dir
+from labutils.lab.language import ENGLISH, language, speaking, translated
+from labutils.lab.paths import tool_cache_dir
 
 CELL_TIMEOUT_S = 120.0
 LONG_CELLS_S = dict.fromkeys(("03", "08", "09", "12", "13"), 300.0)  # of which their longest cells take a good part

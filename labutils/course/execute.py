@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from labutils.course.figures import BESIDE
-from labutils.language import ENGLISH
-from labutils.paths import tool_cache_dir
+from labutils.lab.language import ENGLISH
+from labutils.lab.paths import tool_cache_dir
 
 CELL_TIMEOUT_S = 1800
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"

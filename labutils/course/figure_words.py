@@ -55,7 +55,9 @@ def _drawn(tree: ast.AST) -> Iterator[ast.expr]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             yield from (word.value for word in node.keywords if word.arg in KEYWORDS)
-            if _name(node.func).startswith("draw_"):  # the words of the functions in labutils.plots are their arguments
+            if _name(node.func).startswith(
+                "draw_"
+            ):  # the words of the functions in labutils.lab.plots are their arguments
                 yield from [*node.args, *(word.value for word in node.keywords)]
             place = METHODS.get(getattr(node.func, "attr", ""))
             yield from node.args[place : place + 1] if place is not None else []

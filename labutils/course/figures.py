@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 
-from labutils.language import ENGLISH, language, translated
+from labutils.lab.language import ENGLISH, language, translated
 
 BESIDE = "LABUTILS_FIGURES"  # the languages in which a build wants each figure beside the English one
 PNG = "image/png"
@@ -29,7 +29,7 @@ def show_in_words() -> None:
     from IPython.core.formatters import PNGFormatter
     from matplotlib.figure import Figure
 
-    from labutils.plots.words import font_of, font_package
+    from labutils.lab.plots.words import font_of, font_package
 
     importlib.import_module("matplotlib_inline.backend_inline")  # which registers how a notebook draws, once
     formatters = shell.display_formatter.formatters
@@ -48,7 +48,7 @@ def show_in_words() -> None:
 
 def _printer(english, name: str | None):
     """Prints a figure in a language, by default the learner's at that moment."""
-    from labutils.plots.words import in_words
+    from labutils.lab.plots.words import in_words
 
     def draw(figure):
         with in_words(figure, name or language()):

@@ -26,8 +26,8 @@ from pathlib import Path
 from labutils.course import verdicts
 from labutils.course.contained import Limits, run_contained
 from labutils.course.hand_in import SIZE_LIMIT_BYTES, reference_folder
-from labutils.language import language
-from labutils.paths import readable, written_whole
+from labutils.lab.language import language
+from labutils.lab.paths import readable, written_whole
 
 COLUMNS = ("hand_in", "chapter", "exercise", "verdict", "points", "hint", "note", "seconds")
 UNUSABLE = "unusable"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labutils.course.exercises import chapter_number, exercises, find
-from labutils.paths import readable
+from labutils.lab.paths import readable
 
 SIZE_LIMIT_BYTES = 50_000_000
 LINE_ENDS = tuple("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")  # where `str.splitlines` cuts, and so nbformat

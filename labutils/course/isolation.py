@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from labutils.checks.shadows import bound_names
+from labutils.course.checks.shadows import bound_names
 from labutils.course.exercises import marker
 
 IPYTHONS_OWN = re.compile(r"In|Out|_{1,3}|_i{1,3}|_ih|_oh|_dh|_i?\d+")

@@ -7,8 +7,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from labutils.language import marked, translated
-from labutils.paths import learner_dir, written_whole
+from labutils.lab.language import marked, translated
+from labutils.lab.paths import learner_dir, written_whole
 
 NEAR = 2.0  # a guess within this factor of the result counts as near
 

@@ -8,9 +8,9 @@ import pkgutil
 import re
 import sys
 
-from labutils import checks
-from labutils.language import translated
-from labutils.paths import learner_dir, written_whole
+from labutils.course import checks
+from labutils.lab.language import translated
+from labutils.lab.paths import learner_dir, written_whole
 
 _CHAPTER = {"number": ""}  # of the notebook that this kernel runs; set by `begin`
 _VIEWS: list = []  # functions that draw the newest state again
@@ -66,7 +66,7 @@ def _define(chapter: str) -> None:
     for module in pkgutil.iter_modules(checks.__path__):
         if module.name.startswith(f"ch{int(chapter):02d}"):
             with contextlib.suppress(ImportError):
-                importlib.import_module(f"labutils.checks.{module.name}")
+                importlib.import_module(f"labutils.course.checks.{module.name}")
 
 
 def _numbers(name: str) -> list[int]:

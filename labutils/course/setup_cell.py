@@ -7,7 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from labutils.language import ENGLISH, use
+from labutils.lab.language import ENGLISH, use
 
 MARKER = "# SETUP"
 NEVER_INSTALLED = frozenset({"numpy", "torch"})  # a host's own builds fit its drivers and each other

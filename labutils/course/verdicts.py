@@ -3,7 +3,7 @@
 import re
 from dataclasses import asdict, dataclass, replace
 
-from labutils.language import in_all_languages, marked, translated
+from labutils.lab.language import in_all_languages, marked, translated
 
 RIGHT, WRONG, BLANK, SYNTAX = marked("right"), marked("wrong"), marked("blank"), marked("syntax error")
 LOOP, KILLED, NOT_RUN = marked("endless loop"), marked("killed kernel"), marked("not run")

@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity, linear, rms_norm, softmax
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from labutils.generation.cache import KVCache
-from labutils.training.losses import LossOf, counted, forward_kl
+from labutils.lab.training.losses import LossOf, counted, forward_kl
 
 Hidden = Float[Tensor, "batch positions width"]
 # Layers run, hidden state before and after the last of them, what the output layer would read: which places leave here?

@@ -20,7 +20,7 @@ from torch.nn.functional import rms_norm, silu
 from labutils.decoding.proposers import Proposal, draft_one_by_one
 from labutils.generation.fast_llama import FastLlama
 from labutils.generation.sampling import greedy
-from labutils.training.losses import LossOf, counted, forward_kl
+from labutils.lab.training.losses import LossOf, counted, forward_kl
 
 NEURONS = 768
 PLACES_AHEAD = 2  # that the head is trained to go on for

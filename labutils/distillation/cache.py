@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from labutils.distillation.sparse import SparseTargets, top_k
-from labutils.paths import written_whole
+from labutils.lab.paths import written_whole
 
 ID_BYTES, PROB_BYTES = 4, 2  # int32 and float16
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from labutils.distillation.divergences import at_temperature
-from labutils.training.loop import Part
-from labutils.training.losses import IGNORED, LossOf, forward_kl
+from labutils.lab.training.loop import Part
+from labutils.lab.training.losses import IGNORED, LossOf, forward_kl
 
 Rows = Int[Tensor, "items n"]
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
-from labutils.training.losses import Divergence, forward_kl
+from labutils.lab.training.losses import Divergence, forward_kl
 
 Logits = Float[Tensor, "*places vocab"]
 Nats = Float[Tensor, "*places"]

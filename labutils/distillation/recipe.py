@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from labutils.distillation.divergences import at_temperature
 from labutils.distillation.hidden import Projections, attention_loss, cosine_loss, hidden_loss, layer_map
 from labutils.distillation.sparse import SparseTargets, sparse_cross_entropy
-from labutils.training.losses import IGNORED, Divergence, LossOf, checked_rows, counted, forward_kl, mean_over
+from labutils.lab.training.losses import IGNORED, Divergence, LossOf, checked_rows, counted, forward_kl, mean_over
 
 
 @dataclass(frozen=True)

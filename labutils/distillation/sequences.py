@@ -13,8 +13,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from labutils.training.loop import Part
-from labutils.training.losses import IGNORED
+from labutils.lab.training.loop import Part
+from labutils.lab.training.losses import IGNORED
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ class ChatClient:
         timeout_s: of each request.
         control_tokens: texts such as "<|end|>" that no message may hold. Servers join messages and marks into one
             string, in which such a text forges a turn, and a client cannot tell them otherwise. With the tokenizer at
-            hand: `labutils.models.tokenizer.control_tokens(tokenizer)`. Empty for a server that keeps users' text
+            hand: `labutils.lab.models.tokenizer.control_tokens(tokenizer)`. Empty for a server that keeps users' text
             apart itself, as `labutils serve` does.
         in_flight: requests of a batch that wait for their answers at the same time.
 

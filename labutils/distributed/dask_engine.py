@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from labutils.distributed.work import AnswerBatch, Outcome, answer_batch, take_all
-from labutils.hosts import is_loopback
+from labutils.lab.hosts import is_loopback
 
 LOOK_S = 2.0
 MISSING = 'Dask distributed is needed here: pip install "distributed>=2025.7"'

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from labutils.distributed.collectives import Comm
-from labutils.layers.architecture import require_llama
+from labutils.lab.layers.architecture import require_llama
 
 PREFILL, DECODE = 0, 1
 

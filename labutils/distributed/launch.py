@@ -20,7 +20,7 @@ from typing import IO
 
 import psutil
 
-from labutils.hosts import is_loopback
+from labutils.lab.hosts import is_loopback
 
 TARGET = re.compile(r"[\w.]+:\w+")
 FAILED = re.compile(r"rank +: (\d+) .*\n\s+exitcode +: (-?\d+)")  # in torchrun's closing table

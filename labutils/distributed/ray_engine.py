@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from labutils.distributed.work import AnswerBatch, NodeGone, Outcome, answer_batch
-from labutils.hosts import is_loopback
+from labutils.lab.hosts import is_loopback
 
 MISSING = 'Ray is needed here: pip install "ray>=2.60"'
 

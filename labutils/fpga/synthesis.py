@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from labutils.fpga.simulate import Array
 from labutils.fpga.tools import ToolError, run_tool, version
-from labutils.paths import tool_cache_dir, written_whole
+from labutils.lab.paths import tool_cache_dir, written_whole
 
 if TYPE_CHECKING:
     from amaranth.hdl import Module, Signal

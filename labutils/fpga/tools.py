@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from labutils.paths import tool_cache_dir
+from labutils.lab.paths import tool_cache_dir
 
 LOCK_TIMEOUT_S, PATIENCE_S = 900, 10
 

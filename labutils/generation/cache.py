@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from labutils.layers.architecture import layer_caches
+from labutils.lab.layers.architecture import layer_caches
 
 Keys = Float[Tensor, "batch kv_heads positions head_dim"]
 Values = Float[Tensor, "batch kv_heads positions value_dim"]  # head_dim as well, but for latent attention

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from labutils.generation.cache import Cache, CompiledKVCache, KVCache, StaticKVCache
 from labutils.generation.sampling import greedy
-from labutils.layers.architecture import layer_caches
-from labutils.layers.compile import KernelError, compile_apart, torch_compile_lack
+from labutils.lab.layers.architecture import layer_caches
+from labutils.lab.layers.compile import KernelError, compile_apart, torch_compile_lack
 
 Choose = Callable[[Tensor], Tensor]
 TokenIds = Int[Tensor, "batch positions"]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from labutils.generation.cache import check_truncation, length_after_rewind
 from labutils.generation.llama_steps import attend, rms_norm, swiglu
 from labutils.generation.sampling import greedy
-from labutils.layers.architecture import ROPES, Architecture, is_tied, require, require_llama, require_plain_layers
+from labutils.lab.layers.architecture import ROPES, Architecture, is_tied, require, require_llama, require_plain_layers
 
 Choose = Callable[[Tensor], Tensor]
 SUPPORTED = ("llama", "qwen2")

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
+from labutils.lab.paths import learner_dir
 from labutils.measurement.limits import available_cores
 from labutils.measurement.timing import MIN_REPEATS, bootstrap_interval
-from labutils.paths import learner_dir
 
 LEDGER_NAME = "ledger.jsonl"
 SAMPLED = ("samples", "task_scores", "answer_s", "joules_per_token")

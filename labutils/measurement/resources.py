@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from labutils.layers.architecture import layer_caches
+from labutils.lab.layers.architecture import layer_caches
 
 PROC_SELF = Path("/proc/self")
 NOT_MEASURED = "not measured"

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
+from labutils.lab.paths import learner_dir
 from labutils.measurement.timing import sample_seconds
-from labutils.paths import learner_dir
 
 DEFAULT_CACHE_BYTES = 32 * 2**20
 CACHE_MULTIPLE = 8

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from labutils.layers.linears import linear_layers, set_weight_, weight_of
+from labutils.lab.layers.linears import linear_layers, set_weight_, weight_of
 
 Damage = dict[str, list[float]]
 

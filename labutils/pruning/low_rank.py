@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from labutils.layers.architecture import require_llama
+from labutils.lab.layers.architecture import require_llama
 from labutils.pruning.structured import READERS, WRITERS, rebuilt, require_removable
 
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from labutils.layers.linears import Linear, compressed_weights, linear_layers, output_head, set_weight_, weight_of
+from labutils.lab.layers.linears import Linear, compressed_weights, linear_layers, output_head, set_weight_, weight_of
 
 Pattern = float | tuple[int, int]  # a sparsity in [0, 1], or (n, m): n weights kept of every m
 Mask = Bool[Tensor, "out n"]

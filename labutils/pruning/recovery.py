@@ -7,11 +7,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from labutils.layers.linears import Linear, linear_layers, replace_module_, set_weight_, weight_of
+from labutils.lab.layers.linears import Linear, linear_layers, replace_module_, set_weight_, weight_of
+from labutils.lab.training.loop import FitPlan, fit_
+from labutils.lab.training.losses import teacher_loss, text_loss
 from labutils.pruning.masks import Masks, apply_masks_, mask_model, masked_layers
 from labutils.pruning.scores import magnitude_scores, schedule, weighted_gradient
-from labutils.training.loop import FitPlan, fit_
-from labutils.training.losses import teacher_loss, text_loss
 
 
 def fine_tune_(

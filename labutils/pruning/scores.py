@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from labutils.layers.calibration import InputStatistics
-from labutils.layers.linears import Linear, linear_layers, weight_of
+from labutils.lab.layers.calibration import InputStatistics
+from labutils.lab.layers.linears import Linear, linear_layers, weight_of
 
 Scores = dict[str, Float[Tensor, "out n"]]
 

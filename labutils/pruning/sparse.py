@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from labutils.layers.compile import build_c
-from labutils.layers.linears import Linear, linear_layers, replace_module_, weight_of
+from labutils.lab.layers.compile import build_c
+from labutils.lab.layers.linears import Linear, linear_layers, replace_module_, weight_of
 
 ROWS, COLUMNS = 8, 32
 SOURCE = Path(__file__).with_name("sparse_matvec.c")

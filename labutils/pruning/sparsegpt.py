@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from labutils.layers.calibration import inverse_factor
+from labutils.lab.layers.calibration import inverse_factor
 from labutils.pruning.masks import Pattern, mask_layer, mask_n_of_m, zeros_for
 
 Column = Float[Tensor, " out"]

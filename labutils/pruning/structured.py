@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from labutils.layers.architecture import Architecture, require_llama, require_plain_layers
-from labutils.layers.calibration import InputStatistics
+from labutils.lab.layers.architecture import Architecture, require_llama, require_plain_layers
+from labutils.lab.layers.calibration import InputStatistics
 from labutils.pruning.scores import column_scores
 from labutils.pruning.similarity import reconstruct
 

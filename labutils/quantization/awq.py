@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from labutils.layers.calibration import InputStatistics, layer_error
-from labutils.layers.linears import weight_of
+from labutils.lab.layers.calibration import InputStatistics, layer_error
+from labutils.lab.layers.linears import weight_of
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, fake_quantize, grouped, observed_range
 from labutils.quantization.folding import folds, rescaled, scale_inputs_
 

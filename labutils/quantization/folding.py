@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import GPT2Model
 
-from labutils.layers.architecture import LLAMA_LIKE, require_llama
-from labutils.layers.calibration import InputStatistics
-from labutils.layers.linears import Linear, set_weight_, weight_of
+from labutils.lab.layers.architecture import LLAMA_LIKE, require_llama
+from labutils.lab.layers.calibration import InputStatistics
+from labutils.lab.layers.linears import Linear, set_weight_, weight_of
 
 
 @dataclass(frozen=True)

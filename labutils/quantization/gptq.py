@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from labutils.layers.calibration import inverse_factor
+from labutils.lab.layers.calibration import inverse_factor
 from labutils.quantization.affine import QParams, dequantize, grouped, quantize
 
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int8, Int32
 from torch import Tensor, nn
 
-from labutils.layers.calibration import InputStatistics
-from labutils.layers.linears import Linear, linear_layers, replace_module_, weight_of
+from labutils.lab.layers.calibration import InputStatistics
+from labutils.lab.layers.linears import Linear, linear_layers, replace_module_, weight_of
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, quantize
 
 OUTLIER_THRESHOLD = 6.0

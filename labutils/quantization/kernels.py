@@ -1,4 +1,4 @@
-"""Loading the C kernels of quantized layers, built by `labutils.layers.compile`."""
+"""Loading the C kernels of quantized layers, built by `labutils.lab.layers.compile`."""
 
 import ctypes
 import functools
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from labutils.layers.compile import KernelError, build_c
+from labutils.lab.layers.compile import KernelError, build_c
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "steps.c"))  # compiled as one text
 

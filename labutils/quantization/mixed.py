@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from labutils.layers.linears import linear_layers, set_weight_, weight_of
+from labutils.lab.layers.linears import linear_layers, set_weight_, weight_of
 from labutils.quantization.affine import Scheme, fake_quantize
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from labutils.layers.linears import linear_layers, weight_of
+from labutils.lab.layers.linears import linear_layers, weight_of
 from labutils.quantization.affine import Scheme
 from labutils.quantization.packing import bits_per_weight
 

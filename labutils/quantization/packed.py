@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from labutils.layers.linears import Linear, linear_layers, output_head, replace_module_, weight_of
+from labutils.lab.layers.linears import Linear, linear_layers, output_head, replace_module_, weight_of
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, quantize
 from labutils.quantization.packed_ops import CHUNK, MAX_BLOCK, ROWS, packed_linear, unpack_codes
 

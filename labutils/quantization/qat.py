@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from labutils.layers.linears import linear_layers
+from labutils.lab.layers.linears import linear_layers
+from labutils.lab.training.loop import FitPlan, fit_
+from labutils.lab.training.losses import teacher_loss, text_loss
 from labutils.quantization.affine import Scheme, fake_quantize
-from labutils.training.loop import FitPlan, fit_
-from labutils.training.losses import teacher_loss, text_loss
 
 
 def straight_through(weight: Float[Tensor, "*shape"], scheme: Scheme) -> Float[Tensor, "*shape"]:

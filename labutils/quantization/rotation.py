@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from labutils.layers.architecture import require_llama, require_plain_layers
-from labutils.layers.linears import Linear, set_weight_, untie_head_, weight_of
+from labutils.lab.layers.architecture import require_llama, require_plain_layers
+from labutils.lab.layers.linears import Linear, set_weight_, untie_head_, weight_of
 from labutils.quantization.folding import folds
 
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from labutils.layers.calibration import InputStatistics
-from labutils.layers.linears import weight_of
+from labutils.lab.layers.calibration import InputStatistics
+from labutils.lab.layers.linears import weight_of
 from labutils.quantization.folding import folds, rescaled, scale_inputs_
 
 

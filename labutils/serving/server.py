@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from labutils.generation.sampling import Sampler
-from labutils.hosts import is_loopback
+from labutils.lab.hosts import is_loopback
 from labutils.serving.protocol import Answer, ApiError, StopText, Wanted, parse, usage
 from labutils.serving.queueing import latency_badge
 from labutils.serving.scheduler import End, Refusal, Request

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
-from labutils.layers.architecture import ROPES, is_tied, require, require_llama, require_plain_layers
+from labutils.lab.layers.architecture import ROPES, is_tied, require, require_llama, require_plain_layers
 from labutils.xla.lazy import Array, jax, jnp, lax
 
 Cache = tuple[Array, Array]  # keys and values, each (layers, kv_heads, max_length, head_dim)

@@ -26,7 +26,7 @@ import statistics
 
 import torch
 
-from labutils.models.load import load_model
+from labutils.lab.models.load import load_model
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model, tokenizer = load_model("lablm", device=device)
@@ -40,7 +40,7 @@ print(f"{model.num_parameters() / 1e6:.2f} million parameters, {size_mb:.0f} MB 
 
 # %%
 from labutils.generation.stream import CachedDecoder, stream
-from labutils.models.tokenizer import chat_ids
+from labutils.lab.models.tokenizer import chat_ids
 
 
 def show(tokens):
@@ -99,7 +99,7 @@ my_speed = predict("LabLM's tokens per second on this machine", None, unit="toke
 # Here is the greedy text once more, with its times. The text is the same; are they?
 
 # %%
-from labutils.widgets.stream import print_stream
+from labutils.lab.widgets.stream import print_stream
 
 for _ in range(3):
     print_stream(stream(CachedDecoder(model), tokenizer, prompt_ids, max_new_tokens=24))
@@ -131,7 +131,7 @@ def tokens_per_second(new_tokens, seconds):
 
 # %%
 # CHECK tokens_per_second
-from labutils.checks import ch00
+from labutils.course.checks import ch00
 
 ch00.tokens_per_second(tokens_per_second)
 
@@ -208,9 +208,9 @@ ch00.bits_per_byte(bits_per_byte)
 # 200 other modules, which byte follows which.
 
 # %%
-from labutils.data.compressors import bigram_bits_per_byte, xz_bits_per_byte
-from labutils.data.corpus import Document, stdlib_documents
-from labutils.models import evaluate_text
+from labutils.lab.data.compressors import bigram_bits_per_byte, xz_bits_per_byte
+from labutils.lab.data.corpus import Document, stdlib_documents
+from labutils.lab.models import evaluate_text
 
 CHARACTERS = 2000
 held_out = [Document(d.name, d.text[:CHARACTERS]) for d in stdlib_documents("test")]
@@ -249,7 +249,7 @@ print(f"{record.tokens_per_s:.0f} tokens/s of a whole call, at {record.bits_per_
 # %%
 import matplotlib.pyplot as plt
 
-from labutils.plots.speed_quality import draw_speed_quality
+from labutils.lab.plots.speed_quality import draw_speed_quality
 
 figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
 draw_speed_quality([record], ax=axes)
@@ -309,7 +309,7 @@ ch00.best_tokens_per_s(best_tokens_per_s)
 # from data sheets, which promise more than a program reaches.
 
 # %%
-from labutils.plots.style import plain_log_scale, series_style
+from labutils.lab.plots.style import plain_log_scale, series_style
 
 SIZES, BITS = {"0.2B": 0.2e9, "1B": 1e9, "7B": 7e9, "70B": 70e9}, (32, 16, 8, 4)
 READING = 240 / 60 * 1.3  # tokens/s: 240 words a minute, about 1.3 tokens an English word

@@ -22,9 +22,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from labutils.course.predictions import calibration, predict
-from labutils.data.corpus import Document, stdlib_documents
-from labutils.models.load import load_model
-from labutils.plots.style import plain_log_scale, series_style
+from labutils.lab.data.corpus import Document, stdlib_documents
+from labutils.lab.models.load import load_model
+from labutils.lab.plots.style import plain_log_scale, series_style
 
 # %%
 CHARACTERS = 2000  # of each held-out module, as in chapter 00
@@ -99,7 +99,7 @@ def linear_attention(query, key, value):
 
 # %%
 # CHECK linear_attention
-from labutils.checks import ch01
+from labutils.course.checks import ch01
 
 ch01.linear_attention(linear_attention)
 
@@ -313,7 +313,7 @@ own = x / (x.square().mean() + norm.variance_epsilon).sqrt() * norm.weight
 print("LabLM's first norm agrees with the formula:", torch.allclose(own, norm(x), atol=1e-5))
 
 # %%
-from labutils.plots.anatomy import draw_block
+from labutils.lab.plots.anatomy import draw_block
 
 figure, axes = plt.subplots(figsize=(11, 4.8), layout="constrained")
 draw_block(model.config, ax=axes)
@@ -370,7 +370,7 @@ def parameter_count(config):
 
 # %%
 # CHECK parameter_count
-from labutils.checks import ch01_costs
+from labutils.course.checks import ch01_costs
 
 ch01_costs.parameter_count(parameter_count)
 
@@ -731,7 +731,7 @@ ch01_costs.kv_cache_bytes(kv_cache_bytes)
 # keys and values, and how many positions at most. A state counts as a single position.
 
 # %%
-from labutils.layers.architecture import LayerCache
+from labutils.lab.layers.architecture import LayerCache
 from labutils.measurement.resources import kv_bytes_per_position
 
 cache = KVCache()
@@ -879,10 +879,10 @@ ch01_costs.flop_per_byte(flop_per_byte)
 # slightly too few.
 
 # %%
-from labutils.bench.subject import speed_subject
+from labutils.course.bench.subject import speed_subject
 from labutils.generation.decode import static_cache
+from labutils.lab.plots.roofline import RooflinePoint, draw_roofline
 from labutils.measurement.resources import weight_bytes_read
-from labutils.plots.roofline import RooflinePoint, draw_roofline
 
 large = speed_subject().model.to(device)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -1163,7 +1163,7 @@ print(f"against itself: {itself}, {verdict}")
 # number for both: section 5 found their logits equal within 1e-4, and the cell below compares their tokens.
 
 # %%
-from labutils.models import evaluate_text
+from labutils.lab.models import evaluate_text
 
 NEW_TOKENS = 32
 ledger_ids = text_ids[:, :128]
@@ -1205,7 +1205,7 @@ for technique, timing in runs.items():
     ledger.append(record)
 
 # %%
-from labutils.plots.speed_quality import draw_speed_quality, speed_quality_table
+from labutils.lab.plots.speed_quality import draw_speed_quality, speed_quality_table
 
 records = [r for r in ledger.read() if r.bits_per_byte is not None]
 figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -1223,7 +1223,7 @@ print(speed_quality_table(records))
 # shows everything without a click; `print(speed_quality_table(records))` prints it.
 
 # %%
-from labutils.widgets.speed_quality import speed_quality_widget
+from labutils.lab.widgets.speed_quality import speed_quality_widget
 
 speed_quality_widget(records)
 

@@ -19,9 +19,9 @@ import math
 import matplotlib.pyplot as plt
 import torch
 
-from labutils.layers.linears import linear_layers, set_weight_, weight_of
-from labutils.models.load import load_model
-from labutils.plots.style import series_style
+from labutils.lab.layers.linears import linear_layers, set_weight_, weight_of
+from labutils.lab.models.load import load_model
+from labutils.lab.plots.style import series_style
 
 model, tokenizer = load_model("lablm")
 weights = {name: weight_of(layer).clone() for name, layer in linear_layers(model)}
@@ -86,7 +86,7 @@ def affine_codes(x, scale, zero_point, qmin, qmax):
 
 # %%
 # CHECK affine_codes
-from labutils.checks import ch02
+from labutils.course.checks import ch02
 
 ch02.affine_codes(affine_codes)
 
@@ -391,8 +391,8 @@ print({bits: f"best share {share:.2f}, gain {gain:.1f} dB" for bits, (share, gai
 # SQNR largest? (Arrow keys move the slider too. The figure below it shows the default choice; `draw_clipping` draws any other.)
 
 # %%
-from labutils.plots.quantization import draw_clipping
-from labutils.widgets.slider import picture_slider
+from labutils.lab.plots.quantization import draw_clipping
+from labutils.lab.widgets.slider import picture_slider
 
 picture_slider("cut", 46, lambda axes, cut: draw_clipping(axes, weight, bits=3, share=1 - cut / 50), figsize=(8, 3.4))
 
@@ -410,12 +410,12 @@ plt.show()
 # `print(quantized_layer(weight, bits=3, granularity="channel", clipping="least error"))` gives the same as text.
 
 # %%
-from labutils.widgets.quantization import quantization_widget
+from labutils.lab.widgets.quantization import quantization_widget
 
 quantization_widget(weight)
 
 # %%
-from labutils.plots.quantization import draw_quantized_layer, quantized_layer
+from labutils.lab.plots.quantization import draw_quantized_layer, quantized_layer
 
 figure = plt.figure(figsize=(10, 4), layout="constrained")
 draw_quantized_layer(quantized_layer(weight, bits=4, granularity="channel"), figure=figure)
@@ -593,7 +593,7 @@ def xnor_product(x_bits, weight_bits, count):
 
 # %%
 # CHECK xnor_product
-from labutils.checks import ch02_formats
+from labutils.course.checks import ch02_formats
 
 ch02_formats.xnor_product(xnor_product)
 
@@ -695,7 +695,7 @@ plt.show()
 # in another format. (Tab and the space bar work too; `spell_bits` gives the same as text.)
 
 # %%
-from labutils.widgets.quantization import bits_widget, spell_bits
+from labutils.lab.widgets.quantization import bits_widget, spell_bits
 
 for form, bits in (("E4M3", "00111000"), ("E4M3", "01111000"), ("E4M3", "00111001"), ("int8", "10111000")):
     print(form, spell_bits(bits, form))
@@ -1057,8 +1057,8 @@ WAYS = {
 # **Predict:** how many bits can go before it hurts? Where will one bit land: at the text's own 8 bits per byte, or below?
 
 # %%
-from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
-from labutils.plots.quantization import BitsPoint, bits_quality_table, draw_bits_quality
+from labutils.lab.models.compare import bits_by_document, held_out_documents, paired_quality
+from labutils.lab.plots.quantization import BitsPoint, bits_quality_table, draw_bits_quality
 
 documents = held_out_documents(limit_bytes=1000)
 baseline = bits_by_document(model, tokenizer, documents)

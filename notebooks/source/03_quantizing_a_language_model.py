@@ -19,10 +19,10 @@ import math
 import matplotlib.pyplot as plt
 import torch
 
-from labutils.models.compare import bits_by_document, held_out_dialogues, held_out_documents, paired_quality
-from labutils.models.evaluate_service import score_task
-from labutils.models.load import load_model
-from labutils.plots.style import series_style
+from labutils.lab.models.compare import bits_by_document, held_out_dialogues, held_out_documents, paired_quality
+from labutils.lab.models.evaluate_service import score_task
+from labutils.lab.models.load import load_model
+from labutils.lab.plots.style import series_style
 
 model, tokenizer = load_model("lablm")
 documents, dialogues = held_out_documents(limit_bytes=1000), held_out_dialogues()
@@ -97,9 +97,9 @@ print(
 # $X^\top X$, mean and largest $|x_j|$. Text X itself need not be kept.
 
 # %%
-from labutils.layers.calibration import input_statistics, layer_error
-from labutils.layers.linears import change_weights_, linear_layers, set_weight_, weight_of
-from labutils.models.calibration_text import calibration_batches
+from labutils.lab.layers.calibration import input_statistics, layer_error
+from labutils.lab.layers.linears import change_weights_, linear_layers, set_weight_, weight_of
+from labutils.lab.models.calibration_text import calibration_batches
 
 calibration = calibration_batches(tokenizer, code=8, dialogues=8)
 statistics = input_statistics(model, calibration, with_gram=True)
@@ -140,7 +140,7 @@ def output_error(weight, rounded, gram):
 
 # %%
 # CHECK output_error
-from labutils.checks import ch03
+from labutils.course.checks import ch03
 
 ch03.output_error(output_error)
 
@@ -263,7 +263,7 @@ for index in [i for i, right in enumerate(said.is_right) if not right][:3]:
 # For two columns −U₁₂/U₁₁ is the G₁₂/G₂₂ above, up to λ. What do the two methods give for x = (1, 1)?
 
 # %%
-from labutils.layers.calibration import inverse_factor
+from labutils.lab.layers.calibration import inverse_factor
 from labutils.quantization.gptq import gptq
 
 tiny, gram = torch.tensor([[0.4, 0.4]]), torch.tensor([[1.0, 0.95], [0.95, 1.0]])
@@ -309,7 +309,7 @@ ch03.gptq_round(gptq_round)
 # draws any step; the figure below the slider shows three.)
 
 # %%
-from labutils.widgets.slider import picture_slider
+from labutils.lab.widgets.slider import picture_slider
 
 name, COLUMNS = "model.layers.2.self_attn.o_proj", 24
 piece = weight_of(dict(linear_layers(model))[name])[:12, :COLUMNS]
@@ -944,7 +944,7 @@ ch03.round_keys(round_keys)
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
-from labutils.data.corpus import stdlib_documents
+from labutils.lab.data.corpus import stdlib_documents
 from labutils.quantization.kv_cache import QuantizedKVCache
 
 texts = [tokenizer(d.text[:3000], add_special_tokens=False)["input_ids"][:255] for d in stdlib_documents("test")]
@@ -1318,7 +1318,7 @@ def pack_halves(codes):
 
 # %%
 # CHECK pack_halves
-from labutils.checks import ch03_speed
+from labutils.course.checks import ch03_speed
 
 ch03_speed.pack_halves(pack_halves)
 
@@ -1442,7 +1442,7 @@ for bits in (8, 4):
 # first step forbids the compiler to use vectors; the second lets it.
 
 # %%
-from labutils.layers.compile import compile_c
+from labutils.lab.layers.compile import compile_c
 from labutils.quantization.kernels import find_kernels, instruction_set
 
 kernels, reason = find_kernels()
@@ -1568,7 +1568,7 @@ for name, step in steps.items():
 import subprocess
 from pathlib import Path
 
-from labutils.layers.compile import compiler
+from labutils.lab.layers.compile import compiler
 
 SUSPECT = NAIVE.replace("codes[r * n + k] * x[k]", "(codes[r * n + k] - 128) * x[k]").replace(
     "(dot - 128 * total)", "dot"
@@ -1651,10 +1651,10 @@ if kernels:
 # %%
 import copy
 
-from labutils.bench.subject import speed_subject
+from labutils.course.bench.subject import speed_subject
 from labutils.generation.decode import generate_static
 from labutils.generation.fast_llama import FastLlama
-from labutils.models.quantized import fast_float_llama, fast_packed_llama
+from labutils.lab.models.quantized import fast_float_llama, fast_packed_llama
 from labutils.quantization.packed import pack_model_
 
 subject = speed_subject(num_hidden_layers=8)
@@ -1723,8 +1723,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from labutils.models.load import LoadError
-from labutils.models.quantized import load_quantized, save_quantized
+from labutils.lab.models.load import LoadError
+from labutils.lab.models.quantized import load_quantized, save_quantized
 
 small = pack_model_(copy.deepcopy(model), Scheme(4, granularity="group", group_size=64))
 ids = tokenizer("def area(width, height):\n", return_tensors="pt").input_ids
@@ -1915,7 +1915,7 @@ for name, quality in qualities.items():
     ledger.append(record)
 
 # %%
-from labutils.plots.speed_quality import beaten_by, draw_speed_quality, speed_quality_table
+from labutils.lab.plots.speed_quality import beaten_by, draw_speed_quality, speed_quality_table
 
 figure, axes = plt.subplots(figsize=(9, 8), layout="constrained")
 draw_speed_quality(records, ax=axes)
@@ -2007,7 +2007,7 @@ def decode_q4_0(block):
 
 # %%
 # CHECK decode_q4_0
-from labutils.checks import ch03_formats
+from labutils.course.checks import ch03_formats
 
 ch03_formats.decode_q4_0(decode_q4_0)
 
@@ -2016,9 +2016,9 @@ ch03_formats.decode_q4_0(decode_q4_0)
 # scales are quantized as well. How many of LabLM's Q4_0 scales are negative?
 
 # %%
-from labutils.models.gguf import export_gguf
-from labutils.models.gguf_blocks import encode_q4_0
-from labutils.models.gguf_read import read_gguf
+from labutils.lab.models.gguf import export_gguf
+from labutils.lab.models.gguf_blocks import encode_q4_0
+from labutils.lab.models.gguf_read import read_gguf
 
 weight = model.model.layers[0].mlp.down_proj.weight.detach()
 with tempfile.TemporaryDirectory() as folder:
@@ -2103,7 +2103,7 @@ ch03_formats.unpack_zero_points(unpack_zero_points)
 # `compressed-tensors` installed, `transformers` loads it. Below, symmetric groups of 64, which have no zero points to pack.
 
 # %%
-from labutils.models.compressed_tensors import read_compressed_tensors, save_compressed_tensors
+from labutils.lab.models.compressed_tensors import read_compressed_tensors, save_compressed_tensors
 
 layers = {name: nearest_codes(symmetric[4])(name, weight_of(layer)) for name, layer in linear_layers(model)}
 with tempfile.TemporaryDirectory() as folder:

@@ -24,13 +24,13 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from labutils.layers.calibration import input_statistics, layer_error
-from labutils.layers.linears import change_weights_, linear_layers, weight_of
-from labutils.models.calibration_text import calibration_batches
-from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
-from labutils.models.load import load_model
-from labutils.plots import pruning as plots
-from labutils.plots.style import series_style
+from labutils.lab.layers.calibration import input_statistics, layer_error
+from labutils.lab.layers.linears import change_weights_, linear_layers, weight_of
+from labutils.lab.models.calibration_text import calibration_batches
+from labutils.lab.models.compare import bits_by_document, held_out_documents, paired_quality
+from labutils.lab.models.load import load_model
+from labutils.lab.plots import pruning as plots
+from labutils.lab.plots.style import series_style
 
 transformers_logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
@@ -107,7 +107,7 @@ def explained_share(rows):
 
 # %%
 # CHECK explained_share
-from labutils.checks import ch04, ch04_removal
+from labutils.course.checks import ch04, ch04_removal
 
 ch04.explained_share(explained_share)
 
@@ -484,9 +484,9 @@ plt.show()
 # Quality: bits per byte on dialogues of held-out phrasings.
 
 # %%
-from labutils.data import service
-from labutils.models.compare import held_out_dialogues
-from labutils.models.mixture import chat_text
+from labutils.lab.data import service
+from labutils.lab.models.compare import held_out_dialogues
+from labutils.lab.models.mixture import chat_text
 from labutils.pruning.recovery import fine_tune_, gradual_
 
 small, _ = load_model("lablm-small")
@@ -751,7 +751,7 @@ plt.show()
 # %%
 from transformers import AutoModelForCausalLM
 
-from labutils.models.gguf import export_gguf
+from labutils.lab.models.gguf import export_gguf
 
 shorter = smaller["3/4 of the neurons"]
 masked = copy.deepcopy(model)
@@ -1061,8 +1061,8 @@ else:
 # parameters; here a smaller one, for time.
 
 # %%
-from labutils.bench.pruning import bench_pruning
-from labutils.bench.subject import speed_subject
+from labutils.course.bench.pruning import bench_pruning
+from labutils.course.bench.subject import speed_subject
 
 subject = speed_subject(hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, vocab_size=8192)
 bench_rows, bars = bench_pruning(subject, rounds=25)
@@ -1087,8 +1087,8 @@ print(*bars, sep="\n")
 # %%
 from torch.nn.utils.rnn import pad_sequence
 
-from labutils.models.mixture import reply_labels
-from labutils.models.tokenizer import chat_ids, role_ids
+from labutils.lab.models.mixture import reply_labels
+from labutils.lab.models.tokenizer import chat_ids, role_ids
 
 queries = sorted(
     service.evaluation_set(service.INTENT, "test", 315, seed=0), key=lambda d: len(d.messages[-2]["content"])
@@ -1168,7 +1168,7 @@ plt.show()
 # plain function answers at four levels, each time from the start. **Predict:** at which sparsity does it stop making sense?
 
 # %%
-from labutils.widgets.pruning import PrunedSpeaker, print_speech, pruning_widget
+from labutils.lab.widgets.pruning import PrunedSpeaker, print_speech, pruning_widget
 
 ASKED = next(q for q in service.evaluation_set(service.ANSWER, "test", 20, seed=12) if q.language == "en")
 PROMPT = tokenizer.decode(chat_ids(tokenizer, ASKED.messages[:-1], add_generation_prompt=True))
@@ -1253,7 +1253,7 @@ for name, variant in final.items():
 print(f"2:4 zeros in a packed file: {packed_disk_bytes(final['2:4 zeros, SparseGPT']) / 1e6:.2f} MB")
 
 # %%
-from labutils.plots.speed_quality import draw_speed_quality
+from labutils.lab.plots.speed_quality import draw_speed_quality
 
 records = [r for r in ledger.read() if r.chapter == "04" and r.bits_per_byte is not None]
 figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")

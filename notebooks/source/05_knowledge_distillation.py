@@ -23,11 +23,11 @@ import torch
 from torch.nn.functional import cross_entropy, softmax
 from transformers.utils import logging as transformers_logging
 
-from labutils.models.calibration_text import calibration_batches
-from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
-from labutils.models.load import load_model
-from labutils.plots import distillation as plots
-from labutils.plots.style import series_style
+from labutils.lab.models.calibration_text import calibration_batches
+from labutils.lab.models.compare import bits_by_document, held_out_documents, paired_quality
+from labutils.lab.models.load import load_model
+from labutils.lab.plots import distillation as plots
+from labutils.lab.plots.style import series_style
 
 transformers_logging.disable_progress_bar()
 
@@ -62,7 +62,7 @@ print(
 
 # %%
 from labutils.distillation.divergences import article_loss
-from labutils.training.losses import forward_kl
+from labutils.lab.training.losses import forward_kl
 
 text = tokenizer(documents[0].text, return_tensors="pt").input_ids[:, :201]
 with torch.no_grad():
@@ -128,7 +128,7 @@ def soft_loss(student_logits, teacher_logits):
 
 # %%
 # CHECK soft_loss
-from labutils.checks import ch05, ch05_stored
+from labutils.course.checks import ch05, ch05_stored
 
 ch05.soft_loss(soft_loss)
 
@@ -142,8 +142,8 @@ ch05.soft_loss(soft_loss)
 # **Predict:** a customer says "Something is wrong with my order." Which intents could that be?
 
 # %%
-from labutils.data import service
-from labutils.models.intents import intent_opinion
+from labutils.lab.data import service
+from labutils.lab.models.intents import intent_opinion
 
 PLACES = {
     "a customer, cut off": "<|user|>Could you please",
@@ -207,7 +207,7 @@ ch05.soften(soften)
 # slider, `print(opinion_at(tokenizer, logits, 4.0))` says the same in words, and the figure below shows three temperatures.
 
 # %%
-from labutils.widgets.distillation import opinion_at, temperature_widget
+from labutils.lab.widgets.distillation import opinion_at, temperature_widget
 
 temperature_widget(tokenizer, opinions["code, a keyword"])
 
@@ -522,9 +522,9 @@ ch05_stored.mean_where_counted(mean_where_counted)
 
 # %%
 from labutils.distillation.recipe import Recipe, distillation_loss, stored_loss
-from labutils.models.students import SIZES, Size, first_student
-from labutils.training.loop import FitPlan, fit_
-from labutils.training.losses import text_loss
+from labutils.lab.models.students import SIZES, Size, first_student
+from labutils.lab.training.loop import FitPlan, fit_
+from labutils.lab.training.losses import text_loss
 
 lessons = calibration_batches(tokenizer, code=96, dialogues=24, context=128, batch=4, seed=1)
 print(f"{len(lessons)} lessons of {lessons[0].numel()} tokens of training text, a fifth of them dialogues")
@@ -685,7 +685,7 @@ spent = {name: timing.samples_s for name, timing in measure_interleaved(once, re
 print("time of a loss and its gradient against CE:", {n: str(paired_ratio(s, spent["CE"])) for n, s in spent.items()})
 
 # %%
-from labutils.models.students import mean_interval
+from labutils.lab.models.students import mean_interval
 
 verdicts = {}
 for name in ("smoothed", "KD"):
@@ -724,7 +724,7 @@ plt.show()
 # the seeds and of one that resamples seeds and documents together.
 
 # %%
-from labutils.models.students import effects, longest_runs, mean_interval, validation_curves, wrong_share
+from labutils.lab.models.students import effects, longest_runs, mean_interval, validation_curves, wrong_share
 
 runs = longest_runs()
 table = effects(runs)
@@ -848,7 +848,7 @@ for name, bits in inside_bits.items():
 # %%
 from labutils.distillation.sequences import OnPolicySchedule, on_policy_parts, written
 from labutils.distillation.student import require_same_tokens
-from labutils.models.tokenizer import chat_ids, train_tokenizer
+from labutils.lab.models.tokenizer import chat_ids, train_tokenizer
 
 other = train_tokenizer(["def f(x): return x"] * 5, vocab_size=300, max_positions=64)
 try:
@@ -963,7 +963,7 @@ for name, student in students.items():
 # (chapter 04) take one; this is quantization-aware distillation (QAD). **Predict:** at 2 bits, does the teacher or the text repair more?
 
 # %%
-from labutils.layers.linears import change_weights_
+from labutils.lab.layers.linears import change_weights_
 from labutils.pruning.recovery import fine_tune_
 from labutils.quantization.affine import Scheme, fake_quantize
 from labutils.quantization.qat import train_quantized_
@@ -1026,8 +1026,8 @@ ch05_stored.acceptance(acceptance)
 
 # %%
 from labutils.distillation.acceptance import acceptance_rate, greedy_agreement, tokens_per_target_step
-from labutils.models.mixture import chat_text, reply_labels
-from labutils.models.tokenizer import role_ids
+from labutils.lab.models.mixture import chat_text, reply_labels
+from labutils.lab.models.tokenizer import role_ids
 
 codes = [tokenizer(d.text, return_tensors="pt").input_ids[0] for d in documents]
 talks = [
@@ -1120,7 +1120,7 @@ for text_name in (*PLACES_OF, *own):
 # over four service tasks beside the teacher's on the same items (as for GLUE). The students are those trained with KD.
 
 # %%
-from labutils.models.students import bits_per_byte_of, reference_scores
+from labutils.lab.models.students import bits_per_byte_of, reference_scores
 
 known, per_token = reference_scores(), sum(len(d.text.encode()) for d in documents) / sum(map(len, codes))
 
@@ -1171,7 +1171,7 @@ print(f"published: DistilGPT2 perplexity {21.1 / 16.3:.3f} times its teacher's; 
 # %%
 import json
 
-from labutils.paths import DATA
+from labutils.lab.paths import DATA
 
 with open(DATA / "results" / "lablm_small_choices.jsonl", encoding="utf-8") as file:
     choices = [json.loads(line) for line in file]
@@ -1222,7 +1222,7 @@ for name, timed in zip(quality, ("LabLM", "LabLM-small", "size “tiny”"), str
     print(f"{name:<14} {quality[name]}")
 
 # %%
-from labutils.plots.speed_quality import draw_speed_quality
+from labutils.lab.plots.speed_quality import draw_speed_quality
 
 records = [r for r in ledger.read() if r.chapter == "05" and r.bits_per_byte is not None]
 figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
@@ -1274,7 +1274,7 @@ from labutils.distillation.classifiers import (
     ngram_ids,
     padded_rows,
 )
-from labutils.models.intents import intent_queries, recorded_opinions
+from labutils.lab.models.intents import intent_queries, recorded_opinions
 
 recorded, seen, new = recorded_opinions(), intent_queries("train"), intent_queries("test")
 gap = max(

@@ -33,9 +33,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from labutils.acceleration.interpreter import WITHOUT_TRITON, interpret, missing_triton
+from labutils.lab.models.load import load_model
+from labutils.lab.plots.style import series_style
 from labutils.measurement.timing import measure_interleaved, paired_ratio
-from labutils.models.load import load_model
-from labutils.plots.style import series_style
 
 # %%
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +58,7 @@ if not has_triton:
 # (**occupancy**), and each warp wants its 32 threads to read neighbours: then one wide fetch serves all of them.
 
 # %%
-from labutils.plots.acceleration import draw_gpu
+from labutils.lab.plots.acceleration import draw_gpu
 
 figure, axes = plt.subplots(figsize=(10, 3.4), layout="constrained")
 draw_gpu(axes)
@@ -93,7 +93,7 @@ plt.show()
 # %%
 from labutils.acceleration.timeline import profile
 from labutils.generation.decode import decode_one_token, prefill, static_cache
-from labutils.plots.acceleration import draw_timeline
+from labutils.lab.plots.acceleration import draw_timeline
 
 
 def eager_step():
@@ -172,7 +172,7 @@ def honest_seconds(launch, wait, clock, calls):
 
 # %%
 # CHECK honest_seconds
-from labutils.checks import ch06
+from labutils.course.checks import ch06
 
 ch06.honest_seconds(honest_seconds)
 
@@ -225,7 +225,7 @@ ch06.busy_share(busy_share)
 # one after the other, and ... ?
 
 # %%
-from labutils.plots.acceleration import as_timeline
+from labutils.lab.plots.acceleration import as_timeline
 
 
 def eight_batches(overlapped):
@@ -783,7 +783,7 @@ print("for example:", climb("bf16", Device("cuda", "T4", (7, 5)))[1]["bf16"])
 # part of the ladder. One warning names everything that is left out.
 
 # %%
-from labutils.models.ladder import accelerate
+from labutils.lab.models.ladder import accelerate
 
 abilities = Device.of(device)
 if device == "cpu":
@@ -804,7 +804,7 @@ print(*(warning.message for warning in caught if "left out" in str(warning.messa
 
 # %%
 from labutils.acceleration.ladder import Plan
-from labutils.models.ladder import build, check_equal
+from labutils.lab.models.ladder import build, check_equal
 
 if device == "cpu":
     for dtype in (torch.float16, torch.bfloat16):
@@ -819,7 +819,7 @@ for name, result in equal.items():
 # rungs help on *this* device? (A rung that saves launches helps where launches cost, one that saves bytes where bytes cost.)
 
 # %%
-from labutils.bench.gpu import bytes_read, decode_step
+from labutils.course.bench.gpu import bytes_read, decode_step
 
 new_tokens = {name: rung.generate(prompt_ids, 12)[0, -12:].tolist() for name, rung in rungs.items()}
 others = [name for name, ids in new_tokens.items() if ids != new_tokens["fp32"]]
@@ -842,7 +842,7 @@ if "cuda graph" in decoding:
     print("profile of a replayed step:", profile(decoding["cuda graph"], device=device))
 
 # %%
-from labutils.plots.acceleration import draw_ladder
+from labutils.lab.plots.acceleration import draw_ladder
 
 figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
 draw_ladder(timings, skipped, base="fp32", ax=axes)
@@ -867,8 +867,8 @@ for name, reason in skipped.items():
 # `generate` and torchao. What it wrote on this project's machines stands in `data/results`.
 
 # %%
-from labutils.bench.gpu import BASE, ladder_files, read_ladders
-from labutils.paths import DATA
+from labutils.course.bench.gpu import BASE, ladder_files, read_ladders
+from labutils.lab.paths import DATA
 
 stored = ladder_files(DATA / "results")
 if "h200.jsonl" not in {path.name for path in stored}:
@@ -886,8 +886,8 @@ for path in stored:
 # other people's paths against the first rung, with 95% intervals. Where an interval reaches over the dotted line, nothing was shown.*
 
 # %%
+from labutils.lab.models.compare import bits_by_document, held_out_documents, paired_quality
 from labutils.measurement import ledger
-from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
 
 documents = held_out_documents(limit_bytes=1000)
 baseline = bits_by_document(host_model, tokenizer, documents)
@@ -939,7 +939,7 @@ def threads_to_saturate(channels, transfers_per_s, lines, latency_s):
 
 # %%
 # CHECK threads_to_saturate
-from labutils.checks import ch06_machine
+from labutils.course.checks import ch06_machine
 
 ch06_machine.threads_to_saturate(threads_to_saturate)
 
@@ -1015,7 +1015,7 @@ if has_triton:
     print([(a.program, a.kind, len(a.addresses)) for a in accesses])
 
 # %%
-from labutils.plots.acceleration import draw_accesses
+from labutils.lab.plots.acceleration import draw_accesses
 
 
 def where(**tensors):
@@ -1056,7 +1056,7 @@ def saxpy_kernel(x, y, out, a, n, BLOCK: "tl.constexpr"):
 
 # %%
 # CHECK saxpy_kernel
-from labutils.checks import ch06_kernels
+from labutils.course.checks import ch06_kernels
 
 ch06_kernels.saxpy_kernel(saxpy_kernel)
 
@@ -1386,7 +1386,7 @@ for name in ("fp32", "int8"):
 # which is cheaper: twice the speed, or twice the use? The plain function is `cost_per_million(...)` above.
 
 # %%
-from labutils.widgets.acceleration import cost_widget
+from labutils.lab.widgets.acceleration import cost_widget
 
 cost_widget(1 / timings["fp32"].median_s, joules_per_token=per_token["fp32"])
 

@@ -39,8 +39,8 @@ import numpy as np
 import torch
 from jax.experimental import pallas as pl
 
-from labutils.models.load import load_model
-from labutils.plots.style import series_style
+from labutils.lab.models.load import load_model
+from labutils.lab.plots.style import series_style
 
 # %%
 model, tokenizer = load_model("lablm")
@@ -111,7 +111,7 @@ def programs(calls):
 
 # %%
 # CHECK programs
-from labutils.checks import ch07
+from labutils.course.checks import ch07
 
 ch07.programs(programs)
 
@@ -240,7 +240,7 @@ def other_pairs(name, heads):
 
 
 # %%
-from labutils.models.compare import held_out_documents
+from labutils.lab.models.compare import held_out_documents
 
 documents = held_out_documents(limit_bytes=1500)
 text_ids = tokenizer(tokenizer.bos_token + documents[0].text)["input_ids"][:100]
@@ -706,7 +706,7 @@ def mxu_utilisation(rows, inner, columns, size):
 
 # %%
 # CHECK mxu_utilisation
-from labutils.checks import ch07_device
+from labutils.course.checks import ch07_device
 
 ch07_device.mxu_utilisation(mxu_utilisation)
 
@@ -1047,7 +1047,7 @@ for name, interpret in (("plain", True), ("simulated memory", pltpu.InterpretPar
 # **Predict:** which of these four block sizes does it refuse, and with which number of MiB?
 
 # %%
-from labutils.paths import DATA
+from labutils.lab.paths import DATA
 from labutils.xla import tpu_compiler
 
 saved = json.loads((DATA / "results" / "tpu_compiler.json").read_text(encoding="utf-8"))
@@ -1244,7 +1244,7 @@ else:
 # and the course's own bits per byte asks it, on the same documents as torch. Plain NumPy is chapter 01's and stays out of this ledger.
 
 # %%
-from labutils.models.compare import bits_by_document, paired_quality
+from labutils.lab.models.compare import bits_by_document, paired_quality
 from labutils.xla.generate import AsTorch
 
 reader = XlaLlama(model, max_length=512, buckets=(128, 256, 512))
@@ -1276,7 +1276,7 @@ for name, run in ((name, runs[name]) for name in quality):
     ledger.append(record)
 
 # %%
-from labutils.plots.speed_quality import draw_speed_quality, speed_quality_table
+from labutils.lab.plots.speed_quality import draw_speed_quality, speed_quality_table
 
 records = [r for r in ledger.read() if r.bits_per_byte is not None]
 figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -1292,7 +1292,7 @@ print(speed_quality_table(records))
 # Reach the menus with Tab. `print(speed_quality_table(records))` prints the same.
 
 # %%
-from labutils.widgets.speed_quality import speed_quality_widget
+from labutils.lab.widgets.speed_quality import speed_quality_widget
 
 speed_quality_widget(records)
 

@@ -32,9 +32,9 @@ import numpy as np
 import torch
 
 from labutils.fpga.tools import warm_up
-from labutils.paths import DATA
-from labutils.plots import fpga as plots
-from labutils.plots.style import series_style
+from labutils.lab.paths import DATA
+from labutils.lab.plots import fpga as plots
+from labutils.lab.plots.style import series_style
 
 warnings.filterwarnings("ignore", message=".*created but never used")  # Amaranth's, of hardware that a check refused
 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")  # PyTorch's, that it will go one day
@@ -103,7 +103,7 @@ def processing_element(p):
 
 # %%
 # CHECK processing_element
-from labutils.checks import ch08, ch08_area
+from labutils.course.checks import ch08, ch08_area
 
 ch08.processing_element(processing_element)
 
@@ -210,7 +210,7 @@ plt.show()
 # first row has reached the last element while the last row still occupies the first.</details>
 
 # %%
-from labutils.widgets.fpga import march_widget, print_march
+from labutils.lab.widgets.fpga import march_widget, print_march
 
 print_march(frames, range(6, 7))
 march_widget(frames)
@@ -362,7 +362,7 @@ ch08_area.telling_inputs(telling_inputs)
 # tokens; but now the multiplying and adding is done by an 8 × 8 array in simulation, 512 tiles. The bias enters at its top.
 
 # %%
-from labutils.models.load import load_model
+from labutils.lab.models.load import load_model
 from labutils.quantization.affine import Scheme, choose_qparams, dequantize, quantize
 from labutils.quantization.integer import IntegerLinear
 from labutils.quantization.theory import sqnr_db
@@ -538,7 +538,7 @@ for choices in ({"carry": False}, plain | {"carry": False}, {}, plain, plain | {
 # *binary x 8* adds eight products of signs in one element, as many wires as int8 has.
 
 # %%
-from labutils.bench.fpga import Design, spec_for
+from labutils.course.bench.fpga import Design, spec_for
 from labutils.fpga.synthesis import array_area
 
 PAIRS = {"int8": (8, 8), "int8 x int4": (8, 4), "int6": (6, 6), "int5": (5, 5), "int4": (4, 4), "int3": (3, 3)}
@@ -627,7 +627,7 @@ ch08_area.pipelined_element(pipelined_element)
 # all its wires. LUTs count the array alone. **Predict:** what does the register do to Fmax, what do four bits?
 
 # %%
-from labutils.bench.fpga import HEAD, bench_fpga, conditions
+from labutils.course.bench.fpga import HEAD, bench_fpga, conditions
 
 slow, fast = (Design(spec_for(4, 8, 8, pipelined=pipelined), dsp=True) for pipelined in (False, True))
 print(HEAD)
@@ -804,8 +804,8 @@ for row in (r for r in saved["rows"] if r["design"] in BYTES):
 # %%
 import copy
 
-from labutils.layers.linears import linear_layers, set_weight_, weight_of
-from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
+from labutils.lab.layers.linears import linear_layers, set_weight_, weight_of
+from labutils.lab.models.compare import bits_by_document, held_out_documents, paired_quality
 from labutils.quantization.affine import fake_quantize
 from labutils.quantization.binary import binarize
 

@@ -33,9 +33,9 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from labutils.distributed.launch import RankError, launch
+from labutils.lab.models.load import load_model
+from labutils.lab.plots import distributed as plots
 from labutils.measurement.limits import available_cores
-from labutils.models.load import load_model
-from labutils.plots import distributed as plots
 
 transformers_logging.disable_progress_bar()
 cores = available_cores()
@@ -106,7 +106,7 @@ def all_answers(replicas, batches):
 
 # %%
 # CHECK all_answers
-from labutils.checks import ch09, ch09_models
+from labutils.course.checks import ch09, ch09_models
 
 ch09.all_answers(all_answers)
 
@@ -123,7 +123,7 @@ ch09.all_answers(all_answers)
 # The first **synchronisation**: every rank draws its own weights, then all take rank 0's. A checksum proves it.
 
 # %%
-for result in launch("labutils.bench.ranks:hello", 2, device="cpu"):
+for result in launch("labutils.course.bench.ranks:hello", 2, device="cpu"):
     print(f"rank {result['rank']}: 1 + 2 = {result['sum']}, weights {result['before']:08x} -> {result['after']:08x}")
 
 # %% [markdown]
@@ -136,7 +136,7 @@ for result in launch("labutils.bench.ranks:hello", 2, device="cpu"):
 
 # %%
 try:
-    launch("labutils.bench.ranks:divides", 2, {"dividend": 6.0, "divisors": [2.0, 0.0]}, device="cpu")
+    launch("labutils.course.bench.ranks:divides", 2, {"dividend": 6.0, "divisors": [2.0, 0.0]}, device="cpu")
 except RankError as error:
     print(f"rank {error.rank} is to blame:", str(error).strip().splitlines()[-1])
 
@@ -178,8 +178,8 @@ def partition(lengths, max_tokens):
 ch09.partition(partition)
 
 # %%
-from labutils.data import service
 from labutils.distributed import partition as parts
+from labutils.lab.data import service
 
 model, tokenizer = load_model("lablm")
 queries = [d.messages[-2]["content"] for d in service.evaluation_set(service.INTENT, "test", 64, seed=0)]
@@ -263,7 +263,7 @@ ch09.pull_finish_s(pull_finish_s)
 # request: the *work* is simulated, processes, messages and scheduling are real. The weighted policy first measures the rates.
 
 # %%
-from labutils.bench.distributed import DELAYS_S, bench_policies, continue_texts, paced
+from labutils.course.bench.distributed import DELAYS_S, bench_policies, continue_texts, paced
 from labutils.distributed.dask_engine import connect, local_cluster, make_certificates
 from labutils.distributed.dispatch import Report, Settings, dispatch
 
@@ -409,7 +409,7 @@ print(*[f"{name}: {words}" for name, words in faults.items()], sep="\n")
 # fills as answers come; the line below it says the same in text.
 
 # %%
-from labutils.widgets.dispatch import dispatch_widget, print_progress, show_progress
+from labutils.lab.widgets.dispatch import dispatch_widget, print_progress, show_progress
 
 box = dispatch_widget(len(queries))
 box
@@ -523,7 +523,7 @@ ch09_models.sent_bytes(sent_bytes)
 # accelerate; without it that row says so.
 
 # %%
-from labutils.bench.ranks import greedy
+from labutils.course.bench.ranks import greedy
 from labutils.distributed.collectives import Link
 
 LINKS = {
@@ -538,7 +538,7 @@ text = load_model("lablm").tokenizer.bos_token + "import os\n\n\ndef read_lines(
 prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :12]
 batch = torch.cat([prompt.roll(shift, dims=1) for shift in range(4)])
 asked = {"name": "lablm", "token_ids": batch, "new_tokens": NEW, "links": LINKS, "repeats": 5}
-two = launch("labutils.bench.ranks:two_ranks", 2, asked, device="cpu", timeout_s=300)
+two = launch("labutils.course.bench.ranks:two_ranks", 2, asked, device="cpu", timeout_s=300)
 
 # %%
 with torch.no_grad():
@@ -608,7 +608,7 @@ from labutils.measurement.threads import thread_count
 from labutils.measurement.timing import measure, paired_ratio
 
 COUNTS = (1, 2, 4, 8)
-four = launch("labutils.bench.ranks:four_ranks", 4, {"pace_s": 0.1, "counts": COUNTS}, device="cpu")
+four = launch("labutils.course.bench.ranks:four_ranks", 4, {"pace_s": 0.1, "counts": COUNTS}, device="cpu")
 idle = {m: measured_bubble([rank["times"][m] for rank in four]) for m in COUNTS}
 for m in COUNTS:
     print(f"4 stages, {m} micro-batches: {idle[m]:.3f} idle, {bubble(4, m):.3f} by formula")
@@ -687,7 +687,7 @@ if reason := why_not():
     print("skipped:", reason)
 else:
     over = asked | {"links": {"real": None}}
-    real = launch_over_link("labutils.bench.ranks:over_links", over, bytes_per_s=RATE, timeout_s=240)[0]
+    real = launch_over_link("labutils.course.bench.ranks:over_links", over, bytes_per_s=RATE, timeout_s=240)[0]
     for way in ("tensor", "pipeline"):
         milliseconds = statistics.median(real["seconds"][way, "real"]) / NEW * 1e3
         print(f"{way} over a shaped virtual link of 2 MB/s: {milliseconds:.1f} ms a token, prompt included")
@@ -862,7 +862,7 @@ APART = {
     "2 MB/s": Link(1e-4, 2e6),
 }
 wanted = {"name": "lablm", "token_ids": PROMPT, "new_tokens": 8, "links": APART, "repeats": 5}
-_, apart = launch("labutils.bench.ranks:prefill_apart", 2, wanted, timeout_s=240)
+_, apart = launch("labutils.course.bench.ranks:prefill_apart", 2, wanted, timeout_s=240)
 config = model.config
 predicted = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PROMPT.shape[1] * 4 + 8
 print(f"sent for one answer: {apart['sent']} bytes, predicted {predicted}")
@@ -947,7 +947,7 @@ else:
 
 # %%
 from labutils.distributed.client import ChatClient, ServerError
-from labutils.models.tokenizer import control_tokens
+from labutils.lab.models.tokenizer import control_tokens
 
 SERVERS = os.environ.get("LABUTILS_SERVERS", "").split()  # such as "http://127.0.0.1:8000 http://127.0.0.1:8001"
 if not SERVERS:

@@ -20,15 +20,15 @@ import matplotlib.pyplot as plt
 import torch
 from transformers.utils import logging as transformers_logging
 
-from labutils.bench.decoding_ways import Remembering
+from labutils.course.bench.decoding_ways import Remembering
 from labutils.decoding.proposers import CorpusNgram, ModelDraft, NoDraft, PromptLookup, SuffixAutomaton
 from labutils.decoding.speculate import generate_speculative
 from labutils.generation.fast_llama import FastLlama
+from labutils.lab.models.drafting_text import KINDS, text_prompts
+from labutils.lab.models.load import load_model
+from labutils.lab.models.quantized import fast_packed_llama
+from labutils.lab.plots.style import series_style
 from labutils.measurement.timing import bootstrap_interval, measure_interleaved, paired_ratio
-from labutils.models.drafting_text import KINDS, text_prompts
-from labutils.models.load import load_model
-from labutils.models.quantized import fast_packed_llama
-from labutils.plots.style import series_style
 from labutils.quantization.affine import Scheme
 from labutils.quantization.packed import pack_model_
 
@@ -111,7 +111,7 @@ print(f"int8: 8 rows take {of_eight} as long as 1 (95% interval over 5 rounds); 
 # rounding, and the memory traffic of a large model, so it accepts drafts about as often as LabLM does.
 
 # %%
-from labutils.models.tiled import tiled_model
+from labutils.lab.models.tiled import tiled_model
 
 wide = tiled_model(model)
 print(f"{wide.num_parameters() / 1e9:.2f} billion parameters")
@@ -187,7 +187,7 @@ def greedy_verify(target_logits, drafted):
 
 # %%
 # CHECK greedy_verify
-from labutils.checks import ch10
+from labutils.course.checks import ch10
 
 ch10.greedy_verify(greedy_verify)
 
@@ -265,7 +265,7 @@ def output_law(target_probs, draft_probs, drawn_from):
 
 # %%
 # CHECK output_law
-from labutils.checks import ch10_drafts
+from labutils.course.checks import ch10_drafts
 
 ch10_drafts.output_law(output_law)
 
@@ -369,7 +369,7 @@ def best_draft_tokens(acceptance, step_s, draft_s):
 
 # %%
 # CHECK best_draft_tokens
-from labutils.checks import ch10_loop
+from labutils.course.checks import ch10_loop
 
 ch10_loop.best_draft_tokens(best_draft_tokens)
 
@@ -426,7 +426,7 @@ ch10_loop.prompt_lookup(prompt_lookup)
 # most often after these four? A **suffix automaton** finds the longest repeated suffix of *any* length, in constant time a token.
 
 # %%
-from labutils.models.calibration_text import calibration_batches
+from labutils.lab.models.calibration_text import calibration_batches
 
 counted = torch.cat(calibration_batches(tokenizer, code=80, dialogues=80)).tolist()
 free = {
@@ -513,7 +513,7 @@ if ties:
 # `extend(token_ids)`, which reads tokens and returns the logits after each, and `rewind(count)`.
 
 # %%
-from labutils.checks.ch10_loop import ToyDraft, ToyTarget, toy_next
+from labutils.course.checks.ch10_loop import ToyDraft, ToyTarget, toy_next
 
 
 def broken_loop(target, draft, token_ids, new_tokens, draft_tokens):
@@ -697,7 +697,7 @@ plt.show()
 
 # %%
 from labutils.decoding.heads import LookAheadDraft
-from labutils.models.draft_heads import load_head
+from labutils.lab.models.draft_heads import load_head
 
 head, shared = load_head("mtp", model), pack_model_(copy.deepcopy(model), INT8)
 ahead = LookAheadDraft(target, head, shared)
@@ -803,8 +803,8 @@ import math
 
 from labutils.decoding import early_exit
 from labutils.decoding.early_exit import AdaptiveDecoder, ExitHeads, adaptive_logits, exit_model
-from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
-from labutils.plots.quality_share import draw_quality
+from labutils.lab.models.compare import bits_by_document, held_out_documents, paired_quality
+from labutils.lab.plots.quality_share import draw_quality
 
 model.requires_grad_(False)
 heads, untrained, depth = load_head("exit", model), ExitHeads(model), model.config.num_hidden_layers
@@ -892,7 +892,7 @@ def exit_depths(confidence, threshold):
 
 # %%
 # CHECK exit_depths
-from labutils.checks import ch10_cache
+from labutils.course.checks import ch10_cache
 
 ch10_cache.exit_depths(exit_depths)
 
@@ -1217,10 +1217,10 @@ import json
 import re
 import time
 
-from labutils.data import service
 from labutils.decoding.automaton import compile_pattern
 from labutils.decoding.grammar import GrammarDraft, GrammarTarget, choice, compile_grammar, json_object, token_bytes
-from labutils.models.tokenizer import chat_ids, text_ids
+from labutils.lab.data import service
+from labutils.lab.models.tokenizer import chat_ids, text_ids
 
 END, ANSWER = (tokenizer.convert_tokens_to_ids(name) for name in ("<|end|>", "<|assistant|>"))
 NAMES, TOKENS = list(service.intents()), token_bytes(tokenizer)
@@ -1280,7 +1280,7 @@ def token_mask(next_state, tokens, state):
 
 # %%
 # CHECK token_mask
-from labutils.checks import ch10_grammar
+from labutils.course.checks import ch10_grammar
 
 ch10_grammar.token_mask(token_mask)
 
@@ -1472,7 +1472,7 @@ ch10_grammar.masked_and_conditioned(masked_and_conditioned)
 # %%
 from labutils.decoding.grammar import masked_choice_log_probs
 from labutils.distillation.classifiers import choice_step_log_probs
-from labutils.models.intents import intent_token_ids
+from labutils.lab.models.intents import intent_token_ids
 
 CHOICES = intent_token_ids(tokenizer)
 
@@ -1946,8 +1946,8 @@ large_speedups = table(large_table, large_runs, large_seconds, curves["0.24B int
 # **Predict:** at 8 streams, what is left of the suffix automaton's gain on QA?
 
 # %%
-from labutils.bench.decoding_ways import predicted_at
-from labutils.models.served import paged_llama
+from labutils.course.bench.decoding_ways import predicted_at
+from labutils.lab.models.served import paged_llama
 from labutils.serving.speculate import generate_speculative_batch
 
 COUNT, some_qa = 3, [ids[0].tolist() for ids in text_prompts("qa", tokenizer, 8)]
@@ -2017,7 +2017,7 @@ for name in ("plain", "suffix automaton", "look-ahead head"):
     ledger.append(record)
 
 # %%
-from labutils.plots.speed_quality import draw_speed_quality, speed_quality_table
+from labutils.lab.plots.speed_quality import draw_speed_quality, speed_quality_table
 
 figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
 draw_speed_quality(records, ax=axes)

@@ -27,12 +27,12 @@ import matplotlib.pyplot as plt
 import torch
 from transformers.utils import logging as transformers_logging
 
+from labutils.lab.models.drafting_text import text_prompts
+from labutils.lab.models.load import load_model
+from labutils.lab.models.served import paged_llama, served_model
+from labutils.lab.models.tokenizer import chat_ids
+from labutils.lab.plots.style import plain_log_scale, series_style
 from labutils.measurement.timing import measure_interleaved, paired_ratio, quantile
-from labutils.models.drafting_text import text_prompts
-from labutils.models.load import load_model
-from labutils.models.served import paged_llama, served_model
-from labutils.models.tokenizer import chat_ids
-from labutils.plots.style import plain_log_scale, series_style
 from labutils.quantization.affine import Scheme
 from labutils.quantization.packed import pack_model_
 from labutils.serving import queueing
@@ -84,7 +84,7 @@ def queue_waits(arrivals, service_s):
 
 # %%
 # CHECK queue_waits
-from labutils.checks import ch11
+from labutils.course.checks import ch11
 
 ch11.queue_waits(queue_waits)
 
@@ -381,7 +381,7 @@ ch11.steps_needed(steps_needed)
 # Now with LabLM: twelve questions, four slots, and answers of 8 or 64 tokens, as a service has short and long ones.
 
 # %%
-from labutils.plots.serving import StepTimes, draw_timeline
+from labutils.lab.plots.serving import StepTimes, draw_timeline
 
 
 class Watched:
@@ -492,7 +492,7 @@ plt.show()
 # **Predict:** how many times as fast is continuous batching now?
 
 # %%
-from labutils.bench.subject import speed_subject
+from labutils.course.bench.subject import speed_subject
 
 wide = speed_subject(vocab_size=4096)
 print(f"{wide.name}, float32: a step reads {wide.weight_bytes / 1e6:.0f} MB of weights")
@@ -593,7 +593,7 @@ def plan_step(left, budget):
 
 # %%
 # CHECK plan_step
-from labutils.checks import ch11_steps
+from labutils.course.checks import ch11_steps
 
 ch11_steps.plan_step(plan_step)
 
@@ -744,7 +744,7 @@ def block_names(token_ids, block_size, salt, digest):
 
 # %%
 # CHECK block_names
-from labutils.checks import ch11_blocks
+from labutils.course.checks import ch11_blocks
 
 ch11_blocks.block_names(block_names)
 
@@ -870,7 +870,7 @@ ch11_blocks.write_alone(write_alone)
 # **Predict:** will a block of the FAQ ever be free again?
 
 # %%
-from labutils.plots.serving import block_states, draw_blocks
+from labutils.lab.plots.serving import block_states, draw_blocks
 from labutils.serving.blocks import check_blocks
 
 faq = prompts["qa"][0][:96]
@@ -900,7 +900,7 @@ plt.show()
 # lines print three of them.
 
 # %%
-from labutils.widgets.serving import blocks_widget, print_blocks
+from labutils.lab.widgets.serving import blocks_widget, print_blocks
 
 print_blocks(frames, (0, shared_most, len(frames) - 1))
 blocks_widget(frames)
@@ -1370,7 +1370,7 @@ else:
 my_guess = None  # words
 
 # %%
-from labutils.paths import DATA
+from labutils.lab.paths import DATA
 
 stored = [json.loads(line) for line in (DATA / "results" / "serving.jsonl").read_text().splitlines()]
 closed = [row for row in stored if row["at_once"] and "again" not in row["engine"]]
@@ -1510,8 +1510,8 @@ for name in ("in turn", "by prefix"):
 # Batching changes no weight, so the quality is that of int8 and only the speed moves. Speeds are those of section 4.
 
 # %%
+from labutils.lab.models.compare import bits_by_document, held_out_documents, paired_quality
 from labutils.measurement import ledger
-from labutils.models.compare import bits_by_document, held_out_documents, paired_quality
 
 documents = held_out_documents(limit_bytes=600)
 baseline = bits_by_document(load_model("lablm").model, tokenizer, documents)
@@ -1529,7 +1529,7 @@ for n in (1, 8):
     ledger.append(record)
 
 # %%
-from labutils.plots.speed_quality import draw_speed_quality, speed_quality_table
+from labutils.lab.plots.speed_quality import draw_speed_quality, speed_quality_table
 
 figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
 draw_speed_quality(records, ax=axes)

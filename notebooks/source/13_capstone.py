@@ -29,11 +29,11 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from labutils.capstone.designs import Design, fast_decoder
-from labutils.data import service
+from labutils.lab.data import service
+from labutils.lab.models.load import load_model
+from labutils.lab.models.tokenizer import chat_ids, text_ids
+from labutils.lab.plots.style import series_style
 from labutils.measurement.timing import measure_interleaved, paired_ratio, quantile
-from labutils.models.load import load_model
-from labutils.models.tokenizer import chat_ids, text_ids
-from labutils.plots.style import series_style
 
 transformers_logging.disable_progress_bar()
 tokenizer = load_model("lablm").tokenizer
@@ -109,7 +109,7 @@ def badge(arrival_s, admitted_s, token_s):
 
 # %%
 # CHECK badge
-from labutils.checks import ch13_assistant
+from labutils.course.checks import ch13_assistant
 
 ch13_assistant.badge(badge)
 
@@ -177,7 +177,7 @@ my_guess = None  # a pair of shares
 
 # %%
 from labutils.decoding.proposers import CorpusNgram, PromptLookup
-from labutils.models.served import paged_llama
+from labutils.lab.models.served import paged_llama
 from labutils.quantization.kernels import find_kernels
 from labutils.serving.engine import Engine, run
 from labutils.serving.lookahead import Lookahead
@@ -280,7 +280,7 @@ def most_users(runs, limit_s=1.0):
 
 # %%
 # CHECK most_users
-from labutils.checks import ch13_users
+from labutils.course.checks import ch13_users
 
 ch13_users.most_users(most_users)
 
@@ -296,7 +296,7 @@ my_guess = None  # a number of users
 # %%
 from dataclasses import replace
 
-from labutils.bench.users import RUNGS, paged_design, questions, table
+from labutils.course.bench.users import RUNGS, paged_design, questions, table
 
 asked = replace(questions(), duration_s=3.0)
 for rung, start in ((RUNGS[1], 500), (RUNGS[2], 2000)):
@@ -318,7 +318,7 @@ print(f"cpu, {torch.get_num_threads()} thread(s), {rung.running} requests in a s
 # thing from the row that its last column names. All searches of a row begin at the same number and end in a bracket of a factor of at most 1.25, so equal results mean the same bracket.
 
 # %%
-from labutils.paths import DATA
+from labutils.lab.paths import DATA
 
 stored = json.loads((DATA / "results" / "users.json").read_text())
 print(table(stored))
@@ -380,7 +380,7 @@ def fleet_cost(peak_users, per_replica, spare, price_per_hour, mean_load=0.4, th
 
 # %%
 # CHECK fleet_cost
-from labutils.checks import ch13_users
+from labutils.course.checks import ch13_users
 
 ch13_users.fleet_cost(fleet_cost)
 
@@ -444,8 +444,8 @@ for requests in (64, 512):
 
 # %%
 from labutils.capstone import techniques as ways
-from labutils.data.service_labels import read_answer
-from labutils.models.compare import bits_by_document, held_out_documents
+from labutils.lab.data.service_labels import read_answer
+from labutils.lab.models.compare import bits_by_document, held_out_documents
 
 REQUESTS = 40
 documents = held_out_documents(limit_bytes=400)
@@ -505,8 +505,8 @@ records = ways.compare(contenders, task, model="lablm", chapter="13")
 print(f"cpu, {torch.get_num_threads()} thread(s), {REQUESTS} requests, each answered by all techniques in turn")
 
 # %%
+from labutils.lab.plots.one_plot import draw_techniques, techniques_table
 from labutils.measurement import ledger
-from labutils.plots.one_plot import draw_techniques, techniques_table
 
 for record in records:
     ledger.append(record)
@@ -541,7 +541,7 @@ print("you said", my_guess)
 # Both axes can be chosen here; everything that earlier chapters wrote into your ledger about LabLM joins in ("other chapters"). Energy has no points where no counter can be read (section 5).
 
 # %%
-from labutils.widgets.one_plot import techniques_widget
+from labutils.lab.widgets.one_plot import techniques_widget
 
 earlier = [r for r in ledger.read() if r.model == "lablm" and r.device == "cpu" and r.chapter != "13" and r.drawable]
 techniques_widget(records + earlier)
@@ -639,7 +639,7 @@ def inherit(embedding, gain, read, write, channels, tokens):
 
 # %%
 # CHECK inherit
-from labutils.checks import ch13_search
+from labutils.course.checks import ch13_search
 
 ch13_search.inherit(inherit)
 
@@ -738,7 +738,7 @@ print("best:", Shape(*min(found, key=found.get)))
 my_guess = None  # bits per byte; 0 if neither is better
 
 # %%
-from labutils.models.students import mean_interval
+from labutils.lab.models.students import mean_interval
 
 table = Table()
 trained = {shape: row["bits_per_byte"] for shape, row in table.rows.items() if "bits_per_byte" in row}
@@ -835,7 +835,7 @@ print(f"loss: {statistics.median(lost):+.2f} bits per byte in the median, {min(l
 # Winners were chosen by validation loss, so only new data can say how good they are. The control is LabLM-small's *shape*, inherited and recovered in the same way: then nothing but the shape differs.
 
 # %%
-from labutils.models.compare import paired_quality
+from labutils.lab.models.compare import paired_quality
 
 stored = [json.loads(line) for line in COMPARED.read_text(encoding="utf-8").splitlines()]
 for steps in sorted({row["steps"] for row in stored if row["steps"]}):
@@ -941,7 +941,7 @@ def joules_per_token(readings, wraps_at, idle_w, tokens):
 
 # %%
 # CHECK joules_per_token
-from labutils.checks import ch13_energy
+from labutils.course.checks import ch13_energy
 
 ch13_energy.joules_per_token(joules_per_token)
 
@@ -1151,7 +1151,7 @@ def loss_gap(changed, baseline, picks):
 
 # %%
 # CHECK loss_gap
-from labutils.checks import ch13_fairness
+from labutils.course.checks import ch13_fairness
 
 ch13_fairness.loss_gap(loss_gap)
 
@@ -1386,7 +1386,7 @@ def exposure(log_probs, secret):
 
 # %%
 # CHECK exposure
-from labutils.checks import ch13_privacy
+from labutils.course.checks import ch13_privacy
 
 ch13_privacy.exposure(exposure)
 
@@ -1395,8 +1395,8 @@ ch13_privacy.exposure(exposure)
 # second one goes in, and none occurs twice.
 
 # %%
-from labutils.training.loop import FitPlan, fit_
-from labutils.training.losses import teacher_loss, text_loss
+from labutils.lab.training.loop import FitPlan, fit_
+from labutils.lab.training.losses import teacher_loss, text_loss
 
 
 def drawn_texts(count, seed, *, keep=lambda dialogue: True, without=()):
@@ -1539,7 +1539,7 @@ def attack_scores(members, others, fpr):
 
 # %%
 # CHECK attack_scores
-from labutils.checks import ch13_privacy
+from labutils.course.checks import ch13_privacy
 
 ch13_privacy.attack_scores(attack_scores)
 
@@ -1669,7 +1669,7 @@ def clipped_noisy_gradient(gradients, noise, clip, sigma, expected):
 
 # %%
 # CHECK clipped_noisy_gradient
-from labutils.checks import ch13_privacy
+from labutils.course.checks import ch13_privacy
 
 ch13_privacy.clipped_noisy_gradient(clipped_noisy_gradient)
 
@@ -1849,8 +1849,8 @@ plt.show()
 
 # %%
 from labutils.capstone.redaction import find_values, redact
-from labutils.data.service_grammar import VALUES
-from labutils.data.service_labels import entities
+from labutils.lab.data.service_grammar import VALUES
+from labutils.lab.data.service_labels import entities
 
 listed = {"en": [en for en, _ in VALUES["name"][::2]], "zh": [zh for _, zh in VALUES["name"][::2]]}
 PERSONAL = {
@@ -1996,7 +1996,7 @@ def best_design():
 
 # %%
 # CHECK best_design
-from labutils.checks import ch13_design
+from labutils.course.checks import ch13_design
 
 ch13_design.best_design(best_design)
 

@@ -1,0 +1,67 @@
+"""`python -m labutils test`: style, then the test suite, with its coverage."""
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from labutils.course.cli.environment import NO_VENV
+from labutils.course.cli.progress import run_attached
+
+HELP = (
+    "Check the style (ruff), then run the test suite. Everything else on the line is passed on to pytest, for example "
+    "'-k quantize' or 'tests/test_cli.py' (paths as seen from the course's folder)."
+)
+NEEDS_ENVIRONMENT = True
+PASSES_ON = True
+ROOT = Path(__file__).resolve().parents[3]
+# Their chapters are tested too; in an environment of one's own only where they are there.
+EXTRAS = ("tpu", "fpga", "gpu", "serve", "speech", "applications", "zh")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("--fast", action="store_true", help="leave out what takes minutes: slow and browser tests")
+    parser.add_argument("--cuda", action="store_true", help="on Linux, set up with the CUDA build of torch")
+
+
+def pytest_command(rest: Sequence[str], *, fast: bool) -> list[str]:
+    """The whole suite with doctests and coverage, unless the caller names what to run."""
+    command = [sys.executable, "-m", "pytest"]
+    if fast:
+        command += ["-m", "not slow and not browser"]
+    if not names_tests(rest):
+        command += ["--doctest-modules", "--cov=labutils", "--cov-report=term", "tests", "labutils"]
+    return [*command, *rest]
+
+
+def names_tests(rest: Sequence[str]) -> bool:
+    """Tells whether a path or a test's name is among the arguments."""
+    return any((ROOT / argument.partition("::")[0]).exists() for argument in rest if not argument.startswith("-"))
+
+
+def one_thread_each(environ: dict[str, str]) -> dict[str, str]:
+    """Two OpenMP threads on a machine whose other core is busy are many times slower than one."""
+    return {"OMP_NUM_THREADS": "1", **environ}
+
+
+def check_style() -> int:
+    """Runs ruff over sources and notebooks; returns its worst status."""
+    ruff = [sys.executable, "-m", "ruff"]
+    commands = ([*ruff, "check", "--quiet", "."], [*ruff, "format", "--quiet", "--check", "."])
+    return max(run_attached(command, cwd=ROOT) for command in commands)
+
+
+def run(args: Namespace) -> int:
+    """Returns pytest's status, or that of the style check where only the style is wrong."""
+    from labutils.course.extras import install_extra
+
+    if os.environ.get(NO_VENV) != "1":
+        for extra in EXTRAS:
+            install_extra(extra)
+    style = 0 if args.rest else check_style()
+    status = run_attached(pytest_command(args.rest, fast=args.fast), cwd=ROOT, env=one_thread_each(dict(os.environ)))
+    if style:
+        print("labutils: the style check has failed: python -m ruff check --fix . && python -m ruff format .")
+    return status or style
