@@ -21,7 +21,8 @@ cells = [
     "import IPython, ipykernel, ipywidgets; print(IPython.__version__, ipykernel.__version__, ipywidgets.__version__)",
     "from ipywidgets import interact; interact(lambda bits: print(2**bits), bits=(1, 8))",
     "import importlib, pkgutil, labutils.lab.widgets as widgets\\n"
-    "for module in pkgutil.iter_modules(widgets.__path__, 'labutils.lab.widgets.'): importlib.import_module(module.name)",
+    "for module in pkgutil.iter_modules(widgets.__path__, 'labutils.lab.widgets.'):\\n"
+    "    importlib.import_module(module.name)",
 ]
 notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
 NotebookClient(notebook, timeout=300, kernel_name="python3").execute()

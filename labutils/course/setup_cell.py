@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+from labutils.course.moved import keep_old_names
 from labutils.lab.language import ENGLISH, use
 
 MARKER = "# SETUP"
@@ -60,6 +61,7 @@ def language_of(cells) -> str:
 def ready(stem: str, language: str = ENGLISH) -> None:
     """Make this kernel ready for notebook ``stem``: packages on Colab, language, figures and the learner's progress."""
     use(language)
+    keep_old_names()
     if "google.colab" in sys.modules:
         install_missing(Path(__file__).resolve().parents[2] / "pyproject.toml")
     from labutils.course.figures import show_in_words
