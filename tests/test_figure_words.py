@@ -178,7 +178,7 @@ def test_a_widget_s_picture_follows_the_language(known, font):
 CELLS = (
     "import os\nfrom labutils.course.figures import show_in_words\nshow_in_words()",
     "import matplotlib.pyplot as plt\nplt.plot([1, 2], label='passed')\nplt.legend()\nplt.show()",
-    "del os.environ['LABUTILS_LANGUAGE'], os.environ['LABUTILS_FIGURES']\nfrom labutils import language",
+    "del os.environ['LABUTILS_LANGUAGE'], os.environ['LABUTILS_FIGURES']\nfrom labutils.lab import language",
     "language.use('zh')\nshow_in_words()\nshow_in_words()",
 )
 

@@ -165,7 +165,7 @@ def _drawing(root: Path, stems: list[str]) -> Iterator[Path]:
     for stem in stems:
         source = root / "notebooks" / "source" / f"{stem}.py"
         yield source
-        names = re.findall(r"labutils\.plots\.(\w+)", source.read_text(encoding="utf-8"))
+        names = re.findall(r"labutils\.lab\.plots\.(\w+)", source.read_text(encoding="utf-8"))
         paths = [root / "labutils" / "lab" / "plots" / f"{name}.py" for name in dict.fromkeys(names)]
         yield from (path for path in paths if path.is_file())
 
