@@ -1,1 +1,1 @@
-"""GPU acceleration: the ladder of rungs, memory that fits, profiles read, costs, and Triton kernels of one's own."""
+"""Chapter 06: one GPU. A ladder of rungs, each checked; memory that fits; profiles read; kernels in Triton."""

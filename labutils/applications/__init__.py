@@ -1,1 +1,1 @@
-"""Applications: tasks judged by parsed structure, extraction, retrieval, tools, and whether a metric is kept."""
+"""Chapter 12: what people want. Tasks judged by parsed structure, retrieval, tools, and whether a metric is kept."""

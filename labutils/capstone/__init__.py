@@ -1,1 +1,1 @@
-"""The capstone: designs of a service, judged by speed, quality, energy, fairness and privacy (chapter 13)."""
+"""Chapter 13: all of it. Designs of one service, judged by speed, quality, energy, fairness and privacy."""

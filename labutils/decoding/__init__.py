@@ -1,1 +1,1 @@
-"""Decoding faster (chapter 10): many proposers under one verifier, grammars, small caches, early exits."""
+"""Chapter 10: fewer steps. Many proposers under one verifier, grammars, small caches, early exits."""

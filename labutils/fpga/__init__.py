@@ -1,1 +1,1 @@
-"""Quantization as silicon area: a systolic array in HDL, simulated, synthesised, placed and routed without a board."""
+"""Chapter 08: quantization as silicon area. A systolic array in HDL, simulated, synthesised, placed and routed."""

@@ -1,1 +1,1 @@
-"""Generation from naive to fast: sampling, KV caches, the verbs of decoding, streaming, a plain fast Llama."""
+"""Chapter 01: a model speaks. Sampling, the KV cache, prefill and decode, streaming, a plain fast Llama."""

@@ -1,1 +1,1 @@
-"""What every topic is tried on: the model and its layers, texts, training, figures and widgets."""
+"""What every topic is tried on: models and their layers, texts, training, figures and widgets, languages and paths."""

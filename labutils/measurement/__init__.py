@@ -1,1 +1,1 @@
-"""Honest measurement: time, roofline, threads, memory, energy, bytes, and the ledger that keeps them."""
+"""Chapter 00: honest measurement. Time, bytes, energy, the roofline of this machine, and the ledger that keeps them."""

@@ -1,1 +1,1 @@
-"""Pruning: which weights go (scores, masks), what the rest must do (OBS, recovery), and what then is really faster."""
+"""Chapter 04: zeros. Which weights go, what the rest must do for them, and which zeros buy time."""

@@ -1,1 +1,1 @@
-"""Numbers in few bits: integers with a scale, one bit, small floats, packed storage, integer arithmetic, theory."""
+"""Chapters 02 and 03: numbers in few bits. Formulas, calibration, packed weights, kernels that are really faster."""

@@ -1,1 +1,1 @@
-"""Speech: spoken queries, what is heard, how soon and how wrongly (chapter 12)."""
+"""Chapter 12, spoken: queries as sound, what is heard, how soon and how wrongly."""

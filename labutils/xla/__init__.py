@@ -1,1 +1,1 @@
-"""LabLM as a pure function for XLA: static shapes, programs, a Pallas kernel, export, sharding. Needs the extra tpu."""
+"""Chapter 07: TPU and XLA. LabLM as a pure function: static shapes, programs, Pallas, sharding. Needs the extra tpu."""

@@ -1,1 +1,1 @@
-"""Models and data: the text, the corpora and the checkpoints that the course measures on."""
+"""Texts: the service's dialogues and their grammar, held-out modules, and compressors as a yardstick."""

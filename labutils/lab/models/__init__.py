@@ -1,1 +1,1 @@
-"""Models: loading any Hugging Face causal LM, and training and evaluating the course's own."""
+"""Models: loading any Hugging Face causal LM, the course's own, their quantized decoders, file formats, evaluation."""

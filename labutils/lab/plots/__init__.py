@@ -1,1 +1,1 @@
-"""Figures that several chapters share: the one speed-quality plot and the roofline."""
+"""Figures, drawn from records: the one speed-quality plot, the roofline, and those of each chapter."""

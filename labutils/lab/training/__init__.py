@@ -1,1 +1,1 @@
-"""Training: the one loop that every chapter's training runs through, and the two losses that topics share."""
+"""The one loop that every chapter's training runs through, and the losses that topics share."""
