@@ -254,6 +254,10 @@ def test_same(actual, expected, verdict):
 
 def test_same_with_dtype_is_strict():
     assert not same(torch.ones(2), torch.ones(2).double(), dtype=True)
+    assert same((0.5, -4.0), (0.5, -4)) and not same((0.5, -4.0), (0.5, -4), dtype=True)
+    assert same(np.int64(3), 3, dtype=True) and same(torch.tensor(3), 3, dtype=True)
+    assert "index 1: expected -4; got -4.0" in difference((0.5, -4.0), (0.5, -4), dtype=True)
+    assert difference(-4.0, -4, dtype=True) == "expected an int; got a float"
     assert same(torch.ones(2), torch.ones(2).double())
 
 

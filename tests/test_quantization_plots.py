@@ -13,6 +13,7 @@ from labutils.lab.plots.quantization import (
     draw_bits_quality,
     draw_clipping,
     draw_quantized_layer,
+    draw_tokens,
     quantized_layer,
 )
 from labutils.lab.widgets.quantization import bits_widget, quantization_widget, spell_bits
@@ -79,6 +80,15 @@ def test_bits_quality_table_marks_what_nothing_surely_beats():
     tied = point("tied", 5.0, 0.006, by_document=(-3, 3, -2, 2, 0))  # worse than NF4 on average, not on each document
     marked = [line.split()[-1] for line in bits_quality_table([*POINTS, tied]).splitlines() if line.startswith("*")]
     assert marked == ["NF4", "tied", "int8"]
+
+
+def test_draw_tokens_puts_them_in_lines_and_marks_flips():
+    axes = Figure().subplots()
+    draw_tokens(axes, {"one": [("ab", False), ("cd", True), ("\nef", True)], "two": [("g", False)]}, lines=5, width=3)
+    at = {text.get_text(): (*text.get_position(), text.get_color()) for text in axes.texts if text.get_text()}
+    assert at["one"][:2] == (0, 1) and at["two"][:2] == (0, 6)
+    assert at["ab"] == (0, 2, at["g"][2]) and at["cd"][:2] == (0, 3) and at["ef"][:2] == (0, 4)  # cd does not fit
+    assert at["cd"][2] == at["ef"][2] != at["ab"][2]
 
 
 def test_widget_follows_its_controls():

@@ -646,7 +646,7 @@ ch13_search.inherit(inherit)
 # %% [markdown]
 # What is inherited is a beginning, not a model. A short *recovery* on answers of the training split follows: 48 steps in the stored runs, 24 here.
 #
-# **Predict:** LabLM-small's shape inherits from LabLM. How many bits per byte does it need at once, after 24 steps, and how many does the hand-made LabLM-small need, which was trained for hours?
+# **Predict:** LabLM-small's shape inherits from LabLM. How many bits per byte of 48 held-out answers does it need at once, after 24 steps, and how many does the hand-made LabLM-small need, which was trained for hours?
 
 # %%
 my_guess = None  # three numbers

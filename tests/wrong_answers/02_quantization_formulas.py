@@ -98,6 +98,14 @@ def affine_codes(x, scale, zero_point, qmin, qmax):
     return (torch.round(x / scale) + zero_point).clamp(qmin, qmax).long()
 
 
+# %% WRONG affine_qparams | a code is an int
+# EXERCISE affine_qparams
+def affine_qparams(x, qmin, qmax):
+    low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
+    scale = (high - low) / (qmax - qmin)
+    return scale, float(qmin - round(low / scale))
+
+
 # %% WRONG group_scales | take the largest |w|
 # EXERCISE group_scales
 def group_scales(weight, qmax, group_size):
@@ -320,6 +328,12 @@ def decode_e4m3(code):
 def decode_e4m3(code):
     exponent, mantissa = code >> 3 & 15, code & 7
     return (1 + mantissa / 8) * 2.0 ** (exponent - 7) if exponent else mantissa / 8 * 2.0**-6
+
+
+# %% WRONG decode_e4m3 | by hand
+# EXERCISE decode_e4m3
+def decode_e4m3(code):
+    return torch.tensor([code], dtype=torch.uint8).view(torch.float8_e4m3fn).float().item()
 
 
 # %% WRONG nf4_codes | divide the block by its max

@@ -102,7 +102,12 @@ def affine_qparams(answer):
             (_range(zero=lambda low, scale, qmin: -round(low / scale)), "low must land on qmin: Z = qmin - low / S"),
             (_range(zero=lambda low, scale, qmin: qmin + round(low / scale)), "a sign is wrong: Z = qmin - low / S"),
             (_range(zero=lambda low, scale, qmin: qmin - low / scale), "the zero point is a code: round it to an int"),
+            (
+                _range(zero=lambda low, scale, qmin: float(qmin - round(low / scale))),
+                "a code is an int: Python's round of a number gives one, torch.round a float",
+            ),
         ],
+        dtype=True,
     )
 
 

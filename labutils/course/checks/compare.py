@@ -40,6 +40,10 @@ def is_number(value) -> bool:
     return isinstance(value, numbers.Number) and not isinstance(value, bool)
 
 
+def _is_whole(value) -> bool:
+    return isinstance(value, numbers.Integral)
+
+
 def unwrapped(value):
     """NumPy's numbers and booleans as Python's own."""
     numpy = sys.modules.get("numpy")
@@ -58,7 +62,8 @@ def same(actual, expected, *, rtol: float = RTOL, atol: float = ATOL, dtype: boo
     """Whether two values agree: numbers within ``|a - e| <= atol + rtol*|e|``, the rest exactly.
 
     Arrays must agree in shape and in kind (float, integer, boolean); with ``dtype`` in exact
-    dtype too. NaN equals NaN. A tensor of shape () equals the number in it, one of shape (1,) does not.
+    dtype too, and numbers in being ints. NaN equals NaN. A tensor of shape () equals the number in it, one of
+    shape (1,) does not.
 
     >>> same(0.1 + 0.2, 0.3), same([1, 2.0], [1, 2.1]), same("a", "b")
     (True, False, False)
@@ -70,7 +75,7 @@ def same(actual, expected, *, rtol: float = RTOL, atol: float = ATOL, dtype: boo
     if is_array(expected) != is_array(actual):
         return False
     if is_number(expected) and is_number(actual):
-        return _close(actual, expected, rtol, atol)
+        return not (dtype and _is_whole(actual) != _is_whole(expected)) and _close(actual, expected, rtol, atol)
     if isinstance(expected, dict) and isinstance(actual, dict):
         return expected.keys() == actual.keys() and all(same(actual[key], expected[key], **options) for key in expected)
     if isinstance(expected, (list, tuple)) and isinstance(actual, (list, tuple)):
@@ -180,7 +185,10 @@ def difference(actual, expected, *, dtype: bool = False) -> str:
             if not same(a, e, dtype=dtype):
                 said = marked("the first difference is at index {index}: expected {expected}; got {actual}")
                 return translated(said, index=index, expected=describe(e), actual=describe(a))
-    if type(actual) is not type(expected) and not (is_number(actual) and is_number(expected)):
+    both_numbers = is_number(actual) and is_number(expected)
+    if type(actual) is not type(expected) and not (
+        both_numbers and (not dtype or _is_whole(actual) == _is_whole(expected))
+    ):
         return translated("expected {expected}; got {actual}", expected=type_name(expected), actual=type_name(actual))
     return ""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +111,27 @@ def draw_clipping(axes: Axes, weight: Float[Tensor, "out n"], *, bits: int, shar
     axes.set(xlabel="weight", ylabel="share of the weights (%)", xlim=(-1.05 * peak, 1.05 * peak), ylim=(0, None))
     axes.set_title(f"{bits} bits, cut at {share:.0%} of max |w|: {sqnr_db(weight, back):.1f} dB")
     axes.legend(fontsize="small")
+
+
+def draw_tokens(axes: Axes, texts: Mapping[str, Sequence[tuple[str, bool]]], *, lines: int, width: int = 76) -> None:
+    """Write texts below one another, each under its name: `lines` lines of `width` characters for each.
+
+    A text is a list of tokens; those marked True are red and bold.
+    """
+    inches = axes.get_figure().get_size_inches()[0]
+    style = {"family": "monospace", "fontsize": 72 * inches / (0.65 * width)}  # a character: 0.6 em
+    for index, (name, tokens) in enumerate(texts.items()):
+        row, column = index * lines + 2, 0
+        axes.text(0, row - 1, name, color="0.4", **style)
+        for text, is_marked in tokens:
+            look = {"color": "#CC0000", "weight": "bold"} if is_marked else {}
+            for place, part in enumerate(text.split("\n")):
+                if place or column + len(part) > width:
+                    row, column = row + 1, 0
+                axes.text(column, row, part, **look, **style)
+                column += len(part)
+    axes.set(xlim=(0, width), ylim=(lines * len(texts), 0))
+    axes.set_axis_off()
 
 
 @dataclass(frozen=True)
