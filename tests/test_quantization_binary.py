@@ -42,6 +42,9 @@ def test_ternarize_by_hand_and_keeps_three_values():
     codes, scale = ternarize(torch.tensor([[3.0, -1.0, 0.5, -3.5]]))
     assert codes.tolist() == [[1, 0, 0, -1]] and scale.item() == 2.0
     assert not ternarize(torch.zeros(2, 3))[0].any()
+    for bad in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="finite numbers only; got inf or nan"):
+            ternarize(torch.tensor([1.0, bad]))
 
 
 @given(seed=st.integers(0, 10_000))

@@ -167,17 +167,17 @@ def quantize(
 
     "nearest-even" rounds a tie to the even neighbour (IEEE 754's default). "stochastic" rounds up with a probability
     equal to the fraction, ⌊x/S + u⌋ with u uniform in [0, 1), so that the mean is right (Gupta et al. 2015,
-    arXiv:1502.02551). Infinities saturate.
+    arXiv:1502.02551). What lies outside the range saturates.
 
     Raises:
-        ValueError: for NaN, and for an unknown rounding.
+        ValueError: for infinity or NaN, which would become ordinary numbers, and for an unknown rounding.
 
     >>> quantize(torch.tensor([0.5, 1.5, -9.0]), QParams(torch.tensor(1.0), torch.tensor(0), -7, 7))
     tensor([ 0,  2, -7], dtype=torch.int8)
     """
     ratio = grouped(x.to(torch.promote_types(x.dtype, torch.float32)), qparams.group_size) / qparams.scale
-    if ratio.isnan().any():
-        raise ValueError("NaN has no code; got NaN in x")
+    if x.isinf().any() or ratio.isnan().any():
+        raise ValueError("only a finite number has a code; got inf or nan in x or in the scale")
     if rounding == "nearest-even":
         whole = torch.round(ratio)
     elif rounding == "stochastic":

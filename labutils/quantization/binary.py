@@ -51,8 +51,13 @@ def ternarize(x: Float[Tensor, "*rows n"]) -> tuple[Int8[Tensor, "*rows n"], Flo
     BitNet b1.58 (Ma et al. 2024, arXiv:2402.17764, equations 1 to 3), which trains with it from the start. Three values
     carry log2 3 = 1.58 bits; five of them fit into a byte, for 3^5 = 243.
 
+    Raises:
+        ValueError: for infinity or NaN.
+
     >>> ternarize(torch.tensor([[3.0, -1.0, 0.5, -3.5]]))
     (tensor([[ 1,  0,  0, -1]], dtype=torch.int8), tensor(2.))
     """
+    if not x.isfinite().all():
+        raise ValueError("three values stand for finite numbers only; got inf or nan")
     scale = x.float().abs().mean().clamp(min=1e-12)
     return torch.round(x / scale).clamp(-1, 1).to(torch.int8), scale

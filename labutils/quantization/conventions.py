@@ -9,7 +9,6 @@ from pathlib import Path
 
 COLUMNS = ("scale", "codes", "zero point", "rounding", "groups", "nibbles", "in float", "surprise")
 NOT_OBSERVED = "not observed"
-NOT_TRIED = ("llama.cpp",)  # rows without a single observation
 HEAD = """# What other libraries store
 
 *Written by `python -m labutils build` from what `tests/formats_of_others.py` observed; a slow test observes it again.
@@ -40,7 +39,6 @@ def conventions_table(*columns: str) -> str:
         raise ValueError(f"columns must be of {', '.join(COLUMNS)}; got {', '.join(sorted(unknown))}")
     seen = observed().items()
     rows = [(f"{library} {found['version']}", *row) for library, found in seen for row in found["rows"].items()]
-    rows += [(library, "", {}) for library in NOT_TRIED]
     cells = [[library, form, *(row.get(c, NOT_OBSERVED) for c in columns)] for library, form, row in rows]
     return _markdown(["library", "format", *columns], cells)
 

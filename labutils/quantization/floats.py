@@ -69,19 +69,21 @@ def encode(x: Float[Tensor, "*shape"], form: FloatFormat, *, saturate: bool = Tr
     """Codes of the nearest numbers, ties to the even code.
 
     Args:
-        x: numbers; NaN stays NaN.
+        x: numbers.
         form: the format.
-        saturate: whether what is too large becomes the largest number; otherwise infinity where there is one, or NaN.
+        saturate: whether what is too large becomes the largest number; otherwise infinity where there is one, or NaN,
+            and infinity and NaN are taken.
 
     Raises:
-        ValueError: for NaN in a format without it.
+        ValueError: for infinity or NaN that would become an ordinary number: in a format without NaN, and when
+            `saturate`.
 
     >>> encode(torch.tensor([0.3, -7.0]), E2M1).tolist()  # 0.5 and −6
     [1, 15]
     """
     x = x.float()
-    if form.specials == "none" and x.isnan().any():
-        raise ValueError("this format has no NaN; got NaN in x")
+    if (saturate or form.specials == "none") and not x.isfinite().all():
+        raise ValueError("x must be finite for a cast that saturates; got inf or nan")
     smallest = 1 - form.bias  # exponent of the smallest normal number, and of all subnormal ones
     exponent = (torch.frexp(x.nan_to_num()).exponent - 1).clamp(min=smallest)
     exponent = torch.where(x == 0, smallest, exponent)
