@@ -1,5 +1,9 @@
-"""compressed-tensors written and read: words by hand, bits of the package's own packing, logits in transformers."""
+"""compressed-tensors written and read: words by hand, bits of the package's packing, logits in transformers and vLLM.
 
+vLLM needs a Python of its own: see tests/test_vllm.py.
+"""
+
+import copy
 import json
 import os
 import subprocess
@@ -183,3 +187,41 @@ def test_transformers_loads_it_with_our_logits(tmp_path):
     said = [line.split() for line in run.stdout.splitlines() if line[:1].isdigit()]
     assert len(said) == len(folders) + sum(scheme.symmetric for _, _, scheme in made)
     assert all(float(distance) < 1e-4 for (distance,) in said), said
+
+
+IN_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+folder, ids = sys.argv[1], json.loads(sys.argv[2])
+model = LLM(model=folder, dtype="float16", max_model_len=64, enforce_eager=True, max_logprobs=-1, seed=0)
+options = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
+(found,) = model.generate({"prompt_token_ids": ids}, options)[0].outputs[0].logprobs
+print(json.dumps([found[i].logprob for i in range(len(found))]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LABUTILS_VLLM" not in os.environ, reason="LABUTILS_VLLM names no Python that has vLLM")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_vllm_loads_it_with_our_logits(symmetric, tmp_path):
+    """Of every token. vLLM's CPU kernel for 4 bits knows no float32: float16 errs by no more than in PyTorch."""
+    from labutils.lab.models.load import load_model
+
+    model, tokenizer = load_model("lablm")
+    layers = quantized(model, Scheme(4, symmetric=symmetric, granularity="group", group_size=64))
+    save_compressed_tensors(model, tokenizer, tmp_path / "m", layers)
+    ids = tokenizer("def add(a, b):\n    return", return_tensors="pt").input_ids
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    environment |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [os.environ["LABUTILS_VLLM"], "-c", IN_VLLM, str(tmp_path / "m"), json.dumps(ids[0].tolist())]
+    run = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    theirs = torch.tensor(json.loads(run.stdout.splitlines()[-1]))
+    change_weights_(model, lambda name, _: dequantize(*layers[name]))
+    with torch.no_grad():
+        ours, in_half = (m(ids).logits[0, -1].float().log_softmax(-1) for m in (model, copy.deepcopy(model).half()))
+    print(f"largest difference: vLLM {(theirs - ours).abs().max():.4f}, PyTorch {(in_half - ours).abs().max():.4f}")
+    assert (theirs - ours).abs().max() < 2 * (in_half - ours).abs().max() < 0.03
+    assert theirs.argmax() == ours.argmax()

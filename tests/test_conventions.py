@@ -1,5 +1,6 @@
 """Other libraries' conventions: the stored table is what the packages do, and the page is what the table says."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import formats_of_others
@@ -70,6 +71,35 @@ def test_the_observer_tells_byte_orders_apart():
         nibbles_of(Stored(codes - 8, 1.0, None, np.array([0x21, 0x43]))) == "neighbours, the first low, counted from −8"
     )
     assert nibbles_of(Stored(codes, 1.0, None, np.array([0, 0]))) == "other"
+
+
+def test_casts_disagree_in_four_ways():
+    """Saturation, NaN, NaN as the largest number; int4 that wraps or clamps: what chapter 03 says, by version."""
+    casts = {f"{name} {found['version']}": found["casts"] for name, found in seen_with_casts()}
+    e4m3 = {name: (cells["1000 to e4m3"], cells["nan to e4m3"]) for name, cells in casts.items()}
+    assert e4m3 == {
+        "torch 2.13.0": ("448", "nan"),
+        "ml_dtypes 0.6.0": ("nan", "nan"),
+        "jax 0.10.2": ("nan", "nan"),
+        "mlx 0.32.4": ("448", "448"),
+        "openvino 2026.4.1": ("nan", "nan"),
+    }
+    int4 = {name: cells["100 to int4"] for name, cells in casts.items() if "100 to int4" in cells}
+    assert int4 == {"ml_dtypes 0.6.0": "4", "jax 0.10.2": "7", "openvino 2026.4.1": "4"}  # 100 = 6 · 16 + 4
+
+
+@pytest.mark.parametrize("library", ["torch", "ml_dtypes", "jax"])
+def test_the_environment_s_casts_are_those_of_the_table(library):
+    """Ours refuses what these make numbers of: test_quantization_floats.py."""
+    pytest.importorskip(library)
+    stored = conventions.observed()[library]
+    if (here := version(library).partition("+")[0]) != stored["version"]:
+        pytest.skip(f"observed with {library} {stored['version']}; here is {here}")
+    assert getattr(formats_of_others, f"casts_of_{library}")() == stored["casts"]
+
+
+def seen_with_casts():
+    return [(name, found) for name, found in conventions.observed().items() if "casts" in found]
 
 
 @pytest.mark.slow

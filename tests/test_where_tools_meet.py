@@ -8,7 +8,7 @@ from tiny_models import random_ids, tiny_model
 from transformers import DynamicCache
 from transformers.cache_utils import QuantizedLayer
 
-from labutils.generation.cache import KVCache
+from labutils.generation.cache import CompiledKVCache, KVCache
 from labutils.quantization.kv_cache import QuantizedKVCache
 
 
@@ -80,3 +80,42 @@ def test_generate_s_own_arguments_do_not_reach_the_assistant():
         counts.append(len(calls))
     hook.remove()
     assert counts[1] != counts[0]  # the second call's argument says 6 as well, and the assistant's 1 counts
+
+
+class Counter(torch.nn.Module):
+    """Counts its calls in a Python number or in a tensor."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return x * self.calls
+
+
+@pytest.mark.parametrize(("calls", "graphs"), [(0, 6), (torch.zeros(()), 1)])
+def test_a_counter_attribute_compiles_each_time_and_a_tensor_once(calls, graphs):
+    assert compilations(Counter(calls), [(torch.ones(2),)] * 6) == graphs
+
+
+def test_our_compiled_decoder_counts_in_tensors():
+    cache = CompiledKVCache(tiny_model("llama-gqa-tied").config, max_length=16)
+    keys = torch.ones(1, cache.keys.shape[2], 1, cache.keys.shape[4])
+    steps = [(keys, keys, 0)] * 6
+    assert compilations(cache.update, steps) == 1
+
+
+def compilations(function, calls):
+    graphs = []
+
+    def counting(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=counting)
+    for arguments in calls:
+        compiled(*arguments)
+    torch._dynamo.reset()
+    return len(graphs)

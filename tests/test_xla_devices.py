@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,34 @@ def test_races_are_found_where_the_summed_axis_is_declared_parallel():
 def test_int8_matmul_refuses_sizes_that_are_no_multiple():
     with pytest.raises(ValueError, match=r"multiples of the blocks \(32, 128, 128\); got \(33, 128, 128\)"):
         pm.int8_matmul(codes(33, 128), codes(128, 128), blocks=BLOCKS)
+
+
+def test_the_interpreters_fill_gaps_differently_and_one_of_them_hides_a_ragged_block():
+    """Six rows in blocks of four: the last block has two rows of rubbish. This is why `int8_matmul` refuses them."""
+
+    def total(x_ref, out_ref):
+        out_ref[...] = x_ref[...].sum(axis=0, keepdims=True)
+
+    sums, x = {}, jnp.arange(1, 7, dtype=jnp.int32)[:, None]
+    for name, interpret in (("plain", True), ("simulated memory", pm.pltpu.InterpretParams())):
+        specs = {n: pm.pl.BlockSpec((rows, 1), lambda i: (i, 0)) for n, rows in (("in", 4), ("out", 1))}
+        shape = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+        call = pm.pl.pallas_call(
+            total, grid=(2,), in_specs=[specs["in"]], out_specs=specs["out"], out_shape=shape, interpret=interpret
+        )
+        sums[name] = np.asarray(call(x)).ravel().tolist()
+    assert sums["simulated memory"] != [10, 11]
+    if version("jax") == "0.10.2":
+        assert sums["plain"] == [10, 11]  # −2³¹ twice: as if nothing were wrong
+
+
+def test_xla_reads_denormals_as_zero_and_products_of_ours_stay_close():
+    """On a CPU; PyTorch keeps them. Probabilities of exp(−88) and less are 0 in XLA, which no logit notices."""
+    small = np.array([1e-40, 1.5e-38], np.float32)
+    twice = np.asarray(jax.jit(lambda x: x + x)(small))
+    assert twice[0] == 0 < twice[1] and (torch.from_numpy(small) * 2 > 0).all()
+    scores = np.array([0.0, -89.0], np.float32)
+    assert jax.nn.softmax(scores)[1] == 0 < torch.softmax(torch.from_numpy(scores), 0)[1] < 1e-38
 
 
 def test_vmem_bytes_by_hand_and_as_the_compiler_said():

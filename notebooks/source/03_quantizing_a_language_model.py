@@ -1947,7 +1947,7 @@ for end in (", NumPy steps", ""):
 #
 # One day you will open a file that another program wrote. "int8, symmetric, one scale a row" sounds like a full description, and it
 # leaves out what decides every weight: is the scale max|w| / 127 or max|w| / 127.5? Where does a tie go? Which of two codes lies in the
-# low half of a byte? Libraries answer differently, and few of them say so.
+# low half of a byte? Libraries answer differently, and few of them say so. One may even answer twice: look for llama.cpp's Q8_0 below.
 #
 # **Predict:** below are several libraries' symmetric int8 formats. Do most of them share one rule for the scale?
 
@@ -2100,7 +2100,8 @@ ch03_formats.unpack_zero_points(unpack_zero_points)
 
 # %% [markdown]
 # `save_compressed_tensors` writes such a folder from any method's codes; the head and the embedding stay in floating point. With the package
-# `compressed-tensors` installed, `transformers` loads it. Below, symmetric groups of 64, which have no zero points to pack.
+# `compressed-tensors` installed, `transformers` loads it. So does vLLM: on a CPU only codes of 4 bits, in float16 or bfloat16. Below, symmetric
+# groups of 64, which have no zero points to pack.
 
 # %%
 from labutils.lab.models.compressed_tensors import read_compressed_tensors, save_compressed_tensors
@@ -2120,7 +2121,7 @@ print({key: scheme_written[key] for key in ("num_bits", "symmetric", "strategy",
 # ### Casts
 #
 # The last step is a cast, and casts disagree about numbers that the type does not hold. **Predict:** float8 E4M3 ends at 448. What do 1000 and
-# NaN become in PyTorch, in JAX and in MLX?
+# NaN become in PyTorch, in JAX and in MLX? And what does 100 become as an int4?
 
 # %%
 display(Markdown(casts_table()))
@@ -2134,7 +2135,7 @@ for name, bad in (("inf", float("inf")), ("nan", float("nan"))):
 # %% [markdown]
 # **Explain.** A cast that saturates hides an overflow. A cast that returns NaN shows it, one layer too late. An integer cast may do neither
 # and keep the lowest bits. So check that numbers are finite, round and clamp by your own rule *before* you cast. That is what
-# `fake_quantize`, the GGUF writer and the packed layers do: they name the problem before anything is stored.
+# `quantize`, `encode`, the GGUF writer and the packed layers do: they name the problem before anything is stored.
 #
 # Two more surprises of this kind, for those who mix tools. `transformers` has a quantized cache with a `residual_length`; its first call
 # rounds the whole prompt all the same, while `QuantizedKVCache` of section 6 keeps the newest positions from the start. And safetensors'

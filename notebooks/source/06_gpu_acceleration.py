@@ -693,7 +693,8 @@ torch._dynamo.reset()
 # %% [markdown]
 # This is why a compiled decoder has a **static KV cache**: buffers of full length, the position in a tensor, a mask over
 # what is still empty (`CompiledKVCache`, chapter 01). After eight recompilations of one function PyTorch stops compiling it and
-# runs it eagerly.
+# runs it eagerly. A counter kept as an *attribute* of a module (`self.calls += 1` in `forward`) gets there with PyTorch's default, too:
+# only arguments become symbols, and each new value of an attribute compiles again. Keep such a number in a tensor.
 
 # %% [markdown]
 # ## 9 · CUDA graphs: launch once, replay for ever

@@ -944,6 +944,10 @@ for parallel in ((True, True, False), (True, True, True)):
 # The sum's axis: two cores, each with sums of its own, write the same block of the result. On one core it would have
 # worked by luck.
 #
+# `int8_matmul` refuses sizes that are no multiple of the blocks. A ragged block would hold rubbish in its gap, and the two interpreters choose
+# different rubbish: for int32 the plain one the smallest number, the simulated memory the largest. Two of the smallest cancel in a sum, so a wrong
+# kernel may look right in the plain interpreter. Test in both.
+#
 # ## Exercise 7.10: vmem_bytes
 #
 # A TPU v5e gives a kernel 16 MiB of VMEM by default. Write `vmem_bytes(rows, columns, inner)` for blocks of that size: the

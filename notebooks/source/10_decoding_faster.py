@@ -680,6 +680,9 @@ plt.show()
 # %% [markdown]
 # *Predicted speed-up of LabLM-small with 2,048 tokens against γ, from measured acceptance, cost and steps; the dotted line is plain decoding.*
 # A best γ holds for one text, one draft and one machine: see the titles. Section 12 checks the prediction by the clock.
+#
+# Other tools have a γ as well. In `transformers` it is `num_assistant_tokens`, and it is read from the *assistant's* `generation_config`: the
+# same argument to `generate(…, assistant_model=…)` changes nothing. Set it there before you compare.
 
 # %% [markdown]
 # ## 5 · A head that looks ahead

@@ -952,6 +952,9 @@ ch13_energy.joules_per_token(joules_per_token)
 # that it does not know gets 85 W. *By counting*: bytes that are moved and operations, each at a price in picojoules. The usual prices are those of
 # Horowitz (ISSCC 2014, figure 1.1.9), for 45 nm, a technology of 2008; a byte from DRAM is given as 162 to 325 pJ.
 #
+# Here both end in joules. Before you quote grams of CO₂, ask where the tool thinks that you are: codecarbon looks your place up on the network, and
+# without one it takes Quebec, whose electricity is nearly all hydropower.
+#
 # Each answer reads the weights once a token, and multiplies and adds once a weight.
 #
 # **Predict:** by what factor do the two differ for float32, and for int4?

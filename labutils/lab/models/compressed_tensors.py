@@ -54,7 +54,8 @@ def from_words(words: Int32[Tensor, "rows words"], bits: int, count: int) -> Int
 def save_compressed_tensors(model: PreTrainedModel, tokenizer, folder: Path, layers: Mapping[str, Quantized]) -> None:
     """Writes a model whose named linear layers are stored as codes; everything else keeps its dtype.
 
-    `transformers` 5.23 loads zero points only with `CompressedTensorsConfig(dequantize=True)`.
+    `transformers` 5.23 loads zero points only with `CompressedTensorsConfig(dequantize=True)`. vLLM 0.32 on a CPU has
+    kernels for 4 bits only, in float16 and bfloat16; it takes zero points as they are.
 
     Args:
         model: a Hugging Face model; it stays as it is.
