@@ -706,7 +706,8 @@ def observe(library, folder):
         install_aside(Path(folder), PINS[library])
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, library]
-    run = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=900)  # optimum-quanto compiles
+    patience_s = 900  # optimum-quanto compiles
+    run = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=patience_s)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
 

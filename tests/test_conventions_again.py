@@ -1,4 +1,4 @@
-"""Other libraries' conventions, observed again on the packages themselves: minutes, most of them pip's and a compiler's."""
+"""Other libraries' conventions, observed again on the packages: minutes, most of them pip's and a compiler's."""
 
 from importlib.metadata import version
 
