@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_model
 
-from labutils.decoding.heads import PLACES_AHEAD, LookAhead, LookAheadDraft, look_ahead_loss
+from labutils.decoding.heads import POSITIONS_AHEAD, LookAhead, LookAheadDraft, look_ahead_loss
 from labutils.decoding.speculate import generate_speculative
 from labutils.generation.decode import generate_cached
 from labutils.generation.fast_llama import FastLlama
@@ -35,12 +35,12 @@ def test_look_ahead_loss_equals_a_loop_over_places():
         loss = look_ahead_loss(model, head)(ids, labels)
         states = model.model(input_ids=ids).last_hidden_state
         embedded, each = model.get_input_embeddings()(ids), []
-        for row, place in ((r, i) for r in range(2) for i in range(9) if i + PLACES_AHEAD < 9):
-            state = states[row, place]
-            for ahead in range(1, PLACES_AHEAD + 1):
-                state = head(state, embedded[row, place + ahead])
-                if labels[row, place + 2] != IGNORED:
-                    each.append(forward_kl(model.lm_head(state), model.lm_head(states[row, place + ahead])))
+        for row, position in ((r, i) for r in range(2) for i in range(9) if i + POSITIONS_AHEAD < 9):
+            state = states[row, position]
+            for ahead in range(1, POSITIONS_AHEAD + 1):
+                state = head(state, embedded[row, position + ahead])
+                if labels[row, position + 2] != IGNORED:
+                    each.append(forward_kl(model.lm_head(state), model.lm_head(states[row, position + ahead])))
     torch.testing.assert_close(loss, torch.stack(each).mean())
 
 

@@ -18,7 +18,7 @@ def problem(rows=8, columns=16, samples=400, seed=0):
     return torch.randn(rows, columns, generator=make), x.T @ x
 
 
-def test_one_weight_removed_equals_the_surgeons_update():
+def test_one_weight_removed_equals_the_obs_update():
     """w ← w − w_q / [H⁻¹]_qq · H⁻¹_:q, the error w_q² / [H⁻¹]_qq; nothing is fixed yet."""
     weight, gram = problem(rows=1, columns=4)
     weight[0, 0] = 1e-3
@@ -85,7 +85,7 @@ def test_uncorrelated_inputs_of_one_strength_leave_the_kept_weights_alone():
     assert torch.allclose(pruned, weight * mask_layer(weight.abs(), 0.5), atol=1e-6)
 
 
-def test_mask_follows_the_surgeons_error_not_the_size_alone():
+def test_mask_follows_the_obs_error_not_the_size_alone():
     weight, _ = problem()
     strengths = torch.logspace(-2, 2, 16)
     pruned = sparsegpt(weight, torch.diag(strengths), 0.5, damping=0.0)

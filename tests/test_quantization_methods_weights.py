@@ -126,7 +126,7 @@ def test_gptq_survives_inputs_that_are_always_zero(dead):
     assert gptq(weight, gram, choose_qparams(weight, Scheme(bits=3))).isfinite().all()
 
 
-def test_gptq_equals_the_naive_surgeon():
+def test_gptq_equals_the_naive_obs_update():
     weight, gram = random_layer(4, 12, 3)
     qparams, work = choose_qparams(weight, Scheme(bits=3)), weight.double()
     hessian = 2 * gram.double()

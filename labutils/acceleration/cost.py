@@ -42,7 +42,7 @@ def cost_per_million(
         hours = 10^6 / (tokens/s · utilisation) / 3600,   price = hours · rent + kWh · tariff
 
     Args:
-        tokens_per_s: measured, all texts of the batch together.
+        tokens_per_s: measured, all sequences of the batch together.
         price_per_hour: what the machine costs, in any currency.
         joules_per_token: measured; None where no counter could be read.
         price_per_kwh: the tariff; 0 where the rent includes it.

@@ -120,7 +120,7 @@ def _restored(*namespaces) -> Iterator[None]:
 
 
 def _undefined(shape: tuple[int, ...], kind):
-    """NaN: what a GPU leaves in the places that a mask hides is anything, where the interpreter would put zeros."""
+    """NaN: what a GPU leaves in the elements that a mask hides is anything, where the interpreter would put zeros."""
     from triton.runtime.interpreter import TensorHandle
 
     return TensorHandle(np.full(shape, np.nan, dtype=f"f{kind.primitive_bitwidth // 8}"), kind)

@@ -42,7 +42,7 @@ def rms_norm_kernel(x, gain, out, n, eps, BLOCK: tl.constexpr):
 def int8_gemv_kernel(codes, scales, x, out, rows, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Stores y_r = s_r * sum_k q_rk x_k: a program takes ROWS rows and walks along them in blocks.
 
-    Every place of a block keeps a sum of its own; they are added up once, at the end.
+    Every lane of a block keeps a sum of its own; they are added up once, at the end.
     """
     row, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
@@ -67,8 +67,8 @@ def int4_gemv_kernel(codes, scales, x, out, rows, n, GROUP: tl.constexpr, GROUPS
         group = start + tl.arange(0, GROUPS)
         inside = (row[:, None] < rows) & (group[None, :] < groups)
         byte = group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
-        places = codes + row[:, None, None] * (n // 2) + byte[None, :, :]
-        packed = tl.load(places, mask=inside[:, :, None], other=0).to(tl.int32)
+        pointers = codes + row[:, None, None] * (n // 2) + byte[None, :, :]
+        packed = tl.load(pointers, mask=inside[:, :, None], other=0).to(tl.int32)
         inputs = x + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         part = tl.load(inputs, mask=group[:, None] < groups, other=0.0).to(tl.float32)
         x_even, x_odd = tl.split(tl.reshape(part, (GROUPS, GROUP // 2, 2)))
@@ -92,7 +92,7 @@ def flash_attention_kernel(
     query = tl.load(q + head + rows[:, None] * DIM + columns[None, :], mask=rows[:, None] < positions, other=0.0)
     m = tl.full((QUERIES,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((QUERIES,), dtype=tl.float32)
-    mixed = tl.zeros((QUERIES, DIM), dtype=tl.float32)
+    accumulator = tl.zeros((QUERIES, DIM), dtype=tl.float32)
     end = tl.minimum((tl.program_id(0) + 1) * QUERIES, positions) if CAUSAL else positions
     for start in range(0, end, KEYS):
         at = start + tl.arange(0, KEYS)
@@ -105,7 +105,7 @@ def flash_attention_kernel(
         larger = tl.maximum(m, tl.max(scores, axis=1))
         shrink, powers = tl.exp(m - larger), tl.exp(scores - larger[:, None])
         total = total * shrink + tl.sum(powers, axis=1)
-        mixed = mixed * shrink[:, None] + tl.dot(powers.to(value.dtype), value, input_precision="ieee")
+        accumulator = accumulator * shrink[:, None] + tl.dot(powers.to(value.dtype), value, input_precision="ieee")
         m = larger
-    result = mixed / total[:, None]
+    result = accumulator / total[:, None]
     tl.store(out + head + rows[:, None] * DIM + columns[None, :], result, mask=rows[:, None] < positions)

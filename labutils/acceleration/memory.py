@@ -59,7 +59,7 @@ class Need:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values of all texts."""
+        """Bytes of keys and values of all sequences."""
         return self.batch * self.positions * self.position_bytes
 
     @property
@@ -68,7 +68,7 @@ class Need:
         return self.weight_bytes + self.cache_bytes
 
     def largest_batch(self, memory_bytes: float) -> int:
-        """How many texts of this length fit beside the weights; 0 where not even one does."""
+        """How many sequences of this length fit beside the weights; 0 where not even one does."""
         free = usable(memory_bytes) - self.weight_bytes
         return max(int(free // (self.positions * self.position_bytes)), 0)
 

@@ -21,7 +21,7 @@ from labutils.generation.cache import KVCache
 from labutils.lab.training.losses import LossOf, counted, forward_kl
 
 Hidden = Float[Tensor, "batch positions width"]
-# Layers run, hidden state before and after the last of them, what the output layer would read: which places leave here?
+# Layers run, hidden state before and after the last of them, what the output layer would read: which positions leave?
 Leave = Callable[[int, Hidden, Hidden, Hidden], Bool[Tensor, "batch positions"]]
 
 
@@ -119,10 +119,10 @@ def by_depth(depths: Int[Tensor, "batch positions"]) -> Leave:
 def adaptive_logits(
     model: nn.Module, heads: ExitHeads, token_ids: Int[Tensor, "batch positions"], leave: Leave
 ) -> tuple[Float[Tensor, "batch positions vocab"], Int[Tensor, "batch positions"]]:
-    """Logits at every place of a known text where each token leaves when it may, and the layers that each token ran.
+    """Logits at every position of a known text where each token leaves when it may, and the layers that each token ran.
 
-    All places go through a layer together; those that have left keep their hidden state, and the layer makes keys and
-    values of it all the same: state propagation. Token by token, `AdaptiveDecoder` gives the same logits.
+    All positions go through a layer together; those that have left keep their hidden state, and the layer makes keys
+    and values of it all the same: state propagation. Token by token, `AdaptiveDecoder` gives the same logits.
     """
     hidden, depth = model.get_input_embeddings()(token_ids), model.config.num_hidden_layers
     rope = model.model.rotary_emb(hidden, torch.arange(token_ids.shape[1], device=token_ids.device)[None])

@@ -1,13 +1,14 @@
 """A head that looks ahead: from what the target knows here and the token it chose, a guess at the token after that.
 
 The target's last hidden state h_i already holds the whole text; the head adds the token that the state does not know
-yet, the one just chosen, and answers with the hidden state that the target would have had one place later:
+yet, the one just chosen, and answers with the hidden state that the target would have had one position later:
 
     h'_{i+1} = h_i + e(t_{i+1}) + W_down swiglu(W_gate_up [h_i; e(t_{i+1})]),    logits = E h'_{i+1}
 
 with the target's own embedding e and output matrix E. Fed with its own answer and its own guess it goes on to the next
-place. EAGLE (Li et al. 2024, arXiv:2401.15077) and the MTP modules of DeepSeek-V3 (arXiv:2412.19437, section 2.2) put
-an attention layer into the block; without one, as in Hydra (Ankner et al. 2024, arXiv:2402.05109), it needs no cache.
+position. EAGLE (Li et al. 2024, arXiv:2401.15077) and the MTP modules of DeepSeek-V3 (arXiv:2412.19437, section 2.2)
+put an attention layer into the block; without one, as in Hydra (Ankner et al. 2024, arXiv:2402.05109), it needs no
+cache.
 """
 
 from collections.abc import Callable
@@ -23,11 +24,11 @@ from labutils.generation.sampling import greedy
 from labutils.lab.training.losses import LossOf, counted, forward_kl
 
 NEURONS = 768
-PLACES_AHEAD = 2  # that the head is trained to go on for
+POSITIONS_AHEAD = 2  # that the head is trained to go on for
 
 
 class LookAhead(nn.Module):
-    """The block between a target's hidden state and its output layer, for the place after the next.
+    """The block between a target's hidden state and its output layer, for the position after the next.
 
     Args:
         model: the target; only its width is read.
@@ -41,30 +42,30 @@ class LookAhead(nn.Module):
         nn.init.zeros_(self.down.weight)  # at first it repeats the state
 
     def forward(
-        self, hidden: Float[Tensor, "*places width"], embedded: Float[Tensor, "*places width"]
-    ) -> Float[Tensor, "*places width"]:
-        """The state one place later, from the state here and the embedding of the token that follows it."""
+        self, hidden: Float[Tensor, "*positions width"], embedded: Float[Tensor, "*positions width"]
+    ) -> Float[Tensor, "*positions width"]:
+        """The state one position later, from the state here and the embedding of the token that follows it."""
         token = rms_norm(embedded, embedded.shape[-1:], eps=1e-6)
         gate, up = self.gate_up(torch.cat([hidden, token], dim=-1)).chunk(2, dim=-1)
         return hidden + self.down(silu(gate) * up)
 
 
 def look_ahead_loss(model: nn.Module, head: LookAhead) -> LossOf:
-    """KL(target ‖ head) at the first and the second place ahead, the mean of both; the model stays as it is.
+    """KL(target ‖ head) at the first and the second position ahead, the mean of both; the model stays as it is.
 
     At the second the head reads its own state, as it will when it drafts (EAGLE-3's training-time test, Li et al.
-    2025, arXiv:2503.01840), but the text's own tokens. A place takes part if the first label that it foretells counts.
+    2025, arXiv:2503.01840), but the text's own tokens. A position counts if the first label that it foretells does.
     """
     embed, output = model.get_input_embeddings(), model.get_output_embeddings()
 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
-        rows, places = counted(labels)[:, 1 : ids.shape[1] - PLACES_AHEAD + 1].nonzero(as_tuple=True)
+        rows, positions = counted(labels)[:, 1 : ids.shape[1] - POSITIONS_AHEAD + 1].nonzero(as_tuple=True)
         with torch.no_grad():
             states = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        state, losses = states[rows, places], []
-        for ahead in range(1, PLACES_AHEAD + 1):
-            state = head(state, embed(ids[rows, places + ahead]))
-            losses.append(forward_kl(output(state), output(states[rows, places + ahead])).mean())
+        state, losses = states[rows, positions], []
+        for ahead in range(1, POSITIONS_AHEAD + 1):
+            state = head(state, embed(ids[rows, positions + ahead]))
+            losses.append(forward_kl(output(state), output(states[rows, positions + ahead])).mean())
         return torch.stack(losses).mean()
 
     return loss
@@ -88,7 +89,7 @@ class LookAheadDraft:
         self.width = model.config.hidden_size
 
     def propose(self, token_ids: list[int], count: int) -> Proposal:
-        """Returns `count` tokens, each from the state that the head foretold for the place before it."""
+        """Returns `count` tokens, each from the state that the head foretold for the position before it."""
         state = torch.from_numpy(self.target.hidden[-1]).view(-1, self.width).sum(dim=0, keepdim=True)
 
         def logits_after(drafted: list[int]) -> Tensor:

@@ -4,11 +4,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Probs = Float[Tensor, "*places vocab"]
+Probs = Float[Tensor, "*positions vocab"]
 
 
-def acceptance_rate(draft_probs: Probs, target_probs: Probs) -> Float[Tensor, "*places"]:
-    """Σ min(draft, target) at each place: how often speculative sampling keeps a token drawn from the draft.
+def acceptance_rate(draft_probs: Probs, target_probs: Probs) -> Float[Tensor, "*positions"]:
+    """Σ min(draft, target) at each position: how often speculative sampling keeps a token drawn from the draft.
 
     A drawn token y is kept with probability min(1, target(y) ÷ draft(y)); on average over the draft that is one minus
     the total variation (Leviathan et al. 2022, arXiv:2211.17192, corollary 3.6).
@@ -19,7 +19,7 @@ def acceptance_rate(draft_probs: Probs, target_probs: Probs) -> Float[Tensor, "*
     return torch.minimum(draft_probs, target_probs).sum(dim=-1)
 
 
-def greedy_agreement(draft_probs: Probs, target_probs: Probs) -> Bool[Tensor, "*places"]:
+def greedy_agreement(draft_probs: Probs, target_probs: Probs) -> Bool[Tensor, "*positions"]:
     """Whether both have one favourite: what is kept when the target takes its likeliest token (temperature 0).
 
     >>> greedy_agreement(torch.tensor([0.9, 0.1]), torch.tensor([0.6, 0.4]))

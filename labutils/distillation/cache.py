@@ -16,7 +16,7 @@ ID_BYTES, PROB_BYTES = 4, 2  # int32 and float16
 
 
 def stored_bytes(tokens: int, *, k: int) -> int:
-    """Bytes of the k likeliest tokens and their probabilities at so many places (without a file's head, about 1 kB).
+    """Bytes of the k likeliest tokens and their probabilities at so many positions (without a file's head, about 1 kB).
 
     >>> stored_bytes(1_000_000, k=32) / 1e6  # MB; all 4096 logits in float16 would take 8192
     192.0
@@ -32,8 +32,8 @@ class TeacherCache:
     Args:
         folder: where the answers lie; it belongs to one teacher and one k.
         teacher: a causal LM in evaluation mode.
-        k: tokens kept at each place.
-        tokens: how many places will be stored in all; announced, and refused when the disk has no room.
+        k: tokens kept at each position.
+        tokens: how many positions will be stored in all; announced, and refused when the disk has no room.
 
     Raises:
         ValueError: when the folder holds another teacher's answers, or the disk is too small.
@@ -53,7 +53,7 @@ class TeacherCache:
             new.write_text(json.dumps(owner), encoding="utf-8")
 
     def __call__(self, ids: Int[Tensor, "sequences tokens"]) -> SparseTargets:
-        """Targets at every place but the last."""
+        """Targets at every position but the last."""
         shape = torch.tensor(ids.shape).numpy().tobytes()
         path = self.folder / f"{hashlib.sha256(shape + ids.cpu().numpy().tobytes()).hexdigest()[:32]}.pt"
         if not path.is_file():

@@ -95,7 +95,7 @@ class NgramLinear(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """Token embeddings with places, Transformer encoder layers over all places at once, their mean, one matrix."""
+    """Embeddings of tokens and positions, Transformer encoder layers over all at once, their mean, one matrix."""
 
     def __init__(self, *, vocab: int, classes: int, width: int = 64, layers: int = 1, longest: int = 128) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How far a student's distribution is from its teacher's: each from logits (..., vocab) to nats at each place.
+"""How far a student's distribution is from its teacher's: each from logits (..., vocab) to nats at each position.
 
 All are zero at equality, never negative, and the same when a constant is added to one side's logits.
 """
@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from labutils.lab.training.losses import Divergence, forward_kl
 
-Logits = Float[Tensor, "*places vocab"]
-Nats = Float[Tensor, "*places"]
+Logits = Float[Tensor, "*positions vocab"]
+Nats = Float[Tensor, "*positions"]
 
 
 def reverse_kl(student_logits: Logits, teacher_logits: Logits) -> Nats:
@@ -84,7 +84,9 @@ def at_temperature(divergence: Divergence, temperature: float) -> Divergence:
     return lambda student, teacher: temperature**2 * divergence(student / temperature, teacher / temperature)
 
 
-def label_smoothing(student_logits: Float[Tensor, "places vocab"], labels, *, share: float) -> Float[Tensor, " places"]:
+def label_smoothing(
+    student_logits: Float[Tensor, "positions vocab"], labels, *, share: float
+) -> Float[Tensor, " positions"]:
     """Cross-entropy with 1 − share on the label and share spread over all: the control that knows no teacher.
 
     If a teacher helps no more than this, what helped was softness, not knowledge (Yuan et al. 2019, arXiv:1909.11723).

@@ -45,7 +45,7 @@ class Projections(nn.Module):
 
 
 def hidden_loss(student: Sequence[States], teacher: Sequence[States], kept: Kept) -> Float[Tensor, ""]:
-    """Mean squared distance of matched hidden states over the places kept, each relative to the teacher's mean square.
+    """Mean squared distance of matched hidden states at the positions kept, each relative to the teacher's mean.
 
     TinyBERT's equation 8 has the bare mean square; divided by the teacher's, layers of different size weigh the same.
 

@@ -66,7 +66,7 @@ def distillation_loss(
 
 
 def _weighted(ours, theirs, labels: Tensor, recipe: Recipe, projections: Projections | None) -> Tensor:
-    """Sum of the parts that have a weight; places whose label does not count are in none of them."""
+    """Sum of the parts that have a weight; positions whose label does not count are in none of them."""
     counts, total = counted(labels), 0.0
     logits, target = ours.logits[:, :-1], theirs.logits[:, :-1]
     if recipe.soft:
@@ -74,7 +74,7 @@ def _weighted(ours, theirs, labels: Tensor, recipe: Recipe, projections: Project
         total = total + recipe.soft * mean_over(divergence(logits, target), counts)
     if recipe.hard:
         total = total + recipe.hard * hard_loss(logits, labels)
-    kept = torch.cat([counts, torch.zeros_like(counts[:, :1])], dim=1)  # the places that predict what counts
+    kept = torch.cat([counts, torch.zeros_like(counts[:, :1])], dim=1)  # the positions that predict what counts
     if recipe.cosine or recipe.hidden:
         states = list(ours.hidden_states) if projections is None else projections(ours.hidden_states)
         targets = [theirs.hidden_states[g] for g in layer_map(len(states) - 1, len(theirs.hidden_states) - 1)]
@@ -83,9 +83,9 @@ def _weighted(ours, theirs, labels: Tensor, recipe: Recipe, projections: Project
         if recipe.hidden:
             total = total + recipe.hidden * hidden_loss(states, targets, kept)
     if recipe.attention:
-        places = layer_map(len(ours.attentions), len(theirs.attentions))[1:]
+        layers = layer_map(len(ours.attentions), len(theirs.attentions))[1:]
         total = total + recipe.attention * attention_loss(
-            ours.attentions, [theirs.attentions[g - 1] for g in places], kept
+            ours.attentions, [theirs.attentions[g - 1] for g in layers], kept
         )
     return total
 
@@ -100,7 +100,7 @@ def stored_loss(student: nn.Module, targets_of: Callable[[Tensor], SparseTargets
 
     Args:
         student: a causal LM.
-        targets_of: ids (sequences, n) to targets at the first n − 1 places.
+        targets_of: ids (sequences, n) to targets at the first n − 1 positions.
         recipe: soft and hard count; anything else needs the teacher itself.
 
     Raises:

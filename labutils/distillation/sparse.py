@@ -17,10 +17,10 @@ TINY = 1e-7
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """k token ids at each place and what the teacher gives them; what is missing to 1 belongs to all others."""
+    """k token ids at each position and what the teacher gives them; what is missing to 1 belongs to all others."""
 
-    ids: Int[Tensor, "*places k"]
-    probs: Float[Tensor, "*places k"]
+    ids: Int[Tensor, "*positions k"]
+    probs: Float[Tensor, "*positions k"]
 
     def to(self, device: torch.device | str) -> "SparseTargets":
         """The same on another device."""
@@ -31,7 +31,7 @@ class SparseTargets:
         return SparseTargets(self.ids, self.probs / self.probs.sum(dim=-1, keepdim=True))
 
 
-def top_k(teacher_logits: Float[Tensor, "*places vocab"], k: int) -> SparseTargets:
+def top_k(teacher_logits: Float[Tensor, "*positions vocab"], k: int) -> SparseTargets:
     """The k likeliest tokens with their own probabilities, not rescaled.
 
     Raises:
@@ -46,7 +46,9 @@ def top_k(teacher_logits: Float[Tensor, "*places vocab"], k: int) -> SparseTarge
     return SparseTargets(ids, probs)
 
 
-def drawn(teacher_logits: Float[Tensor, "*places vocab"], draws: int, *, generator: torch.Generator) -> SparseTargets:
+def drawn(
+    teacher_logits: Float[Tensor, "*positions vocab"], draws: int, *, generator: torch.Generator
+) -> SparseTargets:
     """`draws` tokens drawn from the teacher, each worth 1 ÷ draws: a token drawn twice stands there twice.
 
     The expectation of the loss, and of its gradient, is that of the whole distribution.
@@ -63,8 +65,8 @@ def drawn(teacher_logits: Float[Tensor, "*places vocab"], draws: int, *, generat
 
 
 def sparse_cross_entropy(
-    student_logits: Float[Tensor, "*places vocab"], targets: SparseTargets
-) -> Float[Tensor, "*places"]:
+    student_logits: Float[Tensor, "*positions vocab"], targets: SparseTargets
+) -> Float[Tensor, "*positions"]:
     """−Σ p_T ln p_S over the stored tokens, and the rest of both sides as one bucket more.
 
     Where the stored probabilities sum to 1 (drawn, or rescaled) there is no rest. The gradient is the forward KL's: the

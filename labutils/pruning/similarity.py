@@ -93,7 +93,7 @@ def reconstruct(
 ) -> Float[Tensor, "out k"]:
     """The kept columns, changed so that ‖W X − Ŵ X_kept‖ is least: all kept inputs together stand in for the removed.
 
-    Ŵ = W G[:, kept] (G[kept, kept] + λI)⁻¹, least squares, with λ = damping · mean diagonal: the surgeon's update
+    Ŵ = W G[:, kept] (G[kept, kept] + λI)⁻¹, least squares, with λ = damping · mean diagonal: the OBS update
     (Hassibi and Stork 1993) for columns that go in every row at once.
 
     >>> gram = torch.tensor([[4.0, 2.0], [2.0, 1.0]])

@@ -150,8 +150,8 @@ def decoder_layer(
     query, key = rotate(query, *tables), rotate(key, *tables)
     keys = lax.dynamic_update_slice(keys, key.swapaxes(0, 1), (0, start, 0))
     values = lax.dynamic_update_slice(values, value.swapaxes(0, 1), (0, start, 0))
-    mixed = cached_attention(query, keys, values, start + jnp.arange(count))
-    hidden = hidden + linear(mixed.reshape(count, -1), "o")
+    attended = cached_attention(query, keys, values, start + jnp.arange(count))
+    hidden = hidden + linear(attended.reshape(count, -1), "o")
     normed = rms_norm(hidden, weights["mlp_gain"], shape.eps)
     hidden = hidden + linear(jax.nn.silu(linear(normed, "gate")) * linear(normed, "up"), "down")
     return hidden, keys, values

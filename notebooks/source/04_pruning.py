@@ -163,7 +163,7 @@ for i in (0, 2, 5):
 
 # %% [markdown]
 # The percentages show how much of the layer's output energy is lost, on the calibration text itself. Merging into one similar
-# neuron helps a little, reconstruction from all of them a lot. We meet it again as the *surgeon's update*.
+# neuron helps a little, reconstruction from all of them a lot. We meet it again as the *OBS update*.
 
 # %% [markdown]
 # ## 2 · Single weights: which matter least?
@@ -285,7 +285,7 @@ plt.show()
 # emptier: those inputs are loud or quiet. 2:4 leaves two dark squares in every four.*
 
 # %% [markdown]
-# ## 3 · The surgeon's update
+# ## 3 · The OBS update
 #
 # Magnitude and Wanda only choose. **Optimal Brain Surgeon** (Hassibi and Stork 1993) also repairs: when weight q of a row w
 # becomes zero, the change of the others that hurts $\lVert X(w-\hat w)^\top\rVert^2$ least, and what is then still lost, are
@@ -1271,7 +1271,7 @@ plt.show()
 # ## What you have
 #
 # - the article's rule turned round: similar means redundant, and the kept ones speak for the removed;
-# - six criteria, n:m patterns and the surgeon's update, each with its cost and interval;
+# - six criteria, n:m patterns and the OBS update, each with its cost and interval;
 # - smaller ordinary checkpoints: neurons, heads, layers, width, slices;
 # - the share of zeros from which a sparse format pays *on this machine*, and one that is stored dense and pays nothing;
 # - a table by group, which an average would have hidden.

@@ -108,11 +108,11 @@ print(
 # %% [markdown]
 # ## Exercise 5.1: soft_loss
 #
-# Write `soft_loss(student_logits, teacher_logits)`: both (places, vocab); return KL(teacher ‖ student) in nats, the mean over places,
+# Write `soft_loss(student_logits, teacher_logits)`: both (positions, vocab); return KL(teacher ‖ student) in nats, the mean over positions,
 # as a tensor of one number through which the student can be trained. 3 lines, 8 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary><code>torch.log_softmax(…, dim=-1)</code> of both; the weights are the teacher's probabilities, its <code>.exp()</code>.</details>
-# <details><summary>Hint 2</summary>Sum over the vocabulary, <code>.sum(-1)</code>, then <code>.mean()</code> over the places.</details>
+# <details><summary>Hint 2</summary>Sum over the vocabulary, <code>.sum(-1)</code>, then <code>.mean()</code> over the positions.</details>
 
 
 # %%
@@ -279,8 +279,8 @@ print({name: f"T = 1 to 16: {ratio[1.0]:.1f}" for name, ratio in change.items()}
 # %% [markdown]
 # ## Exercise 5.3: hinton_loss
 #
-# Write `hinton_loss(student_logits, teacher_logits, labels, temperature, soft)`: λ = `soft` weighs T² · KL (mean over places), 1 − λ
-# the cross-entropy with `labels` (places,). 4 lines, 10 minutes, difficulty 2 of 3.
+# Write `hinton_loss(student_logits, teacher_logits, labels, temperature, soft)`: λ = `soft` weighs T² · KL (mean over positions), 1 − λ
+# the cross-entropy with `labels` (positions,). 4 lines, 10 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>Both sides are divided by T in the soft part; neither in the hard part.</details>
 # <details><summary>Hint 2</summary><code>torch.nn.functional.cross_entropy(student_logits, labels)</code> is the hard part; 5.1 on divided logits the soft one.</details>
@@ -364,7 +364,7 @@ plt.show()
 # %% [markdown]
 # ## Exercise 5.4: jensen_shannon
 #
-# Write `jensen_shannon(student_probs, teacher_probs)`: probabilities (places, vocab), none zero; return (places,), in nats:
+# Write `jensen_shannon(student_probs, teacher_probs)`: probabilities (positions, vocab), none zero; return (positions,), in nats:
 # ½ KL(teacher ‖ m) + ½ KL(student ‖ m) with m the mean of both. 3 lines, 7 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>Build m first; both KLs compare with it.</details>
@@ -397,7 +397,7 @@ ch05.jensen_shannon(jensen_shannon)
 # tokens **drawn** from the teacher, each worth 1/k, which are right on average (Anshumann et al. 2025, arXiv:2503.16870). We compare
 # them at equal storage, 3 and 96 tokens a place, drawn once; and beside them a teacher that is asked anew at each step.
 #
-# **Predict:** at the 20 places where the teacher is least sure, how much will a student trained on its 3 favourites, rescaled, leave for
+# **Predict:** at the 20 positions where the teacher is least sure, how much will a student trained on its 3 favourites, rescaled, leave for
 # all other tokens?
 
 # %%
@@ -437,14 +437,14 @@ for name, targets in cures.items():
 # %% [markdown]
 # The distance is the total variation, 0 for a copy and 1 for nothing in common. The bucket gets the *mass* of the rest right and
 # cannot know how it is spread. Tokens drawn *once* say, like rescaling, that all others do not exist. Draws are right only on average:
-# over steps that draw anew, or over many similar places whose weights are shared. These free logits share nothing, so this cell
+# over steps that draw anew, or over many similar positions whose weights are shared. These free logits share nothing, so this cell
 # shows the draws' lack of bias (its last line) and not what they are worth in a real training.
 
 # %% [markdown]
 # ## Exercise 5.5: bucket_loss
 #
-# Write `bucket_loss(student_logits, ids, probs)`: student_logits (places, vocab); ids and probs (places, k), the teacher's likeliest
-# tokens, **not** rescaled. Return (places,): −Σ p_T ln p_S over the stored tokens and the rest of both sides as one more.
+# Write `bucket_loss(student_logits, ids, probs)`: student_logits (positions, vocab); ids and probs (positions, k), the teacher's likeliest
+# tokens, **not** rescaled. Return (positions,): −Σ p_T ln p_S over the stored tokens and the rest of both sides as one more.
 # 5 lines, 10 minutes, difficulty 3 of 3.
 #
 # <details><summary>Hint 1</summary><code>log_softmax</code> over the whole vocabulary first, then <code>.gather(-1, ids)</code>.</details>
@@ -491,7 +491,7 @@ with tempfile.TemporaryDirectory() as folder:
 #
 # ## Exercise 5.6: mean_where_counted
 #
-# Write `mean_where_counted(values, labels)`: values (rows, n − 1), labels (rows, n); return the mean over all places whose label
+# Write `mean_where_counted(values, labels)`: values (rows, n − 1), labels (rows, n); return the mean over all positions whose label
 # counts, over all rows together. 2 lines, 5 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary><code>labels[:, 1:] != -100</code> has the shape of the values.</details>
@@ -776,10 +776,10 @@ plt.show()
 # %% [markdown]
 # ## Exercise 5.7: hidden_distance
 #
-# Write `hidden_distance(student, teacher, projection)`: student (places, d), teacher (places, D), projection (D, d), as `nn.Linear` stores
+# Write `hidden_distance(student, teacher, projection)`: student (positions, d), teacher (positions, D), projection (D, d), as `nn.Linear` stores
 # it; return the quotient above, one number. 2 lines, 6 minutes, difficulty 2 of 3.
 #
-# <details><summary>Hint 1</summary>Rows are places: <code>student @ projection.T</code> has the teacher's shape.</details>
+# <details><summary>Hint 1</summary>Rows are positions: <code>student @ projection.T</code> has the teacher's shape.</details>
 # <details><summary>Hint 2</summary>Two means of squares, one divided by the other.</details>
 
 
@@ -1004,8 +1004,8 @@ for kind in ("2 bits", "60% zeros"):
 #
 # ## Exercise 5.8: acceptance
 #
-# Write `acceptance(draft_probs, target_probs)`: both (places, vocab); return the share of draft tokens kept, one number, the mean over
-# places. 1 line, 4 minutes, difficulty 1 of 3.
+# Write `acceptance(draft_probs, target_probs)`: both (positions, vocab); return the share of draft tokens kept, one number, the mean over
+# positions. 1 line, 4 minutes, difficulty 1 of 3.
 #
 # <details><summary>Hint 1</summary>The smaller of both at each token, summed over the vocabulary.</details>
 # <details><summary>Hint 2</summary><code>torch.minimum(…).sum(-1).mean()</code></details>

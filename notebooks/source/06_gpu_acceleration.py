@@ -1103,7 +1103,7 @@ if has_triton:
     print(done.stdout or done.stderr)
 
 # %% [markdown]
-# Now a row a program. PyTorch computes RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4) in several passes over
+# Now a program for each row. PyTorch computes RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4) in several passes over
 # memory; a fused kernel reads the row once and writes it once:
 #
 # $$y_j = \frac{x_j}{\sqrt{\tfrac{1}{n}\sum_k x_k^2 + \varepsilon}}\; g_j$$
@@ -1197,7 +1197,7 @@ if has_triton:
 # %% [markdown]
 # `v4.b32` is four times 32 bits, 16 bytes; `b8` is one. (Loads of x, of the scales and of a row's end are in the list too.)
 #
-# `labutils`' kernels take several rows a program; the int4 one unpacks two codes from a byte. Their memory, for 4 rows of
+# `labutils`' kernels give each program several rows; the int4 one unpacks two codes from a byte. Their memory, for 4 rows of
 # 64 weights, in four groups:
 
 # %%

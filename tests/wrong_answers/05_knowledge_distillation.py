@@ -23,7 +23,7 @@ def soft_loss(student_logits, teacher_logits):
     return -(wanted * torch.log_softmax(student_logits, dim=-1)).sum(-1).mean()
 
 
-# %% WRONG soft_loss | summed over the places
+# %% WRONG soft_loss | summed over the positions
 # EXERCISE soft_loss
 def soft_loss(student_logits, teacher_logits):
     student = torch.log_softmax(student_logits, dim=-1)
@@ -208,7 +208,7 @@ def mean_where_counted(values, labels):
     return values.mean()
 
 
-# %% WRONG mean_where_counted | divided by all places
+# %% WRONG mean_where_counted | divided by all positions
 # EXERCISE mean_where_counted
 def mean_where_counted(values, labels):
     return (values * (labels[:, 1:] != -100)).mean()

@@ -1,4 +1,4 @@
-"""Checks of chapter 04, first part: similarity, masks, n:m, the surgeon's update."""
+"""Checks of chapter 04, first part: similarity, masks, n:m, the OBS update."""
 
 from functools import partial
 
@@ -187,7 +187,7 @@ def two_of_four(answer):
     )
 
 
-def _surgeon(weights, inverse, index, *, sign=-1.0, divide=True, exact=True):
+def _obs(weights, inverse, index, *, sign=-1.0, divide=True, exact=True):
     factor = weights[index] / (inverse[index, index] if divide else 1.0)
     changed = weights + sign * factor * inverse[index]
     if exact:
@@ -208,21 +208,24 @@ def remove_one(answer):
 
     expect_function(
         answer,
-        _surgeon,
+        _obs,
         cases=[case(0, 1), case(5, 3)],
         rtol=1e-3,
         atol=1e-6,
         mistakes=[
             (only_masked, "the weight is gone, but nobody made up for it: change the others along inverse[index]"),
-            (partial(_surgeon, sign=1.0), "the others moved the wrong way: subtract"),
-            (partial(_surgeon, sign=1.0, exact=False), "the weight doubled, the sign is wrong: subtract"),
-            (partial(_surgeon, divide=False), "divide by inverse[index, index], so that the weight itself lands on 0"),
+            (partial(_obs, sign=1.0), "the others moved the wrong way: subtract"),
+            (partial(_obs, sign=1.0, exact=False), "the weight doubled, the sign is wrong: subtract"),
             (
-                partial(_surgeon, divide=False, exact=False),
+                partial(_obs, divide=False),
+                "divide by inverse[index, index], so that the weight itself lands on 0",
+            ),
+            (
+                partial(_obs, divide=False, exact=False),
                 "divide by inverse[index, index]: the weight itself must land on 0",
             ),
             (
-                lambda weights, inverse, index: _surgeon(weights, torch.linalg.inv(inverse), index),
+                lambda weights, inverse, index: _obs(weights, torch.linalg.inv(inverse), index),
                 "that used the Gram matrix itself: `inverse` is inverted already",
             ),
         ],

@@ -14,8 +14,8 @@ def _random(*shape, seed=0):
     return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _pair(places=3, vocab=5):
-    return {"student_logits": _random(places, vocab), "teacher_logits": _random(places, vocab, seed=1)}
+def _pair(positions=3, vocab=5):
+    return {"student_logits": _random(positions, vocab), "teacher_logits": _random(positions, vocab, seed=1)}
 
 
 def _entropy(logits):
@@ -37,7 +37,7 @@ def _expect_gradient(answer, student_logits, *rest):
 
 @exercise("5.1")
 def soft_loss(answer):
-    """Mean over places of KL(teacher ‖ student)."""
+    """Mean over positions of KL(teacher ‖ student)."""
 
     def reference(student_logits, teacher_logits):
         return forward_kl(student_logits, teacher_logits).mean()
@@ -69,7 +69,7 @@ def soft_loss(answer):
             ),
             (
                 lambda student_logits, teacher_logits: forward_kl(student_logits, teacher_logits).sum(),
-                "summed over the places: sum over the vocabulary, then take the mean over the places",
+                "summed over the positions: sum over the vocabulary, then take the mean over the positions",
             ),
             (_torch_kl(log_softmax, "mean"), "averaged over the vocabulary too: sum over it (reduction='batchmean')"),
             (_torch_kl(softmax), "kl_div takes the student's LOGARITHMS: log_softmax, not softmax"),

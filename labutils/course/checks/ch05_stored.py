@@ -50,7 +50,7 @@ def bucket_loss(answer):
             (plus, "the rest's part has the wrong sign: it is subtracted, like the others"),
             (
                 lambda student_logits, ids, probs: reference(student_logits, ids, probs).mean(),
-                "return one number for each place, not their mean",
+                "return one number for each position, not their mean",
             ),
         ],
     )
@@ -58,7 +58,7 @@ def bucket_loss(answer):
 
 @exercise("5.6")
 def mean_where_counted(answer):
-    """Mean over predicted places whose label is not −100; labels shifted by one."""
+    """Mean over predicted positions whose label is not −100; labels shifted by one."""
 
     def reference(values, labels):
         counts = labels[:, 1:] != -100
@@ -74,14 +74,17 @@ def mean_where_counted(answer):
         rtol=1e-4,
         atol=1e-6,
         mistakes=[
-            (lambda values, labels: values.mean(), "padding and prompt were counted: leave out places with label -100"),
+            (
+                lambda values, labels: values.mean(),
+                "padding and prompt were counted: leave out where the label is -100",
+            ),
             (
                 lambda values, labels: (values * (labels[:, 1:] != -100)).mean(),
-                "the sum is right, but divided by all places: divide by how many count",
+                "the sum is right, but divided by all positions: divide by how many count",
             ),
             (
                 lambda values, labels: values[labels[:, :-1] != -100].mean(),
-                "off by one: place t predicts label t + 1, so drop the FIRST column of the labels",
+                "off by one: position t predicts label t + 1, so drop the FIRST column of the labels",
             ),
             (
                 lambda values, labels: torch.stack(
@@ -145,7 +148,7 @@ def hidden_distance(answer):
 
 @exercise("5.8")
 def acceptance(answer):
-    """Σ min(p, q), averaged over places."""
+    """Σ min(p, q), averaged over positions."""
 
     def reference(draft_probs, target_probs):
         return acceptance_rate(draft_probs, target_probs).mean()
@@ -179,11 +182,11 @@ def acceptance(answer):
             ),
             (
                 lambda draft_probs, target_probs: torch.minimum(draft_probs, target_probs).mean(),
-                "averaged over the vocabulary: sum over it, then take the mean over the places",
+                "averaged over the vocabulary: sum over it, then take the mean over the positions",
             ),
             (
                 lambda draft_probs, target_probs: torch.minimum(draft_probs, target_probs).sum(),
-                "summed over the places too: take their mean",
+                "summed over the positions too: take their mean",
             ),
         ],
     )

@@ -120,7 +120,7 @@ def _attention_bytes(positions, head_dim, element_bytes, *, passes=4, matrices=4
 
 @exercise("6.4")
 def attention_bytes(answer):
-    """Scores written and read, shares written and read; fused, only the four matrices."""
+    """Scores written and read, attention weights written and read; fused, only the four matrices."""
     expect_function(
         answer,
         _attention_bytes,
@@ -128,7 +128,7 @@ def attention_bytes(answer):
         mistakes=[
             (
                 partial(_attention_bytes, passes=2),
-                "the softmax's shares are written and read too: four passes over n × n",
+                "the attention weights are written and read too: four passes over n × n",
             ),
             (
                 partial(_attention_bytes, passes=1),

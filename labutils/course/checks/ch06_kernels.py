@@ -111,7 +111,7 @@ def rms_norm_kernel(answer):
         cases=cases,
         rtol=1e-4,
         mistakes=[
-            (partial(_rms, divisor=BLOCK), "you divided by BLOCK: masked places are zeros, the row has n numbers"),
+            (partial(_rms, divisor=BLOCK), "you divided by BLOCK: masked elements are zeros, the row has n numbers"),
             (partial(_rms, divisor=1), "that is the sum of squares: divide by n for the mean"),
             (partial(_rms, keep_eps=False), "eps is missing: it is added to the mean, inside the root"),
             (partial(_rms, root=False), "the root is missing: divide by tl.sqrt of the mean square"),

@@ -98,7 +98,7 @@ def cached_attention(answer):
             ),
             (
                 partial(_attention, late=True),
-                "masked after the softmax, the shares no longer sum to 1: mask the scores",
+                "masked after the softmax, the attention weights no longer sum to 1: mask the scores",
             ),
             (partial(_attention, filler=0.0), "a score of 0 is no mask, for exp(0) is 1: use minus infinity"),
             (partial(_attention, scale=0), "the scale is missing: divide by the square root of head_dim"),

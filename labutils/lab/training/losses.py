@@ -1,7 +1,7 @@
 """Two losses that more than one topic trains with: the text's own next token, and a teacher's distribution over it.
 
 A loss takes ids and labels of shape (sequences, tokens) and returns the mean over the labels that count, in nats per
-token. Labels are not shifted: the one at place t is predicted from what stands before t, so the first never counts.
+token. Labels are not shifted: the one at position t is predicted from what stands before t, so the first never counts.
 Rows padded on the right need no mask, as no text sees what follows it; rows padded on the left need the tokenizer's.
 """
 
@@ -20,9 +20,9 @@ Divergence = Callable[[Tensor, Tensor], Tensor]  # student's and teacher's logit
 
 
 def forward_kl(
-    student_logits: Float[Tensor, "*places vocab"], teacher_logits: Float[Tensor, "*places vocab"]
-) -> Float[Tensor, "*places"]:
-    """KL(teacher ‖ student) = Σ p_T (ln p_T − ln p_S) at each place, in nats.
+    student_logits: Float[Tensor, "*positions vocab"], teacher_logits: Float[Tensor, "*positions vocab"]
+) -> Float[Tensor, "*positions"]:
+    """KL(teacher ‖ student) = Σ p_T (ln p_T − ln p_S) at each position, in nats.
 
     It is large where the student gives little to what the teacher finds likely: the student learns to cover everything.
 
@@ -33,12 +33,12 @@ def forward_kl(
     return kl_div(predicted, softmax(teacher_logits.float(), dim=-1), reduction="none").sum(dim=-1)
 
 
-def counted(labels: Ids) -> Bool[Tensor, "sequences places"]:
-    """Which of the n − 1 predicted places count."""
+def counted(labels: Ids) -> Bool[Tensor, "sequences positions"]:
+    """Which of the n − 1 predicted positions count."""
     return labels[:, 1:] != IGNORED
 
 
-def mean_over(values: Float[Tensor, "*places"], counts: Bool[Tensor, "*places"]) -> Float[Tensor, ""]:
+def mean_over(values: Float[Tensor, "*positions"], counts: Bool[Tensor, "*positions"]) -> Float[Tensor, ""]:
     """Mean of the values that count.
 
     Raises:
