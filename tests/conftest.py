@@ -10,10 +10,10 @@ import sys
 
 import pytest
 from aside import install_aside
-from jaxtyping import install_import_hook
+from shapes import check_all
 
 if os.environ.get("LABUTILS_CHECK_SHAPES") != "0":
-    install_import_hook("labutils", "shapes.checked")
+    check_all()
 
 from labutils.lab.paths import tool_cache_dir
 
