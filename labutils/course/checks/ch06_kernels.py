@@ -96,7 +96,7 @@ def _rms(x, gain, eps, *, divisor=None, root=True, keep_eps=True, centre=False, 
 
 @exercise("6.9")
 def rms_norm_kernel(answer):
-    """A row a program: read once, written once."""
+    """A program for each row: read once, written once."""
 
     def run(x, gain, eps):
         return _launch(answer, (len(x),), (x, gain, torch.zeros_like(x)), x.shape[1], eps)
@@ -138,7 +138,7 @@ def _strided_by_one(codes):
 
 @exercise("6.10")
 def int8_gemv_kernel(answer):
-    """A row a program; the codes become floats inside."""
+    """A program for each row; the codes become floats inside."""
 
     def run(codes, scales, x):
         out = torch.zeros(len(codes))
