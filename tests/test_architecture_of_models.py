@@ -12,7 +12,7 @@ from labutils.generation.cache import CompiledKVCache, KVCache, StaticKVCache
 from labutils.generation.decode import generate_cached, generate_naive, generate_static
 from labutils.generation.fast_llama import FastLlama
 from labutils.lab.layers.architecture import Architecture, LayerCache, is_tied, layer_caches, require_llama
-from labutils.measurement.resources import decode_bytes_per_token, kv_bytes_per_position, kv_cache_bytes
+from labutils.measurement.resources import kv_bytes_per_position, kv_cache_bytes
 from labutils.pruning import low_rank, structured
 from labutils.pruning.masks import apply_masks_, mask_model
 from labutils.pruning.recovery import add_lora_
@@ -97,7 +97,6 @@ def test_kv_bytes_are_those_of_the_librarys_own_cache(kind):
             model(random_ids(positions, vocab=64), past_key_values=cache, use_cache=True)
         real = sum(4 * t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
         assert kv_cache_bytes(model.config, positions) == real
-        assert decode_bytes_per_token(model, positions).kv_cache_bytes == real
         if kind not in WINDOWED:
             assert kv_bytes_per_position(model.config, element_bytes=2) * positions == real // 2
     if kind in WINDOWED:

@@ -160,22 +160,6 @@ def test_store_keeps_two_batches_of_the_same_numbers_apart(tmp_path):
     assert store(ids).ids.shape == (1, 11, 4) and store(ids.view(2, 6)).ids.shape == (2, 5, 4)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "llama-untied-bias"])
-def test_students_begin_with_their_teachers_layers(family):
-    teacher, pupil = tiny_model(family), small(family, layers=2)
-    student.take_layers_(pupil, teacher)
-    own, theirs = student.decoder_layers(pupil), student.decoder_layers(teacher)
-    for layer, index in zip(own, (0, 2), strict=True):
-        for name, tensor in layer.state_dict().items():
-            torch.testing.assert_close(tensor, theirs[index].state_dict()[name])
-    whole = small(family, layers=3)
-    student.take_layers_(whole, teacher)
-    ids = random_ids(9)
-    torch.testing.assert_close(whole(ids).logits, teacher(ids).logits)
-    with pytest.raises(ValueError, match="of 2 layers takes as many of 0 to 2"):
-        student.take_layers_(pupil, teacher, [0, 3])
-
-
 def test_spaced_layers_by_hand():
     assert student.spaced_layers(2, of=6) == [0, 5] and student.spaced_layers(1, of=6) == [0]
 

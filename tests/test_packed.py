@@ -13,11 +13,13 @@ from torch import nn
 from labutils.generation import decode
 from labutils.lab.layers.compile import KernelError, compile_c, compiler
 from labutils.lab.layers.linears import linear_layers, weight_of
+from labutils.lab.models.quantized import fast_float_llama, fast_packed_llama
 from labutils.quantization import packed_ops
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, dequantize, quantize
 from labutils.quantization.kernels import Weight, find_kernels, load_library, read_sources
 from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWeight, pack_codes, pack_model_
 from labutils.quantization.packed_ops import packed_linear, packed_linear_torch, quantize_tokens, unpack_codes
+from labutils.quantization.packed_steps import FewTokens
 
 BUILDS = {
     "native": ("-march=native", "-fopenmp"),
@@ -120,6 +122,24 @@ def test_every_build_equals_pytorch_on_random_shapes(build, data):
     assert torch.equal(run_build(build, x, layer, threads=data.draw(st.integers(1, 3))), expected)
     for t in range(tokens):  # one token alone gets the bits that it gets among others
         assert torch.equal(run_build(build, x[t : t + 1], layer)[0], expected[t])
+
+
+@pytest.mark.parametrize(("bits", "cache"), [(32, 32), (8, 32), (4, 32), (8, 8)])
+def test_every_build_gives_a_whole_token_the_same_bits(build, bits, cache):
+    if find_kernels()[0] is None:
+        pytest.skip(find_kernels()[1])
+    model, ids = tiny_model("llama-head-dim", head_dim=32), random_ids(12)[0].tolist()
+    if bits == 32:
+        decoder = fast_float_llama(model, max_length=40)
+    else:
+        decoder = fast_packed_llama(pack_model_(model, Scheme(bits)), max_length=40)
+    found = []
+    for library in (find_kernels()[0], build):
+        tokens = FewTokens(library, decoder, int8_cache=cache == 8)
+        read = tokens.read(ids, 0, 12)
+        made = tokens.read_greedily(3, 12, 20, ())
+        found.append((*read, *made, *(array.copy() for array in tokens.caches)))
+    assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_largest_codes_do_not_overflow(build):

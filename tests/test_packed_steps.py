@@ -1,6 +1,7 @@
 """One stream on packed weights: C steps equal NumPy's, fused layers equal separate ones, memory is shared."""
 
 import copy
+import ctypes
 
 import numpy as np
 import pytest
@@ -11,18 +12,20 @@ from tiny_models import LLAMAS, random_ids, tiny_model
 from torch import nn
 
 from labutils.generation.decode import forward_logits
+from labutils.lab.layers.compile import compile_c
 from labutils.lab.layers.linears import linear_layers
 from labutils.lab.models import quantized
 from labutils.lab.models.quantized import FloatMatrix, fast_float_llama, fast_packed_llama
 from labutils.quantization.affine import Scheme
-from labutils.quantization.kernels import KernelError, find_kernels
+from labutils.quantization.kernels import KernelError, find_kernels, load_library, read_sources
 from labutils.quantization.packed import PackedLinear, pack_model_, replace_packed_
-from labutils.quantization.packed_steps import Arena, FusedPacked, arena_bytes
+from labutils.quantization.packed_ops import quantize_tokens
+from labutils.quantization.packed_steps import Arena, FewTokens, FusedPacked, arena_bytes
 
 LIBRARY, REASON = find_kernels()
 needs_kernels = pytest.mark.skipif(LIBRARY is None, reason=REASON)
 seeds = st.integers(0, 2**31)
-GROUP_32 = Scheme(4, granularity="group", group_size=32)
+INT8, GROUP_32 = Scheme(8), Scheme(4, granularity="group", group_size=32)
 
 
 def array(*shape: int, seed: int = 0) -> np.ndarray:
@@ -38,6 +41,12 @@ def steps_of(model, *, max_length=24):
     return in_c, plain
 
 
+def through_layers(steps: FewTokens, hidden: np.ndarray, position: int) -> None:
+    """Hidden states through all layers in C, without embedding and head."""
+    steps._place(len(hidden), position)
+    steps._run(hidden, steps.decoder.cos[position], steps.decoder.sin[position], steps.rows)
+
+
 @needs_kernels
 @pytest.mark.parametrize("name", [*LLAMAS, "qwen2"])
 @settings(deadline=None, max_examples=15)
@@ -49,7 +58,7 @@ def test_few_tokens_equal_numpy_between_the_same_matrices(name, seed, start, row
         decoder._through_layers(decoder.embedding(ids[0]).detach().numpy().copy(), 0, start)
     hidden = spread * array(rows, 32, seed=seed)
     ours, expected = hidden.copy(), hidden.copy()
-    in_c.few_tokens(ours, start)
+    through_layers(in_c.few_tokens, ours, start)
     plain._through_layers(expected, start, start + rows)
     # an input may round to the neighbouring code where a norm differs in its last bit: 1/127 of its block's largest
     assert np.abs(ours - expected).max() <= 0.03 * np.abs(expected).max()
@@ -72,20 +81,153 @@ def test_several_tokens_have_the_bits_of_one_after_the_other(scheme, rows):
     assert np.array_equal(alone.keys, together.keys) and np.array_equal(alone.values, together.values)
 
 
+MAKERS = {
+    "float32": fast_float_llama,
+    "int8": lambda model, **sizes: fast_packed_llama(pack_model_(model, Scheme(8)), **sizes),
+    "int4": lambda model, **sizes: fast_packed_llama(pack_model_(model, GROUP_32), **sizes),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-untied-bias"])
+def test_a_token_starts_from_its_row_of_the_embedding(kind, name):
+    decoder = MAKERS[kind](tiny_model(name), max_length=97)
+    decoder.few_tokens.shape.layers = 0
+    for token in range(97):
+        decoder.extend([token])
+        assert np.array_equal(decoder.few_tokens.hidden[:1], decoder.embedding(torch.tensor([token])).numpy(force=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-untied-bias", "qwen2"])
+def test_blocks_in_c_hold_the_tokens_chosen_one_by_one(kind, name):
+    decoder, ids = MAKERS[kind](tiny_model(name), max_length=40), random_ids(5)
+    expected = decoder.generate(ids, 30, choose=lambda logits: logits.argmax(dim=-1))[0, 5:].tolist()
+    states = (decoder.length, decoder.hidden, decoder.keys.copy())
+    assert decoder.generate(ids, 30)[0, 5:].tolist() == expected
+    assert decoder.length == states[0] and all(map(np.array_equal, (decoder.hidden, decoder.keys), states[1:]))
+    for size in (1, 7, 40):
+        decoder.truncate(5)
+        assert [t for made in decoder.blocks(expected[0], 29, size=size) for t in made] == expected[1:]
+    stop = expected[17]
+    until = expected[: expected.index(stop) + 1]
+    assert decoder.generate(ids, 30, stop=(-1, stop, 5000))[0, 5:].tolist() == until
+    assert decoder.length == 5 + len(until) - 1
+
+
+@needs_kernels
+def test_blocks_fill_the_cache_and_then_refuse():
+    decoder = MAKERS["int8"](tiny_model("llama-gqa-tied"), max_length=9)
+    decoder.prefill(random_ids(5))
+    blocks = decoder.blocks(1, 5)
+    assert len(next(blocks)) == 4 and decoder.length == 9
+    with pytest.raises(ValueError, match="max_length=9 positions; got 9 to 10"):
+        next(blocks)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=30)
+@given(seed=seeds, distinct=st.integers(1, 4), bad=st.sampled_from([None, np.nan, np.inf, -np.inf]))
+def test_the_choice_in_c_is_pytorchs_on_ties_and_without_numbers(seed, distinct, bad):
+    model, rng = tiny_model("llama-untied-bias"), np.random.default_rng(seed)
+    with torch.no_grad():
+        rows = model.lm_head.weight[:distinct].clone()
+        model.lm_head.weight.copy_(rows[torch.from_numpy(rng.integers(distinct, size=97))])
+        if bad is not None:
+            model.lm_head.weight[torch.from_numpy(rng.integers(97, size=2))] = bad
+    decoder = fast_float_llama(model, max_length=4)
+    chosen = int(decoder.extend([3]).argmax())
+    decoder.truncate(0)
+    assert next(decoder.blocks(3, 1)) == [chosen]
+
+
 @needs_kernels
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_layers_never_swallow_what_is_not_finite(bad):
     decoder, _ = steps_of(pack_model_(tiny_model("llama-gqa-tied"), Scheme(8)))
     hidden = array(1, 32)
     hidden[0, 5] = bad
-    decoder.few_tokens(hidden, 0)
+    through_layers(decoder.few_tokens, hidden, 0)
     assert np.isnan(hidden).all()
     hidden = array(1, 32)
     decoder.keys.fill(0)
     decoder.values.fill(0)
     decoder.keys[0, 0, 0] = np.nan  # a token that went wrong earlier
-    decoder.few_tokens(hidden, 1)
+    through_layers(decoder.few_tokens, hidden, 1)
     assert np.isnan(hidden).all()
+
+
+SHIM = """
+void fill_and_attend(
+    const float *q, const float *k, const float *v, float *out, const Layer *l, const Shape *s, int64_t n) {
+    for (int64_t p = 0; p < n; p++)
+        for (int64_t kv = 0, at; kv < s->kv_heads; kv++) {
+            at = (p * s->kv_heads + kv) * s->dim;
+            store_rounded(k + at, v + at, l, s, kv, p);
+        }
+    attend_rounded(q, out, s->scores, l, s, n);
+}
+"""
+
+
+def rounded_decoder(dim: int, heads: int, *, scheme: Scheme = INT8, max_length: int = 150):
+    model = pack_model_(tiny_model("llama-head-dim", head_dim=dim, num_attention_heads=heads), scheme)
+    return model, fast_packed_llama(model, max_length=max_length, int8_cache=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("dim", "heads"), [(32, 2), (64, 4), (96, 10), (128, 6)])
+def test_int8_attention_equals_its_formula_on_rounded_numbers(dim, heads):
+    library, (_, decoder) = (
+        load_library(compile_c(read_sources() + SHIM, flags=("-march=native",))),
+        rounded_decoder(dim, heads),
+    )
+    part = 64 if dim % 64 == 0 else 32
+    steps = decoder.few_tokens
+    for length in (1, 8, 63, 64, 65, 150):
+        q, k, v = 3 * array(heads, dim, seed=1), array(length, 2, dim, seed=2), array(length, 2, dim, seed=3)
+        k[0] *= 3  # a first position that much attention goes to, as in trained models
+        k[:, :, 5] += 20
+        out = np.empty_like(q)
+        pointers = [ctypes.c_void_p(x.ctypes.data) for x in (q, k, v, out)]
+        library.fill_and_attend(*pointers, steps.layers, ctypes.byref(steps.shape), ctypes.c_int64(length))
+        rounded = []
+        for x in (q, k, v):
+            codes, scales = quantize_tokens(torch.from_numpy(x).reshape(-1, dim), padded=dim, block=part)
+            rounded.append((codes.double() * scales.double()).reshape(x.shape))
+        keys, values = (x.repeat_interleave(heads // 2, dim=1) for x in rounded[1:])
+        weights = (torch.einsum("hd,phd->hp", rounded[0], keys) / dim**0.5).softmax(dim=1)
+        expected = torch.einsum("hp,phd->hd", weights, values).numpy()
+        assert np.abs(out - expected).max() <= 3e-4 * np.abs(v).max()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("dim", "heads"), [(64, 2), (96, 4)])
+def test_int8_cache_stays_near_float_and_reads_any_number_of_tokens(dim, heads):
+    model, decoder = rounded_decoder(dim, heads)
+    ids, exact = random_ids(120), fast_packed_llama(model, max_length=150)
+    expected = torch.cat([exact.extend(part).clone() for part in ids[0].view(4, 30).tolist()])
+    logits = decoder.extend(ids[0].tolist())
+    assert 0 < (logits - expected).abs().max() < 0.1 * expected.std()
+    decoder.truncate(0)
+    one_by_one = torch.cat([decoder.extend([token]).clone() for token in ids[0].tolist()])
+    assert torch.equal(one_by_one, logits)
+    decoder.truncate(0)
+    assert torch.equal(decoder.prefill(ids), logits[-1:]) and np.array_equal(decoder.generate(ids, 3)[:, :120], ids)
+
+
+@needs_kernels
+def test_int8_cache_lets_nan_through_and_refuses_what_it_cannot_hold():
+    with pytest.raises(ValueError, match="heads of a multiple of 32 numbers; got 16"):
+        rounded_decoder(16, 4)
+    _, decoder = rounded_decoder(64, 2)
+    decoder.prefill(random_ids(3))
+    with pytest.raises(ValueError, match="must be float32; got int8"):
+        decoder.few_tokens.paged(array(1, 32), np.array([3]), [np.zeros(3, np.int64)], 16)
+    decoder.few_tokens.caches[3][0, 0, 1] = np.nan  # the scale of a value
+    assert decoder.extend([1]).isnan().all()
 
 
 @needs_kernels
@@ -95,6 +237,8 @@ def test_mixed_schemes_go_through_numpy():
         replace_packed_(model, name, PackedLinear.from_layer(module, GROUP_32 if "q_proj" in name else Scheme(8)))
     decoder = fast_packed_llama(model, max_length=20)
     assert decoder.few_tokens is None
+    with pytest.raises(ValueError, match="fused matrices of one scheme each"):
+        fast_packed_llama(model, max_length=20, int8_cache=True)
     torch.testing.assert_close(decoder.prefill(ids), forward_logits(model, ids)[:, -1], atol=0.02, rtol=0)
 
 

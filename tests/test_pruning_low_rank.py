@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from labutils.lab.layers.calibration import layer_error
-from labutils.pruning.low_rank import low_rank, principal_axes, rank_for, rotated, thin_layers
+from labutils.pruning.low_rank import low_rank, principal_axes, rank_for, rotated
 from labutils.pruning.structured import keep_channels
 
 MAKE = torch.Generator().manual_seed(0)
@@ -45,12 +45,6 @@ def test_full_rank_is_exact_and_dead_inputs_are_borne():
 def test_rank_for_stays_within_the_budget(kept):
     rank = rank_for(kept, out_features=12, in_features=20)
     assert rank * 32 <= kept * 240 < (rank + 1) * 32
-
-
-def test_thin_layers_compute_the_product():
-    layer = nn.Linear(20, 12)
-    thin = thin_layers(layer, *low_rank(layer.weight.detach(), 12))
-    assert torch.allclose(thin(X[:5]), layer(X[:5]), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", [*LLAMAS, "qwen2", "qwen3"])

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from labutils.measurement import resources
 from labutils.measurement.resources import (
-    decode_bytes_per_token,
     kv_bytes_per_position,
+    kv_cache_bytes,
     peak_memory,
     weight_bytes_read,
 )
@@ -53,12 +53,8 @@ def test_kv_bytes_know_grouped_query_attention():
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 5000))
-def test_decode_bytes_grow_linearly_with_the_context(context):
-    model = MODEL
-    cost = decode_bytes_per_token(model, context)
-    assert cost.weight_bytes == weight_bytes_read(model)
-    assert cost.kv_cache_bytes == 64 * context
-    assert cost.total_bytes == cost.weight_bytes + cost.kv_cache_bytes
+def test_cache_grows_linearly_with_the_context(context):
+    assert kv_cache_bytes(MODEL.config, context) == 64 * context
 
 
 def test_peak_memory_sees_an_allocation_that_is_gone_again():
@@ -83,4 +79,4 @@ def test_peak_memory_says_not_measured_where_no_mark_can_be_reset(tmp_path, monk
 
 def test_resources_bad_input_states_the_rule():
     with pytest.raises(ValueError, match="must not be negative; got -1"):
-        decode_bytes_per_token(llama(), -1)
+        kv_cache_bytes(llama().config, -1)

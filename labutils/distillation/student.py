@@ -1,7 +1,5 @@
 """Where a student begins: which of its teacher's layers it takes, and whether the two can speak of the same tokens."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -25,31 +23,6 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     if not lists:
         raise ValueError(f"a student needs a list of decoder layers; got {type(model).__name__} without one")
     return max(lists, key=lambda layers: (len(layers), sum(p.numel() for p in layers.parameters())))
-
-
-@torch.no_grad()
-def take_layers_(student: nn.Module, teacher: nn.Module, chosen: Sequence[int] | None = None) -> None:
-    """Fills a shallower student with its teacher's weights (Sanh et al. 2019, DistilBERT, arXiv:1910.01108).
-
-    Args:
-        student: of the teacher's architecture and widths, with fewer layers.
-        teacher: is not changed.
-        chosen: which of its layers, in order; by default at equal distances.
-
-    Raises:
-        ValueError: when the number of layers is not the student's, or one does not exist.
-    """
-    own, theirs = decoder_layers(student), decoder_layers(teacher)
-    chosen = spaced_layers(len(own), of=len(theirs)) if chosen is None else list(chosen)
-    if len(chosen) != len(own) or not all(0 <= i < len(theirs) for i in chosen):
-        raise ValueError(f"a student of {len(own)} layers takes as many of 0 to {len(theirs) - 1}; got {chosen}")
-    for layer, index in zip(own, chosen, strict=True):
-        layer.load_state_dict(theirs[index].state_dict())
-    body = {id(p) for p in own.parameters()}
-    outside = {name: p for name, p in student.named_parameters() if id(p) not in body}
-    weights = dict(teacher.named_parameters())
-    for name, parameter in outside.items():
-        parameter.copy_(weights[name])
 
 
 def require_same_tokens(student_tokenizer, teacher_tokenizer) -> None:

@@ -8,7 +8,7 @@ Decoding one token multiplies every weight matrix by one vector, so its floor is
 * The matrix-vector kernel: on some CPUs PyTorch's BLAS does not use a second core for it, NumPy's does.
   `matvec="auto"` times both on this model's own matrices and keeps the faster.
 
-The fused matrices are a parameter, and `few_tokens` may be set: another chapter passes quantized ones and layers in C.
+The fused matrices are a parameter, and `few_tokens` may be set: another chapter passes quantized ones and tokens in C.
 
 NumPy and PyTorch share the memory of every array here; nothing is copied between them.
 """
@@ -16,7 +16,7 @@ NumPy and PyTorch share the memory of every array here; nothing is copied betwee
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ from labutils.lab.layers.architecture import ROPES, Architecture, is_tied, requi
 Choose = Callable[[Tensor], Tensor]
 SUPPORTED = ("llama", "qwen2")
 MATVECS = ("numpy", "torch")
+BLOCK = 32  # tokens between two looks at the keyboard: Ctrl-C waits for a call into C
 
 
 class Linear:
@@ -106,8 +107,7 @@ class FastLlama:
         kinds: Linear layers that `fuse` can read.
 
     Attributes:
-        few_tokens: Sends up to its `max_tokens` hidden states (tokens, width) through all layers from a position on, in
-            place; None for NumPy.
+        few_tokens: Reads up to its `max_tokens` tokens in one call, as `packed_steps.FewTokens`; None for NumPy.
         hidden: What the last call gave the head, (rows, width), without what was rewound since.
 
     Raises:
@@ -128,7 +128,7 @@ class FastLlama:
         self.max_length, self.length = max_length, 0
         self.hidden = np.zeros((0, model.config.hidden_size), np.float32)
         self.eps = np.float32(model.config.rms_norm_eps)
-        self.few_tokens: Callable[[np.ndarray, int], None] | None = None
+        self.few_tokens = None
         self.embedding, self.tied = model.get_input_embeddings(), is_tied(model)
         self.layers = [Layer.of(layer, fuse) for layer in model.model.layers]
         self.final_gain = _array(model.model.norm.weight)
@@ -203,23 +203,53 @@ class FastLlama:
             raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
         _require_one_row(token_ids)
         self.truncate(0)
-        next_ids = choose(self.prefill(token_ids))
-        new = [next_ids]
-        while len(new) < max_new_tokens and int(next_ids) not in stop:
-            next_ids = choose(self.decode_one_token(next_ids))
-            new.append(next_ids)
-        return torch.cat([token_ids, torch.stack(new, dim=1)], dim=1)
+        new = [int(choose(self.prefill(token_ids)))]
+        if new[0] not in stop:
+            for block in self.blocks(new[0], max_new_tokens - 1, choose=choose, stop=stop):
+                new += block
+        return torch.cat([token_ids, torch.tensor([new], dtype=token_ids.dtype)], dim=1)
+
+    def blocks(
+        self, token: int, count: int, *, choose: Choose = greedy, stop: Collection[int] = (), size: int = BLOCK
+    ) -> Iterator[list[int]]:
+        """Feeds a token and those chosen after it; yields `count` of them, `size` at a time, or up to one in `stop`.
+
+        Greedy tokens of a decoder with `few_tokens` cost one call for a block; all others one for each.
+
+        Raises:
+            ValueError: If there is no room for them.
+        """
+        while count > 0:
+            made = self._block(token, min(size, count), choose, stop)
+            yield made
+            count, token = 0 if made[-1] in stop else count - len(made), made[-1]
+
+    def _block(self, token: int, size: int, choose: Choose, stop: Collection[int]) -> list[int]:
+        if self.few_tokens and choose is greedy:
+            size = min(size, self.max_length - self._room(1)[0])
+            self.hidden, made = self.few_tokens.read_greedily(token, self.length, size, stop)
+            self.length += len(made)
+            return made
+        made = [token]
+        while len(made) <= size and (len(made) == 1 or made[-1] not in stop):
+            made.append(int(choose(self._forward(made[-1:], rows=1))))
+        return made[1:]
+
+    def _room(self, count: int) -> tuple[int, int]:
+        start, end = self.length, self.length + count
+        if count < 1 or end > self.max_length:
+            raise ValueError(f"this decoder holds 1 to max_length={self.max_length} positions; got {start} to {end}")
+        return start, end
 
     def _forward(self, token_ids: list[int], *, rows: int) -> Float[Tensor, "rows vocab"]:
-        start, end = self.length, self.length + len(token_ids)
-        if not token_ids or end > self.max_length:
-            raise ValueError(f"this decoder holds 1 to max_length={self.max_length} positions; got {start} to {end}")
+        start, end = self._room(len(token_ids))
+        if self.few_tokens and len(token_ids) <= self.few_tokens.max_tokens:
+            self.hidden, logits = self.few_tokens.read(token_ids, start, rows)
+            self.length = end
+            return logits
         with np.errstate(over="ignore"), torch.inference_mode():  # exp(-gate) may overflow to inf: the gate is 0 then
             hidden = self.embedding(torch.tensor(token_ids)).float().numpy()
-            if self.few_tokens and len(token_ids) <= self.few_tokens.max_tokens:
-                self.few_tokens(hidden, start)
-            else:
-                self._through_layers(hidden, start, end)
+            self._through_layers(hidden, start, end)
             self.length = end
             self.hidden = rms_norm(hidden[-rows:], self.final_gain, self.eps)
             logits = self.head(self.hidden, self.matvec)

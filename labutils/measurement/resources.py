@@ -59,19 +59,6 @@ def peak_memory(proc: Path = PROC_SELF) -> Iterator[PeakMemory]:
             peak.host_bytes, peak.host_source = after, "ru_maxrss, raised inside the region"
 
 
-@dataclass(frozen=True)
-class TokenBytes:
-    """Bytes read to decode one token: the weights once, the KV cache up to the context's end."""
-
-    weight_bytes: int
-    kv_cache_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """Weights and KV cache together."""
-        return self.weight_bytes + self.kv_cache_bytes
-
-
 def weight_bytes_read(model: torch.nn.Module) -> int:
     """Returns the bytes of weights that one decoding step reads.
 
@@ -140,25 +127,6 @@ def kv_cache_bytes(config, positions: int, *, element_bytes: int = 4) -> int:
     if positions < 0:
         raise ValueError(f"positions must not be negative; got {positions}")
     return element_bytes * sum(layer.numbers(positions) for layer in layer_caches(config))
-
-
-def decode_bytes_per_token(
-    model: torch.nn.Module, context_length: int, *, element_bytes: int | None = None
-) -> TokenBytes:
-    """Returns the bytes that decoding one token reads when `context_length` positions are cached.
-
-    Args:
-        model: A Hugging Face causal LM (parameters and `config`).
-        context_length: Positions in the cache.
-        element_bytes: Bytes of a cached element; default those of the model's dtype.
-
-    Raises:
-        ValueError: If `context_length` is negative.
-    """
-    if context_length < 0:
-        raise ValueError(f"context_length must not be negative; got {context_length}")
-    size = element_bytes or next(model.parameters()).element_size()
-    return TokenBytes(weight_bytes_read(model), kv_cache_bytes(model.config, context_length, element_bytes=size))
 
 
 def _reset_high_water(proc: Path) -> bool:

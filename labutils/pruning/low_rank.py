@@ -48,18 +48,6 @@ def low_rank(
 
 
 @torch.no_grad()
-def thin_layers(layer: nn.Linear, left: Float[Tensor, "out r"], right: Float[Tensor, "r n"]) -> nn.Sequential:
-    """Two linear layers in a row that do the work of one: fewer weights to read where the rank is small."""
-    first = nn.Linear(right.shape[1], len(right), bias=False)
-    second = nn.Linear(left.shape[1], len(left), bias=layer.bias is not None)
-    first.weight.copy_(right)
-    second.weight.copy_(left)
-    if layer.bias is not None:
-        second.bias.copy_(layer.bias)
-    return nn.Sequential(first, second).to(layer.weight)
-
-
-@torch.no_grad()
 def principal_axes(model: nn.Module, batches: Iterable[Int[Tensor, "b positions"]]) -> Float[Tensor, "hidden hidden"]:
     """Orthogonal Q whose columns are the residual stream's principal axes, strongest first.
 

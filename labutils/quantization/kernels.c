@@ -187,9 +187,14 @@ static inline __attribute__((always_inline)) void tile_times_tokens(
                         * (__builtin_convertvector(dot[t], f32x8) - zero * xsums[t * blocks + b]);
         }
     }
-    for (int t = 0; t < tokens; t++)
-        for (int64_t r = 0; r < ROWS && tile * ROWS + r < w->out; r++)
-            y[(token + t) * w->out + tile * ROWS + r] = sum[t][r] + (w->bias ? w->bias[tile * ROWS + r] : 0);
+    const int64_t first = tile * ROWS, rows = w->out - first;
+    f32x8 bias = {0};
+    for (int64_t r = 0; w->bias && r < ROWS && r < rows; r++) bias[r] = w->bias[first + r];
+    for (int t = 0; t < tokens; t++) {
+        f32x8 made = sum[t] + bias;
+        if (rows >= ROWS) memcpy(y + (token + t) * w->out + first, &made, sizeof made);
+        else memcpy(y + (token + t) * w->out + first, &made, rows * sizeof(float));
+    }
 }
 
 static inline __attribute__((always_inline)) void tile_times_all(
@@ -257,15 +262,15 @@ static void float_linear(const Weight *w, const float *x, float *y, int64_t toke
     }
 }
 
-// y (tokens, out) = x (tokens, in) W^T + b. Returns 0, or 1 when there was no memory for the activations' codes.
-int packed_linear(const Weight *w, const float *x, float *y, int64_t tokens, int64_t threads) {
+// y (tokens, out) = x (tokens, in) W^T + b. Returns 0, or -1 when there was no memory for the activations' codes.
+int64_t packed_linear(const Weight *w, const float *x, float *y, int64_t tokens, int64_t threads) {
     if (w->bits == 32) {
         float_linear(w, x, y, tokens, threads);
         return 0;
     }
     int64_t blocks = w->padded / w->block, tiles = (w->out + ROWS - 1) / ROWS;
     float *memory = malloc(tokens * (2 * blocks * sizeof(float) + w->padded) + 1);  // never malloc(0)
-    if (!memory) return 1;
+    if (!memory) return -1;
     Activations q = {(int8_t *)(memory + 2 * tokens * blocks), memory, memory + tokens * blocks};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

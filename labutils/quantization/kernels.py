@@ -4,11 +4,13 @@ import ctypes
 import functools
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Float32
 
 from labutils.lab.layers.compile import KernelError, build_c
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "steps.c"))  # compiled as one text
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "steps.c", "cache.c", "token.c"))
 
 
 class Weight(ctypes.Structure):
@@ -22,8 +24,10 @@ class Weight(ctypes.Structure):
 class Layer(ctypes.Structure):
     """`Layer` of steps.c: a decoder layer's gains, its part of the cache, and its matrices."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("attention_gain", "mlp_gain", "keys", "values")] + [
-        (name, Weight) for name in ("qkv", "output", "gate_up", "down")
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("attention_gain", "mlp_gain", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("key_scales", "value_scales")),
+        *((name, Weight) for name in ("qkv", "output", "gate_up", "down")),
     ]
 
 
@@ -35,6 +39,22 @@ class Shape(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("narrow", "wide", "inner", "scores")),
         ("eps", ctypes.c_float),
     ]
+
+
+class Model(ctypes.Structure):
+    """`Model` of token.c: everything that a token passes, and room for it."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("layers", "shape")),
+        *((name, Weight) for name in ("embedding", "head")),
+        *((name, ctypes.c_void_p) for name in ("final_gain", "cosine", "sine", "hidden", "normed", "logits")),
+    ]
+
+
+def float_weight(matrix: Float32[np.ndarray, "out n"], bias: Float32[np.ndarray, " out"] | None = None) -> Weight:
+    """A matrix that stays in float32, as the kernels take it; who calls keeps the arrays alive."""
+    out, n = matrix.shape
+    return Weight(matrix.ctypes.data, None, None, None if bias is None else bias.ctypes.data, n, out, n, n, n, 32)
 
 
 def read_sources() -> str:
@@ -51,7 +71,18 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.packed_linear.argtypes = (ctypes.POINTER(Weight), pointer, pointer, count, count)
     library.decode_layers.argtypes = (pointer, ctypes.POINTER(Shape), *[pointer] * 4, *[count] * 2)
+    library.head_of.argtypes = (ctypes.POINTER(Model), count, count, pointer, count)
+    library.read_tokens.argtypes = (ctypes.POINTER(Model), pointer, count, pointer, count, pointer, count)
+    library.decode_greedily.argtypes = (ctypes.POINTER(Model), pointer, count, pointer, pointer, count, count)
+    for name in ("packed_linear", "decode_layers", "head_of", "read_tokens", "decode_greedily"):
+        getattr(library, name).restype, getattr(library, name).errcheck = count, _require_memory
     return library
+
+
+def _require_memory(result: int, function, arguments: tuple) -> int:
+    if result < 0:
+        raise MemoryError(f"{function.__name__} must have room for the codes of its tokens; got none")
+    return result
 
 
 def instruction_set(library: ctypes.CDLL) -> str:
@@ -77,5 +108,4 @@ def call_packed_linear(library: ctypes.CDLL, weight: Weight, x: int, y: int, tok
     Raises:
         MemoryError: when there is no room for the activations' codes.
     """
-    if library.packed_linear(weight, x, y, tokens, torch.get_num_threads()):
-        raise MemoryError(f"no memory for the codes of {tokens} tokens")
+    library.packed_linear(weight, x, y, tokens, torch.get_num_threads())

@@ -1,21 +1,21 @@
-"""A few tokens through packed layers without Python between them: fused matrices and C steps, for `FastLlama`.
+"""A few tokens through a packed model without Python between them: fused matrices and C steps, for `FastLlama`.
 
 An operator of PyTorch costs ten microseconds before it computes; a decoding step has a dozen a layer. Here NumPy arrays
-go to the C kernels by address, and one token, or the few that speculative decoding checks, go through all layers in one
-call.
+go to the C kernels by address, and one token, or the few that speculative decoding checks, go from their ids to logits
+in one call. Greedy decoding stays in C for many tokens.
 """
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from labutils.quantization.kernels import Layer, Shape, Weight, call_packed_linear
-from labutils.quantization.packed import ROWS, PackedLinear, PackedWeight
+from labutils.quantization.kernels import Layer, Model, Shape, Weight, call_packed_linear, float_weight
+from labutils.quantization.packed import CHUNK, MAX_BLOCK, ROWS, PackedLinear, PackedWeight
 
 HUGE_PAGE_BYTES = 2**21
 
@@ -91,31 +91,52 @@ def arena_bytes(layers: list[PackedLinear]) -> int:
 
 
 class FewTokens:
-    """All layers of a `FastLlama` for 1 to `max_tokens` tokens: one call into C.
+    """A `FastLlama` for 1 to `max_tokens` tokens: one call into C.
 
     Args:
         library: the kernels.
         decoder: a `FastLlama` whose matrices are `FusedPacked` or `FloatMatrix`.
         max_tokens: how many tokens share a call.
+        int8_cache: keys and values rounded to int8, a scale for each 64 numbers (32 where that does not divide a head),
+            in place of the decoder's own. Any number of tokens then goes through C, for one stream.
+
+    Raises:
+        ValueError: where layers differ in their schemes or heads are no multiple of 8 numbers (int8 cache: 32).
     """
 
-    def __init__(self, library: ctypes.CDLL, decoder: object, *, max_tokens: int = 32) -> None:
-        self.library, self.decoder, self.max_tokens = library, decoder, max_tokens
-        made = [_layer(decoder, index) for index in range(len(decoder.layers))]
+    def __init__(
+        self, library: ctypes.CDLL, decoder: object, *, max_tokens: int = 32, int8_cache: bool = False
+    ) -> None:
+        if not self.fits(decoder):
+            raise ValueError("steps in C need heads of a multiple of 8 numbers and fused matrices of one scheme each")
+        self.library, self.decoder, self.chunk = library, decoder, max_tokens
+        self.max_tokens = decoder.max_length if int8_cache else max_tokens
+        self.caches = _rounded_caches(*decoder.keys.shape) if int8_cache else (decoder.keys, decoder.values)
+        made = [_layer(layer, [cache[i] for cache in self.caches]) for i, layer in enumerate(decoder.layers)]
         self.layers = (Layer * len(made))(*made)
         first, (_, kv_heads, max_length, dim) = made[0], decoder.keys.shape
+        max_length += -max_length % MAX_BLOCK if int8_cache else 0
         heads = first.qkv.out_features // dim - 2 * kv_heads
         sizes = {
             "narrow": first.qkv.in_features,
             "wide": max(first.qkv.out_features, first.gate_up.out_features),
             "inner": max(first.output.in_features, first.down.in_features),
-            "scores": max_length,
+            "scores": 4 * max_length,
         }
-        self.scratch = {name: np.empty(self.max_tokens * size, np.float32) for name, size in sizes.items()}
-        self.one_block, self.count = np.zeros(1, np.int64), np.arange(self.max_tokens)
-        self.rows = np.full((self.max_tokens, 2), self.one_block.ctypes.data, np.int64)  # (block table, position) each
+        self.scratch = {name: np.empty(max_tokens * size, np.float32) for name, size in sizes.items()}
+        self.one_block, self.count = np.zeros(1, np.int64), np.arange(max_tokens)
+        self.rows = np.full((max_tokens, 2), self.one_block.ctypes.data, np.int64)  # (block table, position) each
         rooms = (array.ctypes.data for array in self.scratch.values())
         self.shape = Shape(len(made), heads, kv_heads, dim, max_length, max_length, *rooms, decoder.eps)
+        head = embedding = decoder.head.parts[0][0]
+        if not decoder.tied:
+            self.table = decoder.embedding.weight.detach().float().numpy()  # kept: C knows its address only
+            embedding = float_weight(self.table)
+        self.tokens, self.logits = np.zeros(max_tokens, np.int64), torch.empty(1, head.out_features)
+        self.hidden, self.normed = np.zeros((2, max_tokens, head.in_features), np.float32)
+        arrays = (decoder.final_gain, decoder.cos, decoder.sin, self.hidden, self.normed)
+        addresses = [ctypes.addressof(self.layers), ctypes.addressof(self.shape), embedding, head]
+        self.model = Model(*addresses, *(array.ctypes.data for array in arrays), self.logits.data_ptr())
 
     @staticmethod
     def fits(decoder: object) -> bool:
@@ -123,17 +144,55 @@ class FewTokens:
         fused = (m for layer in decoder.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down))
         return decoder.keys.shape[-1] % 8 == 0 and all(len(matrix.parts) == 1 for matrix in fused)
 
-    def __call__(self, hidden: Float[np.ndarray, "tokens width"], position: int) -> None:
-        """Sends tokens at `position` and behind it through all layers, in place; keys and values join the cache.
+    def read(self, token_ids: list[int], position: int, rows: int) -> tuple[np.ndarray, Float[Tensor, "rows vocab"]]:
+        """Takes in tokens at `position` and behind it; returns what the head read for the last `rows`, and its logits.
 
-        A token's bits are the same alone and among others.
+        A token's bits are the same alone and among others. One row's logits lie in a buffer that the next call
+        overwrites.
 
         Raises:
             MemoryError: when there is no room for the tokens' codes.
         """
-        self.shape.block = self.shape.max_length
-        np.add(self.count[: len(hidden)], position, out=self.rows[: len(hidden), 1])
-        self._run(hidden, self.decoder.cos[position], self.decoder.sin[position], self.rows)
+        if len(token_ids) > self.chunk:
+            cut = len(token_ids) - self.chunk
+            before = self.read(token_ids[:cut], position, max(rows - self.chunk, 0))
+            last = self.read(token_ids[cut:], position + cut, min(rows, self.chunk))
+            return np.concatenate([before[0], last[0]]), torch.cat([before[1], last[1]])
+        self.tokens[: len(token_ids)] = token_ids
+        self._place(len(token_ids), position)
+        logits = self.logits if rows == 1 else torch.empty(rows, self.logits.shape[1])
+        addresses = self.tokens.ctypes.data, len(token_ids), self.rows.ctypes.data, rows, logits.data_ptr()
+        self.library.read_tokens(self.model, *addresses, torch.get_num_threads())
+        return self.normed[:rows].copy(), logits
+
+    def read_greedily(
+        self, token: int, position: int, count: int, stop: Collection[int]
+    ) -> tuple[np.ndarray, list[int]]:
+        """Feeds `token`, the likeliest token after it, and so on, until there are `count` of these or one is in `stop`.
+
+        Returns what the head read last, and the tokens: those of `read` and an argmax, one by one.
+
+        Raises:
+            MemoryError: when there is no room for the tokens' codes.
+        """
+        tokens, stops = np.full(count + 1, token), np.array(list(stop), np.int64)
+        self._place(1, position)
+        addresses = tokens.ctypes.data, count, self.rows.ctypes.data, stops.ctypes.data
+        made = self.library.decode_greedily(self.model, *addresses, len(stops), torch.get_num_threads())
+        return self.normed[:1].copy(), tokens[1 : made + 1].tolist()
+
+    def head(self, hidden: Float[np.ndarray, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
+        """The last norm and the head, for any number of tokens.
+
+        Raises:
+            MemoryError: when there is no room for the tokens' codes.
+        """
+        logits = torch.empty(len(hidden), self.logits.shape[1])
+        for start in range(0, len(hidden), self.chunk):
+            part = hidden[start : start + self.chunk]
+            self.hidden[: len(part)] = part
+            self.library.head_of(self.model, 0, len(part), logits[start:].data_ptr(), torch.get_num_threads())
+        return logits
 
     def paged(
         self,
@@ -142,31 +201,48 @@ class FewTokens:
         tables: Sequence[Int64[np.ndarray, "..."]],
         block_size: int,
     ) -> None:
-        """The same for any number of tokens of many sequences, whose cache lies in blocks; each token has its table.
+        """Sends any number of tokens of many sequences through all layers, in place, and into the cache.
+
+        Their cache lies in blocks; each token has its sequence's table. A token's bits are the same alone and among
+        others.
 
         Raises:
             MemoryError: when there is no room for the tokens' codes.
+            ValueError: for an int8 cache.
         """
+        if len(self.caches) > 2:
+            raise ValueError("a cache in blocks must be float32; got int8")
         self.shape.block = block_size
         rows = np.stack([np.array([table.ctypes.data for table in tables], np.int64), positions], axis=1)
         cos, sin = self.decoder.cos[positions], self.decoder.sin[positions]
-        for start in range(
-            0, len(hidden), self.max_tokens
-        ):  # tokens of one sequence ascend, so earlier ones are stored
-            part = slice(start, start + self.max_tokens)
+        for start in range(0, len(hidden), self.chunk):  # a sequence's tokens ascend: earlier ones are stored
+            part = slice(start, start + self.chunk)
             self._run(hidden[part], cos[part], sin[part], rows[part])
+
+    def _place(self, count: int, position: int) -> None:
+        """One stream: a single block, and tokens side by side."""
+        self.shape.block = self.shape.max_length
+        np.add(self.count[:count], position, out=self.rows[:count, 1])
 
     def _run(self, hidden: np.ndarray, cos: np.ndarray, sin: np.ndarray, rows: np.ndarray) -> None:
         addresses = (array.ctypes.data for array in (hidden, cos, sin, rows))
-        if self.library.decode_layers(self.layers, self.shape, *addresses, len(hidden), torch.get_num_threads()):
-            raise MemoryError("no memory for the tokens' codes")
+        self.library.decode_layers(self.layers, self.shape, *addresses, len(hidden), torch.get_num_threads())
 
 
-def _layer(decoder: object, index: int) -> Layer:
-    layer = decoder.layers[index]
-    arrays = (layer.attention_gain, layer.mlp_gain, decoder.keys[index], decoder.values[index])
+def _layer(layer: object, caches: list[np.ndarray]) -> Layer:
+    arrays = [array.ctypes.data for array in (layer.attention_gain, layer.mlp_gain, *caches)]
     matrices = (layer.qkv, layer.output, layer.gate_up, layer.down)
-    return Layer(*(array.ctypes.data for array in arrays), *(matrix.parts[0][0] for matrix in matrices))
+    return Layer(*arrays, *[None] * (6 - len(arrays)), *(matrix.parts[0][0] for matrix in matrices))
+
+
+def _rounded_caches(layers: int, kv_heads: int, max_length: int, dim: int) -> tuple[np.ndarray, ...]:
+    """Codes of keys and of values and their scales, as cache.c lays them out, for whole blocks of positions."""
+    if dim % CHUNK:
+        raise ValueError(f"an int8 cache needs heads of a multiple of {CHUNK} numbers; got {dim}")
+    positions = max_length + -max_length % MAX_BLOCK
+    codes = np.zeros((2, layers, kv_heads, positions * dim), np.uint8)
+    scales = np.zeros((2, layers, kv_heads, positions * dim // (CHUNK if dim % MAX_BLOCK else MAX_BLOCK)), np.float32)
+    return *codes, *scales
 
 
 def _scheme(layer: PackedLinear) -> tuple:

@@ -4,11 +4,15 @@
 
 static inline f32x8 load8(const float *x, int64_t n, float rest) {  // n numbers, then `rest`
     f32x8 v = (f32x8){0} + rest;
-    memcpy(&v, x, (n < 8 ? n : 8) * sizeof(float));
+    if (n >= 8) memcpy(&v, x, sizeof v);
+    else memcpy(&v, x, n * sizeof(float));
     return v;
 }
 
-static inline void store8(float *x, f32x8 v, int64_t n) { memcpy(x, &v, (n < 8 ? n : 8) * sizeof(float)); }
+static inline void store8(float *x, f32x8 v, int64_t n) {
+    if (n >= 8) memcpy(x, &v, sizeof v);
+    else memcpy(x, &v, n * sizeof(float));
+}
 
 static inline float sum8(f32x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
@@ -94,45 +98,60 @@ static void attend_head(const float *q, const float *keys, const float *values, 
     }
 }
 
+enum { SHARE = TOKENS / 2 };  // heads that read the same rounded keys and values in one pass, each with two codes
+
 typedef struct {
     const float *attention_gain, *mlp_gain;
-    float *keys, *values;  // this layer's cache, (kv_heads, max_length, dim)
+    void *keys, *values;               // this layer's cache: float (kv_heads, max_length, dim), or codes as in cache.c
+    float *key_scales, *value_scales;  // of the codes; NULL: floats
     Weight qkv, output, gate_up, down;
 } Layer;
 
 typedef struct {
     int64_t layers, heads, kv_heads, dim, max_length, block;  // one stream: a block of max_length positions
-    float *narrow, *wide, *inner, *scores;  // a row each: hidden; qkv or gate_up; heads * dim or the MLP; max_length
+    float *narrow, *wide, *inner, *scores;  // a row each: hidden; qkv or gate_up; heads * dim or the MLP; SHARE * max_length
     float eps;
 } Shape;
 
+// The same over a cache of int8: see cache.c.
+static void store_rounded(const float *key, const float *value, const Layer *layer, const Shape *s, int64_t kv, int64_t p);
+static void attend_rounded(const float *q, float *out, float *scores, const Layer *layer, const Shape *s, int64_t length);
+
 // Rotates queries and keys of one token (in place) and stores key and value at its position.
-// qkv (heads + 2 kv_heads, dim); keys, values (kv_heads, max_length, dim); dim a multiple of 8.
-static void store_token(float *qkv, const float *cosine, const float *sine, float *keys, float *values, const Shape *s,
+// qkv (heads + 2 kv_heads, dim); dim a multiple of 8.
+static void store_token(float *qkv, const float *cosine, const float *sine, const Layer *layer, const Shape *s,
                         const Row *row) {
     int64_t dim = s->dim, rotated = s->heads + s->kv_heads;
     int64_t slot = row->blocks[row->position / s->block] * s->block + row->position % s->block;
     for (int64_t head = 0; head < rotated; head++) rotate(qkv + head * dim, cosine, sine, dim);
     for (int64_t kv = 0; kv < s->kv_heads; kv++) {
+        const float *key = qkv + (s->heads + kv) * dim, *value = qkv + (rotated + kv) * dim;
         int64_t at = (kv * s->max_length + slot) * dim;
-        memcpy(keys + at, qkv + (s->heads + kv) * dim, dim * sizeof(float));
-        memcpy(values + at, qkv + (rotated + kv) * dim, dim * sizeof(float));
+        if (layer->key_scales) {
+            store_rounded(key, value, layer, s, kv, slot);
+            continue;
+        }
+        memcpy((float *)layer->keys + at, key, dim * sizeof(float));
+        memcpy((float *)layer->values + at, value, dim * sizeof(float));
     }
 }
 
 // Tokens of one or several sequences, each attending to all of its own up to itself. qkv (rows, heads + 2 kv_heads, dim).
-static void attend(float *qkv, const float *cosine, const float *sine, float *keys, float *values, const Shape *s,
+static void attend(float *qkv, const float *cosine, const float *sine, const Layer *layer, const Shape *s,
                    const Row *row, int64_t rows, int64_t threads) {
     int64_t dim = s->dim, width = (s->heads + 2 * s->kv_heads) * dim;
     for (int64_t r = 0; r < rows; r++)
-        store_token(qkv + r * width, cosine + r * dim, sine + r * dim, keys, values, s, row + r);
+        store_token(qkv + r * width, cosine + r * dim, sine + r * dim, layer, s, row + r);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 1)
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t head = 0; head < s->heads; head++) {
+    for (int64_t r = 0; r < rows; r++) {
+        float *out = s->inner + r * s->heads * dim, *scores = s->scores + r * SHARE * s->max_length;
+        if (layer->key_scales) attend_rounded(qkv + r * width, out, scores, layer, s, row[r].position + 1);
+        else for (int64_t head = 0; head < s->heads; head++) {
             int64_t at = head * s->kv_heads / s->heads * s->max_length * dim;
-            attend_head(qkv + r * width + head * dim, keys + at, values + at, s->inner + (r * s->heads + head) * dim,
-                        s->scores + r * s->max_length, row + r, s->block, dim);
+            attend_head(qkv + r * width + head * dim, (float *)layer->keys + at, (float *)layer->values + at,
+                        out + head * dim, scores, row + r, s->block, dim);
         }
+    }
 }
 
 static void add(float *x, const float *y, int64_t n) {
@@ -140,16 +159,16 @@ static void add(float *x, const float *y, int64_t n) {
 }
 
 // hidden += attention(norm(hidden)); hidden += mlp(norm(hidden)); layer by layer, for `rows` tokens, each in its sequence.
-// hidden (rows, width); cosine, sine (rows, dim). A row's bits do not depend on the others. 0, or 1 without memory.
-int decode_layers(const Layer *layer, const Shape *s, float *hidden, const float *cosine, const float *sine,
+// hidden (rows, width); cosine, sine (rows, dim). A row's bits do not depend on the others. 0, or -1 without memory.
+int64_t decode_layers(const Layer *layer, const Shape *s, float *hidden, const float *cosine, const float *sine,
                   const Row *row, int64_t rows, int64_t threads) {
-    int failed = 0;
+    int64_t failed = 0;
     for (const Layer *end = layer + s->layers; layer < end; layer++) {
         int64_t width = layer->qkv.in, inner = layer->down.in;
         for (int64_t r = 0; r < rows; r++)
             rms_norm(hidden + r * width, layer->attention_gain, s->narrow + r * width, width, s->eps);
         failed |= packed_linear(&layer->qkv, s->narrow, s->wide, rows, threads);
-        attend(s->wide, cosine, sine, layer->keys, layer->values, s, row, rows, threads);
+        attend(s->wide, cosine, sine, layer, s, row, rows, threads);
         failed |= packed_linear(&layer->output, s->inner, s->narrow, rows, threads);
         add(hidden, s->narrow, rows * width);
         for (int64_t r = 0; r < rows; r++)

@@ -72,6 +72,8 @@ class PagedLlama:
     def logits(self, hidden: Float[np.ndarray, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """What the head makes of the last layer's output."""
         decoder = self.decoder
+        if decoder.few_tokens:
+            return decoder.few_tokens.head(hidden)
         return torch.from_numpy(decoder.head(rms_norm(hidden, decoder.final_gain, decoder.eps), decoder.matvec))
 
     def _through_layers(self, hidden: np.ndarray, chunks: Sequence[Chunk]) -> None:

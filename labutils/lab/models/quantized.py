@@ -4,6 +4,7 @@ A saved model is a folder in Hugging Face's manner (config.json, model.safetenso
 quantization.json names each packed layer's scheme: bits, group, zero points, sizes.
 """
 
+import ctypes
 import json
 from functools import partial
 from pathlib import Path
@@ -21,41 +22,37 @@ from labutils.lab.layers.linears import linear_layers, weight_of
 from labutils.lab.models.checkpoint import verify_checksums, write_checksums, written_aside
 from labutils.lab.models.load import LanguageModel, LoadError
 from labutils.lab.training.loop import require_finite
-from labutils.quantization.kernels import KernelError, Weight, find_kernels
+from labutils.quantization.kernels import KernelError, find_kernels, float_weight
 from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWeight, replace_packed_
 from labutils.quantization.packed_steps import Arena, FewTokens, FusedPacked, arena_bytes
 
 SCHEMES, WEIGHTS, VERSION = "quantization.json", "model.safetensors", 1
 
 
-def fast_packed_llama(model: nn.Module, *, max_length: int) -> FastLlama:
+def fast_packed_llama(model: nn.Module, *, max_length: int, int8_cache: bool = False) -> FastLlama:
     """`FastLlama` on a model whose linear layers are all packed: the layers of a few tokens in one call into C.
 
     Where schemes differ among layers that read the same input, NumPy does what lies between the matrices. The model's
-    packed weights move into one piece of memory and are shared, not copied.
+    packed weights move into one piece of memory and are shared, not copied. `int8_cache` rounds keys and values too.
 
     Raises:
         KernelError: without the C kernels; the model's own forward pass works all the same.
-        ValueError: for an architecture that `FastLlama` does not know.
+        ValueError: for an architecture that `FastLlama` does not know, or an int8 cache where steps in C do not fit.
     """
-    library, reason = find_kernels()
-    if library is None:
-        raise KernelError(reason)
+    library = _kernels()
     fuse = partial(FusedPacked, library, Arena(arena_bytes(list(packed_layers(model).values()))))
     decoder = FastLlama(model, max_length=max_length, matvec="numpy", fuse=fuse, kinds=(PackedLinear,))
-    if FewTokens.fits(decoder):
-        decoder.few_tokens = FewTokens(library, decoder)
+    if int8_cache or FewTokens.fits(decoder):
+        decoder.few_tokens = FewTokens(library, decoder, int8_cache=int8_cache)
     return decoder
 
 
 class FloatMatrix(Linear):
-    """A fused float32 matrix that C can find as well: a `Weight` of 32 bits."""
+    """A fused float32 matrix that C can find as well."""
 
     def __init__(self, *layers: nn.Linear) -> None:
         super().__init__(*layers)
-        out, n = self.array.shape
-        bias = None if self.bias is None else self.bias.ctypes.data
-        self.parts = [(Weight(self.array.ctypes.data, None, None, bias, n, out, n, n, n, 32), None)]
+        self.parts = [(float_weight(self.array, self.bias), None)]
 
 
 def fast_float_llama(model: nn.Module, *, max_length: int) -> FastLlama:
@@ -67,13 +64,18 @@ def fast_float_llama(model: nn.Module, *, max_length: int) -> FastLlama:
         KernelError: without the C kernels.
         ValueError: for an architecture that `FastLlama` does not know.
     """
-    library, reason = find_kernels()
-    if library is None:
-        raise KernelError(reason)
+    library = _kernels()
     decoder = FastLlama(model, max_length=max_length, fuse=FloatMatrix)
     if FewTokens.fits(decoder):
         decoder.few_tokens = FewTokens(library, decoder, max_tokens=1)
     return decoder
+
+
+def _kernels() -> ctypes.CDLL:
+    library, reason = find_kernels()
+    if library is None:
+        raise KernelError(reason)
+    return library
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:

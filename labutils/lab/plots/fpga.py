@@ -1,10 +1,9 @@
 """Figures of the FPGA chapter: data marching through the array, area by bits, the floorplan, the board's roofline."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from labutils.fpga.floorplan import tiles
@@ -33,14 +32,6 @@ def draw_cycle(ax: Axes, march: March, cycle: int) -> None:
     ax.set(xlim=(0, n), ylim=(n, 0), xticks=(), yticks=(), aspect="equal")
     ax.set_title(f"cycle {cycle}: {phase}", fontsize=10)
     ax.set(xlabel="sums move down", ylabel="inputs move right")
-
-
-def draw_march(march: March, cycles: Sequence[int]) -> Figure:
-    """Several cycles side by side."""
-    figure = Figure(figsize=(3 * len(cycles), 3.4), layout="constrained")
-    for ax, cycle in zip(np.atleast_1d(figure.subplots(1, len(cycles))), cycles, strict=True):
-        draw_cycle(ax, march, cycle)
-    return figure
 
 
 def march_table(march: March, cycle: int) -> str:
