@@ -3,12 +3,14 @@
 import json
 import sys
 from argparse import ArgumentParser
+from contextlib import ExitStack
 
 import pytest
 import torch
+from aside import install_aside
 from tiny_models import random_ids, tiny_model
 
-from labutils.course.bench import decode, llama_cpp
+from labutils.course.bench import decode, llama_cpp, llama_techniques
 from labutils.course.bench.decode import Clock, Settings, Technique, agreement, as_record, bench_decode
 from labutils.course.bench.subject import Subject, speed_subject
 from labutils.course.bench.table import Row, as_table, write_json
@@ -49,11 +51,12 @@ def test_every_path_makes_the_tokens_of_transformers(rows):
     assert all(len(row.samples) == 5 and row.threads == 1 and row.time_to_first_token_s > 0 for row in ours)
 
 
-def test_llama_cpp_is_listed_even_where_it_is_not_installed(rows, monkeypatch, subject, tmp_path):
+def test_llama_cpp_is_listed_even_where_it_is_not_installed(rows, monkeypatch, subject):
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
-    missing = llama_cpp.llama_cpp_techniques(subject, 4, tmp_path, Technique)
+    with ExitStack() as stack:
+        missing = llama_techniques.llama_cpp_techniques(subject, 4, stack, Technique)
     assert [t.name for t in missing] == ["llama.cpp F32", "llama.cpp Q8_0", "llama.cpp Q4_0"]
-    assert all("pip install" in t.missing and t.run is None for t in missing)
+    assert all("pip install xllamacpp==" in t.missing and t.run is None for t in missing)
     assert {t.name for t in missing} <= {row.technique for row in rows}
 
 
@@ -205,11 +208,18 @@ def test_bench_bad_input_states_the_rule(subject):
         )
 
 
-def test_llama_cpp_writes_the_same_greedy_tokens(subject):
-    pytest.importorskip("llama_cpp")
-    found = bench_decode(subject, QUICK, say=lambda line: None)
-    row = next(r for r in found if r.technique == "llama.cpp F32")
-    assert row.agreement == 1.0, row.note
+@pytest.mark.slow
+def test_llama_cpp_writes_the_same_greedy_tokens(subject, tmp_path, monkeypatch):
+    install_aside(tmp_path, ["xllamacpp==2026.10.11549"])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    with ExitStack() as stack:
+        found = llama_techniques.llama_cpp_techniques(subject, 4, stack, Technique)
+        clock = Clock()
+        tokens = found[0].run(clock)
+    assert [t.name for t in found] == ["llama.cpp F32", "llama.cpp Q8_0", "llama.cpp Q4_0"]
+    assert torch.equal(tokens, decode.decode.generate_cached(subject.model, subject.token_ids, 5))
+    assert len(clock.ticks) == 6 and clock.ticks == sorted(clock.ticks)
 
 
 def test_command_modules_import_only_the_standard_library_at_their_top():

@@ -1,119 +1,252 @@
-"""The quantization benchmark: every technique runs or says why not, and the bars judge by the numbers."""
+"""`bench quantization`: engines in processes of their own, rows that survive an interruption, and bars by hand."""
 
+import json
+import os
 from argparse import ArgumentParser
+from contextlib import ExitStack
 
 import pytest
 import torch
+from aside import install_aside
+from tiny_models import random_ids, tiny_model
 
-from labutils.course.bench import llama_cpp, quantization
+from labutils.course.bench import quantization, quantization_rows
+from labutils.course.bench.child import start
 from labutils.course.bench.decode import Settings
-from labutils.course.bench.quantization import (
-    DECODE_BARS,
-    FP32,
-    INT4,
-    INT8,
-    PREFILL_BARS,
-    Bar,
-    bench_quantization,
-    verdicts,
-)
-from labutils.course.bench.subject import speed_subject
-from labutils.course.bench.table import Row
+from labutils.course.bench.engines import answered, made, memory, timed
+from labutils.course.bench.llama_cpp import FORKS, Parameters
+from labutils.course.bench.quantization import Load, bench_quantization, loads
+from labutils.course.bench.quantization_rows import EngineRow, as_markdown, as_text, judge, read_rows
+from labutils.course.bench.subject import Subject, speed_subject
+from labutils.course.bench.torch_engines import Modules, Ours
 from labutils.course.cli import bench
+from labutils.generation.decode import generate_cached
+from labutils.lab.models.gguf import export_gguf
+from labutils.lab.models.quantized import save_quantized
+from labutils.quantization.affine import Scheme
 from labutils.quantization.kernels import find_kernels
+from labutils.quantization.packed import pack_model_
 
+needs_kernels = pytest.mark.skipif(find_kernels()[0] is None, reason="no C compiler here")
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 96, "num_attention_heads": 8}
 
 
-@pytest.fixture(scope="module")
 def subject():
     return speed_subject(num_key_value_heads=4, **SIZES)
 
 
-def row(name, *samples, first=1.0, share=None, note=""):
-    settings = {"time_to_first_token_s": first, "bandwidth_share": share, "note": note}
-    return Row(technique=name, model="m", threads=1, samples=tuple(float(s) for s in samples), **settings)
+def row(engine, *samples, form="int8", load="decode", model="big", **settings):
+    samples = tuple(float(s) for s in samples)
+    return EngineRow(engine=engine, model=model, load=load, threads=1, form=form, samples=samples, **settings)
 
 
-def test_verdicts_by_hand():
-    rows = [row(INT8, *[30] * 5, share=0.85), row(FP32, *[10] * 5), row(INT4, *[36] * 5, share=0.75)]
-    rows.append(row("llama.cpp Q8_0", *[25] * 5))
-    assert verdicts(rows, DECODE_BARS, prefill=False) == [
-        "MISSED: our int8 decode: 1.20x [1.20, 1.20] of llama.cpp Q8_0, bar 1.3x",
-        "met: our int8 decode: 3.00x [3.00, 3.00] of our fp32, bar 2.5x",
-        "not measured: our int4, group 64 against llama.cpp Q4_0",
-        "met: our int4, group 64 decode: 3.60x [3.60, 3.60] of our fp32, bar 3.5x",
-        "met: our int8 reads at 85% of the bandwidth measured, bar 80%",
-        "MISSED: our int4, group 64 reads at 75% of the bandwidth measured, bar 80%",
+def judged(*rows):
+    return [f"{bar.claim}: {bar.measured}, {bar.holds}" for bar in judge(rows)]
+
+
+def test_each_form_is_held_against_its_best_peer_of_equal_bits():
+    rows = [row("ours int8", *[30] * 5), row("llama.cpp Q8_0", *[10] * 5), row("ik_llama.cpp Q8_0", *[25] * 5)]
+    rows += [row("ours int4", *[36] * 5, form="int4"), row("llama.cpp Q4_0", *[20] * 5, form="int4")]
+    assert judged(*rows) == [
+        "big, 1 thread, decode: ours int8 at least 1.5 times ik_llama.cpp Q8_0: 1.20x [1.20, 1.20], False",
+        "big, 1 thread, decode: ours int4 at least 1.8 times llama.cpp Q4_0: 1.80x [1.80, 1.80], True",
+    ]
+    small = [row("ours float32", *[12] * 5, form="float32", model="lablm")]
+    small += [
+        row("llama.cpp F32", *[10] * 5, form="float32", model="lablm"),
+        row("other", form="float32", note="absent"),
+    ]
+    assert judged(*small) == [
+        "lablm, 1 thread, decode: ours float32 at least 1.05 times llama.cpp F32: 1.20x [1.20, 1.20], True"
     ]
 
 
-def test_verdicts_on_prefill_and_where_a_share_means_nothing():
-    rows = [row(INT8, 1, first=0.5, note="in cache"), row(FP32, 1, first=1.0), row(INT4, 1, first=2.0, note="in cache")]
-    assert verdicts(rows, PREFILL_BARS, prefill=True) == [
-        "met: our int8 prefill of 512: 2.00x (of medians) of our fp32, bar 1.0x",
-        "MISSED: our int4, group 64 prefill of 512: 0.50x (of medians) of our fp32, bar 1.0x",
+def test_batches_meet_llama_cpp_and_prompts_our_float32_too():
+    pair = [row("llama.cpp Q8_0", *[10] * 5, load="8 at once"), row("ik_llama.cpp Q8_0", *[50] * 5, load="8 at once")]
+    spent = {"matrices": 0.75, "head": 0.25}
+    (line,) = judged(row("ours int8", *[11] * 5, load="8 at once", profile=spent), *pair)
+    assert line.endswith("at least 1.2 times llama.cpp Q8_0: 1.10x [1.10, 1.10]; time: 75% matrices, 25% head, False")
+    ours = [row(f"ours {f}", *[s] * 5, form=f, load="prefill of 512") for f, s in (("int8", 16), ("float32", 10))]
+    assert judged(*ours) == [
+        "big, 1 thread, prefill of 512: ours int8 at least 1.5 times ours float32: 1.60x [1.60, 1.60], True"
     ]
-    assert verdicts(rows, [Bar(INT8, "nobody", 1)], prefill=False)[1:] == [
-        "not judged: our int8, share of bandwidth (in cache)",
-        "not judged: our int4, group 64, share of bandwidth (in cache)",
+
+
+def test_memory_loading_bandwidth_and_the_pair_have_bars():
+    first = row("ours int8", 30, 30, 30, 30, 30, bandwidth_share=0.84, profile={"matrices": 1.0})
+    again = row("ours int8, again", 31, 31, 31, 31, 31)
+    sizes = {"file_bytes": 100_000_000, "cache_bytes": 10_000_000, "load_s": 0.21}
+    int4 = row("ours int4", *[9] * 5, form="int4", peak_bytes=120_000_000, **sizes)
+    assert judged(first, again, int4) == [
+        "big, 1 thread, decode: ours int8 reads at 85% of the bandwidth measured: 84%; time: 100% matrices, False",
+        "big, 1 thread, decode: memory of ours int4 at most 1.15 times file and cache: 1.09x of 110 MB, True",
+        "big, 1 thread, decode: ours int4 loads in at most 0.2 s: 0.21 s, False",
+        "big, 1 thread, decode: ours int8 in two processes within 3%: 0.97x [0.97, 0.97], False",
     ]
+    assert judged(first, row("ours int8, again", *[29.5] * 5))[-1].endswith("1.02x [1.02, 1.02], True")
 
 
-def test_every_technique_runs_or_says_why(monkeypatch, subject):
-    if find_kernels()[0] is None:
-        pytest.skip("no C compiler here")
-    monkeypatch.setattr(quantization, "PREFILL_TOKENS", 16)
-    said = []
-    rows = bench_quantization(subject, Settings(new_tokens=2, threads=1, peers=False), say=said.append)
-    names = [r.technique for r in rows if r.model == subject.name]
-    assert names[:2] == [FP32, INT8] and "torch dynamic int8" in names
-    assert [r.technique for r in rows if r.model.endswith("prompt of 16")] == names
-    assert all(len(r.samples) == 5 or r.note for r in rows)
-    ours = {r.technique: r for r in rows[: len(names)]}
-    assert all(ours[name].samples for name in (FP32, INT8, INT4))
-    assert ours[INT4].bytes_per_token < ours[INT8].bytes_per_token < ours[FP32].bytes_per_token
-    assert [name for name in (FP32, INT8, INT4) if f"where a token's time goes in {name}," in "".join(said)] == [
-        INT8,
-        INT4,
+def test_the_rate_is_of_new_tokens_or_of_the_prompt():
+    assert Load("8 at once", 8, 16, 3).rate([0.0, 5.0, 6.0, 7.0]) == 8.0
+    assert Load("prefill of 512", 1, 512, 1).rate([1.0, 3.0]) == 256.0
+    assert [load.count for load in loads(32, small=False)] == [33, 1, 17, 17]
+    assert [load.count for load in loads(32, small=True)] == [129, 1, 65, 65]
+
+
+def test_tables_show_what_ran_and_why_something_did_not(tmp_path):
+    rows = [row("ours int8", 1, 2, 3, 4, 5, load_s=0.5, peak_bytes=2_000_000), row("torchao", note="not installed")]
+    assert as_text(rows).splitlines()[1].split()[:3] == ["ours", "int8", "3.0"]
+    assert as_text(rows).splitlines()[-1] == "torchao: not installed"
+    fast = row("llama.cpp Q8_0, repacked", *[4000] * 5, load_s=0.04)
+    slow = row("llama.cpp Q8_0", *[3000] * 5, load_s=0.03)
+    table = as_markdown([*rows, fast, slow, row("ours int8", *[90] * 5, load="prefill of 512")]).splitlines()
+    assert table[2:5] == [
+        "| **big, 1 thread** | | | | | | |",
+        "| llama.cpp Q8_0 | 4,000 [4,000, 4,000] r |  |  |  |  | 0.04 |",
+        "| ours int8 | 3.0 [1.0, 5.0] | 90.0 [90.0, 90.0] |  |  | 2 | 0.50 |",
     ]
-    assert any(line.startswith(("met: our int8", "MISSED: our int8")) for line in "\n".join(said).splitlines())
+    assert table[6] == "<details><summary>0 of 1 bars are met</summary>"
+    claim = "big, 1 thread, decode: ours int8 at least 1.5 times llama.cpp Q8_0, repacked"
+    assert table[-3] == f"| {claim} | 0.00x [0.00, 0.00] | missed |"
+    path = tmp_path / "rows.json"
+    quantization.write_json(rows, path)
+    assert read_rows(path) == rows
 
 
-def test_a_technique_that_cannot_be_built_becomes_a_row_with_the_reason(monkeypatch, subject):
-    def absent(model):
-        raise ImportError("no torchao")
+@needs_kernels
+def test_our_engines_write_the_decoders_tokens_for_one_and_for_many(tmp_path):
+    made = subject()
+    prompts = torch.randint(96, (3, 6), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = [generate_cached(made.model, torch.tensor([p]), 5)[0, 6:].tolist() for p in prompts]
+    made.model.save_pretrained(tmp_path)
+    ours = Ours(str(tmp_path), threads=1, packed=False)
+    for asked in (prompts[:1], prompts):
+        ticks, tokens = ours.generate(asked, 5)
+        assert tokens == expected[: len(asked)] and len(ticks) == 6 and ticks == sorted(ticks)
+    assert timed(ours, prompts, 5)["tokens"] == expected
+    assert Modules(str(tmp_path), threads=1, kind="dynamic").generate(prompts[:1], 5)[0][5] > 0
+    assert set(ours.profile(2)) == {"matrices", "head"} and min(ours.profile(2).values()) > 0
+    save_quantized(pack_model_(made.model, Scheme(8)), None, tmp_path / "int8", method="rtn")
+    packed = Ours(str(tmp_path / "int8"), threads=1, packed=True)
+    assert packed.generate(prompts, 5)[1][0] == packed.generate(prompts[:1], 5)[1][0]
+    assert memory("VmHWM") is None or memory("VmHWM") >= memory("VmRSS") > 1e7
 
-    monkeypatch.setattr(quantization, "_torchao", absent)
-    made = quantization.candidates(subject.model, max_length=8)
-    assert made["torchao int8, eager"] == "ImportError: no torchao"
+
+class InProcess:
+    """An engine without a process of its own: a test has nothing to time."""
+
+    def __init__(self, engine, told, threads, stack):
+        self.engine, self.load_s, _ = made(engine, told)
+
+    def ask(self, job):
+        return json.loads(json.dumps(answered(self.engine, job))) | {"load_s": self.load_s, "peak_bytes": None}
 
 
-def test_packing_for_the_benchmark_leaves_the_float_model_alone(subject):
-    before = {name: t.clone() for name, t in subject.model.state_dict().items()}
-    quantization.candidates(subject.model, max_length=8)
-    after = subject.model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+@needs_kernels
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Ours alone; a second call measures only what is missing."""
+    monkeypatch.setattr(quantization, "start", InProcess)
+    path, said, settings = tmp_path / "rows.json", [], Settings(2, 5, peers=False)
+    few = [Load("decode", 1, 4, 3), Load("8 at once", 8, 4, 3)]
+    monkeypatch.setattr(quantization, "loads", lambda count, small: few)
+    rows = bench_quantization([subject], settings, threads=[1], say=said.append, path=path)
+    assert [r.engine for r in rows] == ["ours float32", "ours int8", "ours int8, again", "ours int4"] * 2
+    assert all(len(r.samples) == 5 and r.load_s > 0 and not r.note for r in rows)
+    assert rows[3].file_bytes < rows[1].file_bytes < rows[0].file_bytes and rows[1].profile and not rows[2].profile
+    assert any("in two processes within 3%" in line for line in said)
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps([each for each in stored if each["load"] == "decode"]))
+    again = bench_quantization([subject], settings, threads=[1], say=said.append, path=path)
+    assert again[:4] == rows[:4] and [r.load for r in again[4:]] == ["8 at once"] * 4
+    started = len(said)
+    assert bench_quantization([subject], settings, threads=[1], say=said.append, path=path) == again
+    assert len(said) == started
+    with pytest.raises(ValueError, match="at least 5 repeats; got 3"):
+        bench_quantization([subject], Settings(2, 3), threads=[1])
 
 
-def test_a_peer_that_crashes_becomes_a_row(monkeypatch, subject, tmp_path):
-    pytest.importorskip("llama_cpp")
-    monkeypatch.setattr(llama_cpp, "why_it_crashes", lambda path: "ends with code -11")
-    found = llama_cpp.llama_cpp_techniques(subject, 2, tmp_path, quantization.Technique)
-    assert [t.missing for t in found] == ["ends with code -11"] * 3
-    (tmp_path / "broken.gguf").write_bytes(b"no model")
-    monkeypatch.undo()
-    assert "ends with code" in llama_cpp.why_it_crashes(tmp_path / "broken.gguf")
+def test_an_engine_answers_from_its_own_process():
+    with ExitStack() as stack:
+        probe = start("bandwidth", {"threads": 1}, 1, stack)
+        answer = probe.ask({"do": "read", "size": 2**20})
+        assert answer["rate"] > 1e6 and answer["load_s"] >= 0 and answer["peak_bytes"] != 0
+        with pytest.raises(RuntimeError, match="KeyError: 'abacus'"):
+            start("abacus", {}, 1, stack)
+
+
+def test_what_is_not_installed_is_left_out_with_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantization, "not_installed", lambda fork: f"not installed: pip install {FORKS[fork].wheel}")
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    found = quantization.contenders(subject(), Settings(threads=1), tmp_path)
+    missing = {each.name: each.missing for each in found if each.missing}
+    assert missing["torchao int8, eager"] == "not installed: pip install torchao"
+    assert missing["llama.cpp Q4_0, repacked"] == "not installed: pip install xllamacpp==2026.10.11549"
+    assert sum(name.startswith("ik_llama.cpp") for name in missing) == 5 and len(missing) == 11
+
+
+def test_an_unknown_build_is_refused():
+    parameters = Parameters()
+    parameters.set((8, "I", 0), 512)
+    assert parameters.bytes[9] == 2
+    with pytest.raises(RuntimeError, match="byte 8 must hold 2048, as in the known build; got 512"):
+        parameters.set((8, "I", 2048), 1)
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory):
+    """The wheels of both forks; the second has none but for Linux on x86."""
+    folder = tmp_path_factory.mktemp("peers")
+    install_aside(folder, [fork.wheel for fork in FORKS.values()])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fork", FORKS)
+def test_a_fork_writes_our_tokens_for_one_and_for_many(fork, peers, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.fspath(peers))
+    model, count = tiny_model("llama-gqa-tied"), 6
+    export_gguf(model, None, tmp_path / "m.gguf")
+    prompts = [random_ids(9, seed=seed)[0].tolist() for seed in range(3)]
+    expected = [generate_cached(model, torch.tensor([p]), count)[0, 9:].tolist() for p in prompts]
+    with ExitStack() as stack:
+        child = start("llama", {"path": str(tmp_path / "m.gguf"), "fork": fork, "threads": 1}, 1, stack)
+        for asked in (prompts[:1], prompts):
+            answer = child.ask({"do": "timed", "prompts": asked, "count": count})
+            assert answer["tokens"] == expected[: len(asked)] and len(answer["ticks"]) == count + 1
+        assert answer["load_s"] > 0 and answer["peak_bytes"] > 1e6
+        (tmp_path / "broken.gguf").write_bytes(b"no model")
+        with pytest.raises(RuntimeError, match="must be able to read"):
+            start("llama", {"path": str(tmp_path / "broken.gguf"), "fork": fork, "threads": 1}, 1, stack)
 
 
 def test_bench_command_runs_quantization(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(
-        quantization, "bench_quantization", lambda subject, settings, say: say("ran") or [row("x", 1, 1, 1, 1, 1)]
-    )
-    monkeypatch.setattr("labutils.course.bench.subject.speed_subject", lambda **sizes: sizes)
+    asked = {}
+
+    def run(subjects, settings, *, threads, say, path):
+        asked.update(names=[make().name for make in subjects], threads=threads, path=path)
+        say("ran")
+
+    monkeypatch.setattr(quantization, "bench_quantization", run)
+    monkeypatch.setattr("labutils.course.bench.subject.trained_subject", lambda name: Subject(name, None, None, None))
+    monkeypatch.setattr("labutils.course.bench.subject.speed_subject", lambda **sizes: Subject("big", None, None, None))
     parser = ArgumentParser()
     bench.add_arguments(parser)
-    options = ["quantization", "--quick", "--json", str(tmp_path / "rows.json")]
+    options = ["quantization", "--quick", "--threads", "1", "--json", str(tmp_path / "rows.json")]
     assert bench.run(parser.parse_args(options)) == 0
     assert "ran" in capsys.readouterr().out
-    assert '"technique": "x"' in (tmp_path / "rows.json").read_text(encoding="utf-8")
+    assert asked == {"names": ["lablm", "big"], "threads": (1,), "path": tmp_path / "rows.json"}
+
+
+def test_the_readme_is_written_from_the_stored_run(monkeypatch, tmp_path):
+    stored, readme = tmp_path / "rows.json", tmp_path / "README.md"
+    quantization.write_json([row("ours int8", 1, 2, 3, 4, 5, load_s=0.5)], stored)
+    readme.write_text("a\n<!-- engines -->\nold\n<!-- /engines -->\nb\n")
+    monkeypatch.setattr(quantization_rows, "README", readme)
+    monkeypatch.setattr(quantization_rows, "read_rows", lambda: read_rows(stored))
+    quantization_rows.main()
+    text = readme.read_text()
+    assert (
+        text.startswith("a\n<!-- engines -->\n| ") and text.endswith("\n<!-- /engines -->\nb\n") and "old" not in text
+    )
+    quantization_rows.main()
+    assert readme.read_text() == text

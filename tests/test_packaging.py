@@ -133,8 +133,12 @@ def test_ranges_refuse_what_was_never_meant(name, version):
     assert not requirement.specifier.contains(version)
 
 
-def test_heavy_peers_stay_optional():
-    assert "llama-cpp-python" not in {requirement.name for requirement in REQUIRED}
+def test_peers_stay_optional_and_are_the_builds_whose_structures_are_known():
+    from labutils.course.bench.llama_cpp import FORKS
+
+    peers = [Requirement(text) for text in EXTRAS["peers"]]
+    assert {f"{peer.name}{peer.specifier}" for peer in peers} == {fork.wheel for fork in FORKS.values()}
+    assert not {peer.name for peer in peers} & {requirement.name for requirement in REQUIRED}
 
 
 @pytest.mark.slow

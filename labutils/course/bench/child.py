@@ -13,8 +13,12 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+from labutils.lab.paths import ROOT
 
 
 class Child:
@@ -65,3 +69,26 @@ class Child:
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended, which the next line tells
             os.killpg(self.process.pid, number)
+
+
+def environment(threads: int) -> dict[str, str]:
+    """What every engine is started with: so many threads, no network, and vLLM in its own process alone."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **{f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")},
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": "1",
+        "GGML_NO_BACKTRACE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+
+
+def start(engine: str, told: dict, threads: int, stack: ExitStack) -> Child:
+    """An engine in a process of its own, ended with the stack."""
+    command = [sys.executable, "-m", "labutils.course.bench.engines", json.dumps([engine, told])]
+    child = Child(command, environment=environment(threads))
+    stack.callback(child.close)
+    return child

@@ -7,13 +7,14 @@ are ready: the first tick ends prefill, the others time decoding, for our loops 
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from labutils.course.bench.bandwidth import BandwidthMeter, Probes, probe_bytes, report_time
-from labutils.course.bench.llama_cpp import llama_cpp_techniques
+from labutils.course.bench.bandwidth import BandwidthMeter, probe_bytes, report_time
+from labutils.course.bench.llama_techniques import llama_cpp_techniques
 from labutils.course.bench.subject import Subject
 from labutils.course.bench.table import Row
 from labutils.generation import decode
@@ -93,10 +94,10 @@ def bench_decode(subject: Subject, settings: Settings = Settings(), *, say: Call
         raise ValueError(
             f"decoding is timed between tokens, so new_tokens must be at least 2; got {settings.new_tokens}"
         )
-    with subject.workspace() as folder:
+    with ExitStack() as stack:
         techniques = our_techniques(subject, settings)
         if settings.peers:
-            techniques += llama_cpp_techniques(subject, settings.new_tokens, folder, Technique)
+            techniques += llama_cpp_techniques(subject, settings.new_tokens, stack, Technique)
         rows = bench_techniques(techniques, subject, settings, reference=REFERENCE, say=say)
     profile_fastest(rows, subject, say)
     return rows
@@ -120,7 +121,6 @@ def bench_techniques(
     *,
     reference: str,
     say: Callable[[str], None],
-    more_probes: Callable[[int], Probes] = lambda size: {},
 ) -> list[Row]:
     """Measures techniques interleaved; tokens are compared with those of the technique named `reference`."""
     techniques = [_proved(t, say) for t in techniques]
@@ -128,7 +128,7 @@ def bench_techniques(
     threads = {t.name: settings.threads or _best_threads(t, say) for t in able}
     sizes = {t.name: probe_bytes(subject.weight_bytes * t.bytes_per_weight / 4) for t in able}
     candidates = thread_candidates(settings.threads or available_cores())
-    meter = BandwidthMeter(list(sizes.values()), threads=candidates, more=more_probes)
+    meter = BandwidthMeter(list(sizes.values()), threads=candidates)
     ticks, outputs = _measure(able, threads, settings, meter)
     for size in meter.probes:
         say(f"  {meter.describe(size)}")

@@ -1,185 +1,240 @@
-"""`bench quantization`: packed int8 and int4 weights against fp32, llama.cpp, torchao and torch, interleaved.
+"""`bench quantization`: our float32, int8 and int4 beside llama.cpp, ik_llama.cpp and PyTorch's int8, at equal bits.
 
-Two runs on one set of random weights: decoding after a short prompt, where weights are read once a token, and reading a
-prompt of 512 tokens, where each weight that is read serves them all. All techniques get the same number of threads.
+Engines that share a process, or are awake together, slow each other down: idle threads of one pool spin on cores that
+another needs. So each is a process of its own that is stopped while another is timed. All read the same weights with
+the same number of threads, and rounds go through all engines in turn. A second process of our int8 shows how far equal
+engines differ.
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor, nn
 
-from labutils.course.bench.bandwidth import Probes, report_time
-from labutils.course.bench.decode import Settings, Technique, bench_techniques
-from labutils.course.bench.llama_cpp import llama_cpp_techniques
+from labutils.course.bench.bandwidth import probe_bytes
+from labutils.course.bench.child import Child, start
+from labutils.course.bench.decode import Settings
+from labutils.course.bench.llama_cpp import FORKS, not_installed
+from labutils.course.bench.quantization_rows import (
+    AGAIN,
+    BATCHES,
+    DECODE,
+    OURS,
+    PREFILL,
+    REPACKED,
+    EngineRow,
+    as_text,
+    judge,
+    read_rows,
+)
 from labutils.course.bench.subject import Subject
-from labutils.course.bench.table import Row, as_table
-from labutils.generation.decode import generate_static
-from labutils.generation.fast_llama import FastLlama
-from labutils.lab.models.quantized import fast_packed_llama
-from labutils.measurement.threads import available_cores
-from labutils.measurement.timing import paired_ratio
+from labutils.course.bench.table import write_json
+from labutils.lab.models.gguf import export_gguf
+from labutils.lab.models.quantized import save_quantized
+from labutils.measurement.ledger import host_description
+from labutils.measurement.resources import kv_bytes_per_position
+from labutils.measurement.timing import check_repeats, measure_interleaved
 from labutils.quantization.affine import Scheme
 from labutils.quantization.packed import pack_model_
-from labutils.quantization.packed_steps import Arena
 
-PREFILL_TOKENS = 512
-FP32, INT8, INT4 = "our fp32", "our int8", "our int4, group 64"
-SCHEMES = {
-    INT8: Scheme(8),
-    "our int8, group 64": Scheme(8, granularity="group", group_size=64),
-    INT4: Scheme(4, granularity="group", group_size=64),
-    "our int4, group 32": Scheme(4, granularity="group", group_size=32),
-}
-Generate = Callable[..., Tensor]  # (token_ids, max_new_tokens, *, choose) -> longer token_ids
+SCHEMES = {"int8": Scheme(8), "int4": Scheme(4, granularity="group", group_size=64)}
+PEERS = {"float32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
+PROMPT_TOKENS, IN_CACHE = 16, 4  # a small model decodes so many times as many tokens
 
 
 @dataclass(frozen=True)
-class Bar:
-    """What a technique has to reach: at least `factor` times the speed of another."""
+class Load:
+    """What is asked of an engine: so many prompts of so many tokens, and new tokens for each."""
 
-    technique: str
-    other: str
-    factor: float
+    name: str
+    rows: int
+    prompt: int
+    count: int
+
+    def rate(self, ticks: Sequence[float]) -> float:
+        """tokens/s: of the new tokens after the first, or of the prompt where no more are asked for.
+
+        >>> Load("decode", 1, 16, 3).rate([0.0, 1.0, 1.5, 2.0]), Load("prefill", 1, 16, 1).rate([0.0, 2.0])
+        (2.0, 8.0)
+        """
+        if self.count == 1:
+            return self.prompt / (ticks[1] - ticks[0])
+        return self.rows * (self.count - 1) / (ticks[-1] - ticks[1])
 
 
-DECODE_BARS = (
-    Bar(INT8, "llama.cpp Q8_0", 1.3),
-    Bar(INT8, FP32, 2.5),
-    Bar(INT4, "llama.cpp Q4_0", 1.3),
-    Bar(INT4, FP32, 3.5),
-)
-PREFILL_BARS = (Bar(INT8, FP32, 1.0), Bar(INT4, FP32, 1.0))
-BANDWIDTH_BAR = 0.8
+@dataclass(frozen=True)
+class Contender:
+    """An engine to start: its name in the table, what `engines.main` is told, the form and file of its weights."""
+
+    name: str
+    engine: str
+    settings: dict
+    form: str
+    file: Path
+    missing: str = ""
+
+    @property
+    def read(self) -> int:
+        """How much a probe reads beside it; 0 in the cache, and where the file holds another form of the weights."""
+        return 0 if self.engine == "torch" else probe_bytes(self.file.stat().st_size)
 
 
-def bench_quantization(subject: Subject, settings: Settings, *, say: Callable[[str], None] = print) -> list[Row]:
-    """Measures decoding and prefill, prints both tables and every bar, and returns all rows.
+def loads(new_tokens: int, *, small: bool) -> list[Load]:
+    """All loads; a model in the cache decodes more tokens, since it needs so little time for each."""
+    many = new_tokens * (IN_CACHE if small else 1)
+    batches = [Load(name, int(name.split()[0]), PROMPT_TOKENS, many // 2 + 1) for name in BATCHES]
+    return [Load(DECODE, 1, PROMPT_TOKENS, many + 1), Load(PREFILL, 1, 512, 1), *batches]
+
+
+def bench_quantization(
+    subjects: Sequence[Callable[[], Subject]],
+    settings: Settings,
+    *,
+    threads: Sequence[int],
+    say: Callable[[str], None] = print,
+    path: Path | None = None,
+) -> list[EngineRow]:
+    """Measures every engine under every load and returns the rows of this machine.
+
+    Args:
+        subjects: Each makes a model.
+        settings: Tokens, rounds, and whether others than ours run.
+        threads: Numbers of threads, one after the other.
+        say: Hears of the progress.
+        path: Where rows are kept, load by load; what it holds of this CPU is not measured again.
 
     Raises:
         ValueError: If `rounds` is below 5.
+        RuntimeError: If an engine ends instead of answering.
     """
-    settings = replace(settings, threads=settings.threads or available_cores())
-    longest = PREFILL_TOKENS + settings.new_tokens + 1
-    makers = candidates(subject.model, max_length=longest)
-    generator = torch.Generator().manual_seed(1)
-    prompt = torch.randint(subject.model.config.vocab_size, (1, PREFILL_TOKENS), generator=generator)
-    runs = (
-        (subject, settings.new_tokens, DECODE_BARS),
-        (replace(subject, token_ids=prompt, name=f"{subject.name}, prompt of {PREFILL_TOKENS}"), 2, PREFILL_BARS),
-    )
-    rows = []
-    for its_subject, new_tokens, bars in runs:
-        its_settings = replace(settings, new_tokens=new_tokens)
-        found = _measure(makers, its_subject, its_settings, say)
-        say(f"\n{its_subject.name}: {new_tokens} tokens timed, {settings.rounds} interleaved rounds after 1 warm-up")
-        say(as_table(found, reference=FP32))
-        say("\n".join(verdicts(found, bars, prefill=bars is PREFILL_BARS)))
-        if bars is DECODE_BARS:
-            profile(makers, found, say)
-        rows += found
+    check_repeats(settings.rounds)
+    rows = read_rows(path) if path and path.exists() else []
+    for make in subjects:
+        subject = make()
+        for count in threads:
+            known = {r.load for r in rows if (r.model, r.threads, r.host) == (subject.name, count, host_description())}
+            todo = [load for load in loads(settings.new_tokens, small=_small(subject)) if load.name not in known]
+            if not todo:
+                continue
+            with ExitStack() as stack:
+                bench = Bench(subject, replace(settings, threads=count), stack, say)
+                for load in todo:
+                    found = bench.measure(load)
+                    say(f"\n{subject.name}, {count} threads, {load.name}, {settings.rounds} rounds in turn")
+                    say("\n".join([as_text(found), *map(str, judge(found))]))
+                    rows += found
+                    if path:
+                        write_json(rows, path)
     return rows
 
 
-def candidates(model: nn.Module, *, max_length: int) -> dict[str, tuple[Generate, float] | str]:
-    """Technique to (generate, bytes a weight), or to the reason why it is missing."""
-    found: dict[str, tuple[Generate, float] | str] = {}
+class Bench:
+    """One model with one number of threads: its engines, awake one at a time."""
 
-    def add(name: str, make: Callable[[], tuple[Generate, float]]) -> None:
-        try:
-            found[name] = make()
-        except Exception as error:  # a package that is missing, a kernel that cannot be built: a row that says so
-            found[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    def __init__(self, subject: Subject, settings: Settings, stack: ExitStack, say: Callable[[str], None]) -> None:
+        self.subject, self.settings, self.say = subject, settings, say
+        self.children: dict[str, Child] = {}
+        self.missing: dict[str, str] = {}
+        self.contenders = contenders(subject, settings, Path(stack.enter_context(TemporaryDirectory())))
+        for each in self.contenders:
+            try:
+                if each.missing:
+                    raise RuntimeError(each.missing)
+                self.children[each.name] = start(each.engine, each.settings, settings.threads, stack)
+            except RuntimeError as error:
+                self.missing[each.name] = str(error)
+                say(f"  {each.name} is left out: {error}")
+        self.probe = start("bandwidth", {"threads": settings.threads}, settings.threads, stack)
 
-    fp32 = FastLlama(model, max_length=max_length)
-    found[FP32] = fp32.generate, 4.0
-    for name, scheme in SCHEMES.items():
-        add(name, partial(_packed, model, scheme, max_length, fp32.weight_bytes))
-    add("our int8, modules", lambda: _modules(pack_model_(copy.deepcopy(model), SCHEMES[INT8]), 1.0))
-    add("torchao int8, eager", lambda: _modules(_torchao(copy.deepcopy(model)), 1.0))
-    add("torch dynamic int8", lambda: _modules(_torch_dynamic(model), 1.0))
+    def measure(self, load: Load) -> list[EngineRow]:
+        """A row for each engine."""
+        generator = torch.Generator().manual_seed(load.rows)
+        vocab = self.subject.model.config.vocab_size
+        prompts = torch.randint(vocab, (load.rows, load.prompt), generator=generator).tolist()
+        job = {"do": "timed", "prompts": prompts, "count": load.count}
+        names = [c.name for c in self.contenders if c.name in self.children and (c.engine != "torch" or load.rows == 1)]
+        answers: dict[str, list[dict]] = {name: [] for name in names}
+        sizes = {c.read for c in self.contenders if c.name in names and load.name == DECODE} - {0}
+        rates: dict[int, list[float]] = {size: [] for size in sizes}
+        functions = {name: partial(self._run, name, job, answers[name]) for name in names}
+        functions |= {str(size): partial(self._ask_probe, size, found) for size, found in rates.items()}
+        measure_interleaved(functions, repeats=self.settings.rounds, warmup=1)
+        return [self._row(each, load, answers.get(each.name, [])[1:], rates) for each in self.contenders]
+
+    def _run(self, name: str, job: dict, answers: list[dict]) -> None:
+        answers.append(self.children[name].ask(job))
+
+    def _ask_probe(self, size: int, rates: list[float]) -> None:
+        rates.append(self.probe.ask({"do": "read", "size": size})["rate"])
+
+    def _row(self, each: Contender, load: Load, answers: list[dict], rates: dict[int, list[float]]) -> EngineRow:
+        size = each.file.stat().st_size
+        row = EngineRow(
+            engine=each.name,
+            model=self.subject.name,
+            load=load.name,
+            threads=self.settings.threads,
+            form=each.form,
+            file_bytes=size,
+            cache_bytes=load.rows * (load.prompt + load.count) * kv_bytes_per_position(self.subject.model.config),
+            note=self.missing.get(each.name, "" if answers else "one prompt at a time"),
+        )
+        if not answers:
+            return row
+        samples = tuple(load.rate(answer["ticks"]) for answer in answers)
+        row = replace(row, samples=samples, load_s=answers[-1]["load_s"], peak_bytes=answers[-1]["peak_bytes"])
+        peaks = rates.get(each.read, [])[1:]
+        if peaks:
+            shares = [speed * size / peak for speed, peak in zip(samples, peaks, strict=True)]
+            row = replace(row, bandwidth_share=median(shares))
+        return replace(row, profile=self._profile(row, load)) if row.ours else row
+
+    def _profile(self, row: EngineRow, load: Load) -> dict[str, float]:
+        """Shares of a step: the layers' matrices and the head timed alone, the rest by subtraction."""
+        step_rows = load.prompt if load.count == 1 else load.rows
+        answer = self.children[row.engine].ask({"do": "profile", "rows": step_rows})
+        shares = {name: answer[name] * row.tokens_per_s / step_rows for name in ("matrices", "head")}
+        return shares | {"attention, norms, the rest": max(0.0, 1 - sum(shares.values()))}
+
+
+def contenders(subject: Subject, settings: Settings, folder: Path) -> list[Contender]:
+    """Writes the model in every form and names the engines that read it."""
+    threads, found = {"threads": settings.threads}, []
+    plain = folder / "float32"
+    subject.model.save_pretrained(plain)
+    weights = plain / "model.safetensors"
+    for form in PEERS:
+        packed, its = form in SCHEMES, plain
+        if packed:
+            its = folder / form
+            save_quantized(pack_model_(copy.deepcopy(subject.model), SCHEMES[form]), None, its, method="rtn")
+        told = threads | {"folder": str(its), "packed": packed}
+        found.append(Contender(f"{OURS} {form}", "ours", told, form, its / "model.safetensors"))
+        if form == "int8":
+            found.append(replace(found[-1], name=f"{OURS} {form}, {AGAIN}"))
+    if not settings.peers:
+        return found
+    for form, name in PEERS.items():
+        path = folder / f"{name}.gguf"
+        export_gguf(subject.model, None, path, format=name)
+        for fork in FORKS:
+            for repack in (True, False) if form in SCHEMES else (False,):
+                told = threads | {"path": str(path), "fork": fork, "repack": repack}
+                label = f"{fork} {name}" + REPACKED * repack
+                found.append(Contender(label, "llama", told, form, path, not_installed(fork)))
+    absent = "" if find_spec("torchao") else "not installed: pip install torchao"
+    for name, kind, missing in (("torch dynamic int8", "dynamic", ""), ("torchao int8, eager", "torchao", absent)):
+        told = threads | {"folder": str(plain), "kind": kind}
+        found.append(Contender(name, "torch", told, "int8", weights, missing))
     return found
 
 
-def verdicts(rows: Sequence[Row], bars: Sequence[Bar], *, prefill: bool) -> list[str]:
-    """One line for each bar: the ratio measured, its interval, met or missed."""
-    by_name = {row.technique: row for row in rows}
-    lines = []
-    for bar in bars:
-        ours, other = by_name[bar.technique], by_name.get(bar.other)
-        if other is None or not (ours.samples and other.samples):
-            lines.append(f"not measured: {bar.technique} against {bar.other}")
-            continue
-        if prefill:
-            factor = other.time_to_first_token_s / ours.time_to_first_token_s
-            measured = f"prefill of {PREFILL_TOKENS}: {factor:.2f}x (of medians)"
-        else:
-            ratio = paired_ratio(ours.samples, other.samples)
-            factor, measured = ratio.value, f"decode: {ratio}"
-        verdict = "met" if factor >= bar.factor else "MISSED"
-        lines.append(f"{verdict}: {bar.technique} {measured} of {bar.other}, bar {bar.factor}x")
-    for name in () if prefill else (INT8, INT4):
-        share = by_name[name].bandwidth_share
-        if share is None:
-            lines.append(f"not judged: {name}, share of bandwidth ({by_name[name].note})")
-        else:
-            verdict = "met" if share >= BANDWIDTH_BAR else "MISSED"
-            lines.append(f"{verdict}: {name} reads at {share:.0%} of the bandwidth measured, bar {BANDWIDTH_BAR:.0%}")
-    return lines
-
-
-def profile(makers: dict, rows: Sequence[Row], say: Callable[[str], None]) -> None:
-    """Says where a token's time goes in our int8 and int4: why a share of bandwidth is what it is."""
-    for row in rows:
-        if row.technique in (INT8, INT4) and row.samples:
-            say(report_time(makers[row.technique][0].__self__, 1, row))
-
-
-def _measure(makers: dict, subject: Subject, settings: Settings, say: Callable[[str], None]) -> list[Row]:
-    techniques = []
-    for name, made in makers.items():
-        if isinstance(made, str):
-            techniques.append(Technique(name, missing=made))
-            continue
-        run = partial(_run, made[0], subject.token_ids, settings.new_tokens + 1)
-        techniques.append(Technique(name, run, bytes_per_weight=made[1]))
-    with subject.workspace() as folder:
-        if settings.peers:
-            techniques += llama_cpp_techniques(subject, settings.new_tokens, folder, Technique)
-        return bench_techniques(techniques, subject, settings, reference=FP32, say=say, more_probes=_huge_page_probe)
-
-
-def _run(generate: Generate, token_ids: Tensor, count: int, clock) -> Tensor:
-    return generate(token_ids, count, choose=clock)
-
-
-def _huge_page_probe(size: int) -> Probes:
-    """Memory in huge pages is read faster, so the roof must be measured there too."""
-    buffer = Arena(size).free[:size].view(torch.float32).fill_(1.0)
-    return {"bytes:sum, huge pages": (buffer.sum, size)}
-
-
-def _packed(model: nn.Module, scheme: Scheme, max_length: int, float_bytes: int) -> tuple[Generate, float]:
-    fast = fast_packed_llama(pack_model_(copy.deepcopy(model), scheme), max_length=max_length)
-    return fast.generate, 4.0 * fast.weight_bytes / float_bytes
-
-
-def _modules(model: nn.Module, bytes_per_weight: float) -> tuple[Generate, float]:
-    return partial(generate_static, model), bytes_per_weight
-
-
-def _torchao(model: nn.Module) -> nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    quantize_(model, Int8WeightOnlyConfig())
-    return model
-
-
-def _torch_dynamic(model: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():  # it is deprecated, and still what many people have
-        warnings.simplefilter("ignore")
-        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+def _small(subject: Subject) -> bool:
+    return probe_bytes(subject.weight_bytes) == 0

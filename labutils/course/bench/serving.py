@@ -7,7 +7,6 @@ ignored). No engine may reuse a prefix that another request has read.
 import itertools
 import json
 import operator
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from labutils.course.bench.child import Child
+from labutils.course.bench.child import Child, environment
 from labutils.course.bench.decoding_ways import Remembering, near_tie
 from labutils.course.bench.llama_server import INSTALL
 from labutils.course.bench.serving_engines import CONTEXT
@@ -41,7 +40,6 @@ from labutils.lab.models.drafting_text import text_prompts
 from labutils.lab.models.gguf import export_gguf
 from labutils.lab.models.load import load_model
 from labutils.lab.models.tiled import tiled_model
-from labutils.lab.paths import ROOT
 from labutils.measurement.threads import thread_count
 from labutils.measurement.timing import check_repeats, measure_interleaved
 from labutils.serving.queueing import poisson_arrivals
@@ -287,20 +285,6 @@ class Bench:
             settings=here.settings,
             same_text=here.same_text,
         )
-
-
-def environment(threads: int) -> dict[str, str]:
-    """What every engine is started with: so many threads, no network, and vLLM in its own process alone."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        **{f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")},
-        "PYTHONPATH": os.pathsep.join(paths),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
 
 
 def _on(switch: bool) -> str:

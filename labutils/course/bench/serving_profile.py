@@ -37,7 +37,7 @@ def profile(ours: Ours, job: dict) -> dict[str, float]:
     finally:
         for owner, name in clocked:
             delattr(owner, name)
-    matrices = sum(_matrices_s(model.decoder, count) * steps for count, steps in rows.items())
+    matrices = sum(matrices_s(model.decoder, count) * steps for count, steps in rows.items())
     parts = {
         "matrices": min(matrices, spent["read"]),
         "attention, norms, cache": max(spent["read"] - matrices, 0.0),
@@ -59,7 +59,7 @@ def _clocked(function: Callable, name: str, spent: Counter) -> Callable:
     return run
 
 
-def _matrices_s(decoder: FastLlama, rows: int) -> float:
+def matrices_s(decoder: FastLlama, rows: int) -> float:
     """Median seconds of all layers' matrices for so many rows."""
     width, samples = decoder.hidden.shape[1], []
     for _ in range(4):

@@ -1,8 +1,5 @@
 """What a benchmark runs on: LabLM with real text, and a random model large enough for claims about bandwidth."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +30,6 @@ class Subject:
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoding step reads."""
         return weight_bytes_read(self.model)
-
-    @contextmanager
-    def workspace(self) -> Iterator[Path]:
-        """A folder for exported files, gone afterwards."""
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
 
 
 def trained_subject(name: str = "lablm", *, prompt_tokens: int = 16) -> Subject:

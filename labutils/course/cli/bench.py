@@ -64,19 +64,21 @@ def run_users(args: Namespace) -> int:
 
 
 def run_quantization(args: Namespace) -> int:
-    """Packed weights against fp32, llama.cpp, torchao and torch, on the random-weight model."""
+    """Our engines and others', each in its own process, on the trained model and on the random-weight one."""
     from labutils.course.bench.decode import Settings
     from labutils.course.bench.quantization import bench_quantization
-    from labutils.course.bench.subject import speed_subject
-    from labutils.course.bench.table import write_json
+    from labutils.course.bench.subject import speed_subject, trained_subject
     from labutils.measurement import ledger
+    from labutils.measurement.threads import available_cores
 
     print(ledger.host_line())
-    subject = speed_subject(**(SMALL if args.quick else {}))
-    settings = Settings(8 if args.quick else args.new_tokens, args.rounds, args.threads)
-    rows = bench_quantization(subject, settings, say=lambda line: print(line, flush=True))
-    if args.json:
-        write_json(rows, args.json)
+    subjects = [partial(trained_subject, args.model)]
+    if not args.no_speed_model:
+        subjects.append(partial(speed_subject, **(SMALL if args.quick else {})))
+    settings = Settings(8 if args.quick else args.new_tokens, args.rounds)
+    threads = (args.threads,) if args.threads else tuple(sorted({1, available_cores()}))
+    say = partial(print, flush=True)
+    bench_quantization(subjects, settings, threads=threads, say=say, path=args.json)
     return 0
 
 
