@@ -3,14 +3,12 @@
 import json
 import sys
 from argparse import ArgumentParser
-from contextlib import ExitStack
 
 import pytest
 import torch
-from aside import install_aside
 from tiny_models import random_ids, tiny_model
 
-from labutils.course.bench import decode, llama_cpp, llama_techniques
+from labutils.course.bench import decode
 from labutils.course.bench.decode import Clock, Settings, Technique, agreement, as_record, bench_decode
 from labutils.course.bench.subject import Subject, speed_subject
 from labutils.course.bench.table import Row, as_table, write_json
@@ -36,8 +34,7 @@ def rows(subject):
 
 
 def test_every_path_makes_the_tokens_of_transformers(rows):
-    ours = [row for row in rows if not row.technique.startswith("llama.cpp")]
-    assert [row.technique for row in ours] == [
+    assert [row.technique for row in rows] == [
         "no cache",
         "growing KV cache",
         "static KV cache",
@@ -46,18 +43,9 @@ def test_every_path_makes_the_tokens_of_transformers(rows):
         "plain fp32, torch matvec",
         "transformers.generate",
     ]
-    assert {row.agreement for row in ours} == {1.0}
-    assert {row.quality for row in ours} == {2.5}
-    assert all(len(row.samples) == 5 and row.threads == 1 and row.time_to_first_token_s > 0 for row in ours)
-
-
-def test_llama_cpp_is_listed_even_where_it_is_not_installed(rows, monkeypatch, subject):
-    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
-    with ExitStack() as stack:
-        missing = llama_techniques.llama_cpp_techniques(subject, 4, stack, Technique)
-    assert [t.name for t in missing] == ["llama.cpp F32", "llama.cpp Q8_0", "llama.cpp Q4_0"]
-    assert all("pip install xllamacpp==" in t.missing and t.run is None for t in missing)
-    assert {t.name for t in missing} <= {row.technique for row in rows}
+    assert {row.agreement for row in rows} == {1.0}
+    assert {row.quality for row in rows} == {2.5}
+    assert all(len(row.samples) == 5 and row.threads == 1 and row.time_to_first_token_s > 0 for row in rows)
 
 
 def test_a_technique_that_fails_becomes_a_row_that_says_why():
@@ -206,20 +194,6 @@ def test_bench_bad_input_states_the_rule(subject):
         bench_decode(
             subject, Settings(new_tokens=2, rounds=3, threads=1, compile=False, peers=False), say=lambda line: None
         )
-
-
-@pytest.mark.slow
-def test_llama_cpp_writes_the_same_greedy_tokens(subject, tmp_path, monkeypatch):
-    install_aside(tmp_path, ["xllamacpp==2026.10.11549"])
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
-    with ExitStack() as stack:
-        found = llama_techniques.llama_cpp_techniques(subject, 4, stack, Technique)
-        clock = Clock()
-        tokens = found[0].run(clock)
-    assert [t.name for t in found] == ["llama.cpp F32", "llama.cpp Q8_0", "llama.cpp Q4_0"]
-    assert torch.equal(tokens, decode.decode.generate_cached(subject.model, subject.token_ids, 5))
-    assert len(clock.ticks) == 6 and clock.ticks == sorted(clock.ticks)
 
 
 def test_command_modules_import_only_the_standard_library_at_their_top():

@@ -16,7 +16,7 @@ from labutils.course.bench.decode import Settings
 from labutils.course.bench.engines import answered, made, memory, timed
 from labutils.course.bench.llama_cpp import FORKS, Parameters
 from labutils.course.bench.quantization import Load, bench_quantization, loads
-from labutils.course.bench.quantization_rows import EngineRow, as_markdown, as_text, judge, read_rows
+from labutils.course.bench.quantization_rows import EngineRow, as_markdown, as_table, judge, read_rows
 from labutils.course.bench.subject import Subject, speed_subject
 from labutils.course.bench.torch_engines import Modules, Ours
 from labutils.course.cli import bench
@@ -95,11 +95,12 @@ def test_the_rate_is_of_new_tokens_or_of_the_prompt():
 
 def test_tables_show_what_ran_and_why_something_did_not(tmp_path):
     rows = [row("ours int8", 1, 2, 3, 4, 5, load_s=0.5, peak_bytes=2_000_000), row("torchao", note="not installed")]
-    assert as_text(rows).splitlines()[1].split()[:3] == ["ours", "int8", "3.0"]
-    assert as_text(rows).splitlines()[-1] == "torchao: not installed"
+    assert as_table(rows[:1]).splitlines()[1:] == as_table(rows).splitlines()[1:]
     fast = row("llama.cpp Q8_0, repacked", *[4000] * 5, load_s=0.04)
     slow = row("llama.cpp Q8_0", *[3000] * 5, load_s=0.03)
     table = as_markdown([*rows, fast, slow, row("ours int8", *[90] * 5, load="prefill of 512")]).splitlines()
+    assert "xllamacpp 2026.10.11549, ik-llama-cpp-python 0.1.5" in table[0] and "over 5 rounds" in " ".join(table)
+    table = table[table.index("") + 1 :]
     assert table[2:5] == [
         "| **big, 1 thread** | | | | | | |",
         "| llama.cpp Q8_0 | 4,000 [4,000, 4,000] r |  |  |  |  | 0.04 |",
@@ -250,3 +251,9 @@ def test_the_readme_is_written_from_the_stored_run(monkeypatch, tmp_path):
     )
     quantization_rows.main()
     assert readme.read_text() == text
+
+
+@pytest.mark.skipif(not quantization_rows.STORED.exists(), reason="no run is stored yet")
+def test_the_readme_shows_the_stored_run():
+    readme = quantization_rows.README.read_text(encoding="utf-8")
+    assert quantization_rows.BEGIN + as_markdown(read_rows()) + quantization_rows.END in readme

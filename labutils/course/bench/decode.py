@@ -1,4 +1,4 @@
-"""`bench decode`: every decoding path, `transformers.generate` and llama.cpp, interleaved in one run.
+"""`bench decode`: every decoding path and `transformers.generate`, interleaved in one run.
 
 A round runs every technique once, so that all of them meet the same disturbances. A clock ticks when a token's logits
 are ready: the first tick ends prefill, the others time decoding, for our loops and for other people's alike.
@@ -7,14 +7,12 @@ are ready: the first tick ends prefill, the others time decoding, for our loops 
 import copy
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from labutils.course.bench.bandwidth import BandwidthMeter, probe_bytes, report_time
-from labutils.course.bench.llama_techniques import llama_cpp_techniques
 from labutils.course.bench.subject import Subject
 from labutils.course.bench.table import Row
 from labutils.generation import decode
@@ -94,11 +92,7 @@ def bench_decode(subject: Subject, settings: Settings = Settings(), *, say: Call
         raise ValueError(
             f"decoding is timed between tokens, so new_tokens must be at least 2; got {settings.new_tokens}"
         )
-    with ExitStack() as stack:
-        techniques = our_techniques(subject, settings)
-        if settings.peers:
-            techniques += llama_cpp_techniques(subject, settings.new_tokens, stack, Technique)
-        rows = bench_techniques(techniques, subject, settings, reference=REFERENCE, say=say)
+    rows = bench_techniques(our_techniques(subject, settings), subject, settings, reference=REFERENCE, say=say)
     profile_fastest(rows, subject, say)
     return rows
 

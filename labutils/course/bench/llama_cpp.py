@@ -21,6 +21,10 @@ PAGE = 256  # positions by which caches grow
 SIZES = (("n_ctx", 512), ("n_batch", 2048), ("n_ubatch", 512), ("n_seq_max", 1))
 
 
+class Pointer(ctypes.c_void_p):
+    """An address that stays one: of its own class, so that ctypes passes all its bits on."""
+
+
 @dataclass(frozen=True)
 class Fork:
     """A wheel, and where its library keeps what we set.
@@ -39,7 +43,7 @@ class Fork:
     sizes_at: int
     flash: Field
     repack: Field
-    clear: Callable[[ctypes.CDLL, int], None]
+    clear: Callable[[ctypes.CDLL, Pointer], None]
     flash_for_many: bool
 
 
@@ -120,7 +124,7 @@ class Llama:
         if not self.model:
             raise RuntimeError(f"{fork} must be able to read {path}; it refuses")
         self.vocab = self.library.llama_vocab_n_tokens(self.library.llama_model_get_vocab(self.model))
-        self.contexts: dict[tuple[int, int], int] = {}
+        self.contexts: dict[tuple[int, int], Pointer] = {}
 
     def generate(self, prompts: Sequence[list[int]], count: int) -> tuple[list[float], list[list[int]]]:
         """Greedy decoding of prompts of one length, all together.
@@ -145,13 +149,13 @@ class Llama:
                 self._mark(batch, rows, 1)
             if code := self.library.llama_decode(context, batch):
                 raise RuntimeError(f"llama_decode must return 0; got {code}")
-            logits = (ctypes.c_float * (rows * self.vocab)).from_address(self.library.llama_get_logits(context))
+            logits = (ctypes.c_float * (rows * self.vocab)).from_address(self.library.llama_get_logits(context).value)
             made[step] = np.frombuffer(logits, np.float32).reshape(rows, -1).argmax(1)
             ticks.append(time.perf_counter())
         self.library.llama_batch_free(batch)
         return ticks, made.T.tolist()
 
-    def _context(self, rows: int, positions: int) -> int:
+    def _context(self, rows: int, positions: int) -> Pointer:
         """A cache for so many sequences, empty; made once, outside of what is timed."""
         if (rows, positions) not in self.contexts:
             parameters = self.library.llama_context_default_params()
@@ -180,27 +184,12 @@ def _library(fork: Fork) -> ctypes.CDLL:
     package, *rest = Path(fork.library).parts
     path = Path(importlib.util.find_spec(package).submodule_search_locations[0]).joinpath(*rest)
     library = ctypes.CDLL(str(path))
-    pointer = ctypes.c_void_p
-    signatures = {
-        "llama_model_default_params": (Parameters, []),
-        "llama_context_default_params": (Parameters, []),
-        "llama_model_load_from_file": (pointer, [ctypes.c_char_p, Parameters]),
-        "llama_init_from_model": (pointer, [pointer, Parameters]),
-        "llama_model_get_vocab": (pointer, [pointer]),
-        "llama_vocab_n_tokens": (ctypes.c_int32, [pointer]),
-        "llama_batch_init": (Batch, [ctypes.c_int32] * 3),
-        "llama_batch_free": (None, [Batch]),
-        "llama_decode": (ctypes.c_int32, [pointer, Batch]),
-        "llama_get_logits": (pointer, [pointer]),
-        "llama_set_n_threads": (None, [pointer, ctypes.c_int32, ctypes.c_int32]),
-        "llama_get_memory": (pointer, [pointer]),
-        "llama_memory_clear": (None, [pointer, ctypes.c_bool]),
-        "llama_kv_cache_clear": (None, [pointer]),
-    }
-    for name, (result, arguments) in signatures.items():
-        if hasattr(library, name):
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
+    library.llama_batch_init.restype = Batch
+    for name in ("llama_model_default_params", "llama_context_default_params"):
+        getattr(library, name).restype = Parameters
+    for name in ("model_load_from_file", "init_from_model", "model_get_vocab", "get_memory", "get_logits"):
+        if hasattr(library, f"llama_{name}"):  # a fork has no `llama_get_memory`
+            getattr(library, f"llama_{name}").restype = Pointer
     library.llama_backend_init()
     return library
 

@@ -30,7 +30,7 @@ from labutils.course.bench.quantization_rows import (
     PREFILL,
     REPACKED,
     EngineRow,
-    as_text,
+    as_table,
     judge,
     read_rows,
 )
@@ -128,7 +128,7 @@ def bench_quantization(
                 for load in todo:
                     found = bench.measure(load)
                     say(f"\n{subject.name}, {count} threads, {load.name}, {settings.rounds} rounds in turn")
-                    say("\n".join([as_text(found), *map(str, judge(found))]))
+                    say("\n".join([as_table(found), *map(str, judge(found))]))
                     rows += found
                     if path:
                         write_json(rows, path)

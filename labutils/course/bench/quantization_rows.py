@@ -8,14 +8,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from statistics import median
 
+from labutils.course.bench.llama_cpp import FORKS
 from labutils.course.bench.serving_rows import as_shares
 from labutils.course.bench.table import Bar
 from labutils.lab.paths import DATA, ROOT
 from labutils.measurement.ledger import host_description
 from labutils.measurement.timing import bootstrap_interval, paired_ratio
 
-STORED, README = DATA / "results" / "bench_quantization.json", ROOT / "README.md"
+STORED, README = DATA / "results" / "engines.json", ROOT / "README.md"
 BEGIN, END = "<!-- engines -->\n", "<!-- /engines -->\n"
+INTRO = """The same weights in our engines, in llama.cpp and ik_llama.cpp ({wheels}) with flash attention on, and in
+PyTorch's int8 (`python -m labutils bench quantization --json FILE`; every sample is in
+[engines.json](data/results/engines.json)). Each engine is a process of its own that is stopped while another is
+timed, since engines that share one slow each other ([chapter 06](notebooks/solutions/06_gpu_acceleration.ipynb)
+shows it), and no server stands between us and llama.cpp. Tokens/s with 95% intervals over {rounds} rounds in
+turn: decoding after 16 tokens, reading 512, decoding for 8 and 32 prompts together. `r` marks weights reordered
+for the CPU, where that was faster; memory is the most used while loading and decoding, beyond what the process
+had before.
+"""
 OURS, AGAIN, REPACKED = "ours", "again", ", repacked"
 DECODE, PREFILL, BATCHES = "decode", "prefill of 512", ("8 at once", "32 at once")
 LOADS = (DECODE, PREFILL, *BATCHES)
@@ -145,53 +155,45 @@ def _alone(ours: EngineRow) -> Iterator[Bar]:
 
 
 def as_markdown(rows: Sequence[EngineRow]) -> str:
-    """The README's tables by machine: tokens/s with their intervals, and every bar.
+    """What the README says of a stored run: how it was made, a table by machine, and every bar."""
+    wheels = ", ".join(fork.wheel.replace("==", " ") for fork in FORKS.values())
+    parts = [INTRO.format(wheels=wheels, rounds=max(len(row.samples) for row in rows)).rstrip()]
+    for cpu in dict.fromkeys(row.host["cpu"] for row in rows):
+        its = [row for row in rows if row.host["cpu"] == cpu]
+        bars = judge(its)
+        parts += [
+            as_table(its),
+            f"<details><summary>{sum(bar.holds for bar in bars)} of {len(bars)} bars are met</summary>",
+        ]
+        lines = [f"| {bar.claim} | {bar.measured} | {'met' if bar.holds else 'missed'} |" for bar in bars]
+        parts += ["\n".join(["| bar | measured | |", "| --- | --- | --- |", *lines]), "</details>\n"]
+    return "\n\n".join(parts)
+
+
+def as_table(rows: Sequence[EngineRow]) -> str:
+    """One machine's tokens/s with their intervals, by model and threads, the fastest first.
 
     Of a peer's weights as stored and reordered for the CPU, the faster is shown; `r` marks the latter.
     """
-    lines = []
-    for cpu in dict.fromkeys(row.host["cpu"] for row in rows):
-        its = [row for row in rows if row.host["cpu"] == cpu]
-        lines += [f"| {cpu}, tokens/s | {' | '.join(LOADS)} | memory, MB | to load, s |", "| --- " * 7 + "|"]
-        for model, threads in dict.fromkeys((row.model, row.threads) for row in its):
-            lines.append(f"| **{model}, {_threads(threads)}** | | | | | | |")
-            cells: dict[str, dict[str, EngineRow]] = {}
-            for row in sorted((row for row in its if row.samples), key=lambda row: row.tokens_per_s):
-                if (row.model, row.threads) == (model, threads) and AGAIN not in row.engine:
-                    cells.setdefault(row.engine.removesuffix(REPACKED), {})[row.load] = row
-            shown = [name for name in cells if DECODE in cells[name]]
-            lines += [_line(name, cells[name]) for name in sorted(shown, key=lambda n: -cells[n][DECODE].tokens_per_s)]
-        bars = judge(its)
-        lines += ["", f"<details><summary>{sum(bar.holds for bar in bars)} of {len(bars)} bars are met</summary>", ""]
-        lines += ["| bar | measured | |", "| --- | --- | --- |"]
-        lines += [f"| {bar.claim} | {bar.measured} | {'met' if bar.holds else 'missed'} |" for bar in bars]
-        lines += ["", "</details>", ""]
+    lines = [f"| {rows[0].host['cpu']}, tokens/s | {' | '.join(LOADS)} | memory, MB | to load, s |", "| --- " * 7 + "|"]
+    for key in dict.fromkeys((row.model, row.threads) for row in rows):
+        cells: dict[str, dict[str, EngineRow]] = {}
+        for row in sorted((row for row in rows if row.samples), key=lambda row: row.tokens_per_s):
+            if (row.model, row.threads) == key and AGAIN not in row.engine:
+                cells.setdefault(row.engine.removesuffix(REPACKED), {})[row.load] = row
+        firsts = {name: next(row[load] for load in LOADS if load in row) for name, row in cells.items()}
+        lines.append(f"| **{key[0]}, {_threads(key[1])}** | | | | | | |")
+        for name, row in sorted(firsts.items(), key=lambda item: -item[1].tokens_per_s):
+            speeds = [_speed(cells[name][load]) if load in cells[name] else "" for load in LOADS]
+            memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}"
+            lines.append(f"| {name} | {' | '.join(speeds)} | {memory} | {row.load_s:.2f} |")
     return "\n".join(lines)
-
-
-def _line(name: str, cells: Mapping[str, EngineRow]) -> str:
-    row = cells[DECODE]
-    speeds = [_speed(cells[load]) if load in cells else "" for load in LOADS]
-    memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}"
-    return f"| {name} | {' | '.join(speeds)} | {memory} | {row.load_s:.2f} |"
 
 
 def _speed(row: EngineRow) -> str:
     digits = 0 if row.tokens_per_s >= 100 else 1
     middle, low, high = (f"{v:,.{digits}f}" for v in (row.tokens_per_s, *bootstrap_interval(row.samples)))
     return f"{middle} [{low}, {high}]" + " r" * row.engine.endswith(REPACKED)
-
-
-def as_text(rows: Sequence[EngineRow]) -> str:
-    """The rows of one load, the fastest first, and what could not run."""
-    lines = [f"{'engine':<30}{'tokens/s':>10}  {'95% interval':<20}{'bandwidth':>10}{'MB':>8}{'load s':>8}"]
-    for row in sorted((r for r in rows if r.samples), key=lambda r: -r.tokens_per_s):
-        interval = "[{:.1f}, {:.1f}]".format(*bootstrap_interval(row.samples))
-        share = "-" if row.bandwidth_share is None else f"{row.bandwidth_share:.0%}"
-        memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
-        line = f"{row.engine:<30}{row.tokens_per_s:>10.1f}  {interval:<20}{share:>10}{memory:>8}{row.load_s:>8.2f}"
-        lines.append(line)
-    return "\n".join([*lines, *(f"{row.engine}: {row.note}" for row in rows if not row.samples)])
 
 
 def main() -> None:
