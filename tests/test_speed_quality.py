@@ -164,11 +164,17 @@ def test_a_point_is_beaten_only_where_both_differences_are_sure():
 
 
 def test_table_names_ties():
-    tied = [record("a", 20, 1.5), record("b", 19.5, 1.6), record("c", 5, 1.7)]
-    a, b, c = speed_quality_table(tied).splitlines()[1:]
+    even = {"document_bits": bits(16, 15, 17, 14, 18)}
+    shaky = (10.0, 14.0, 19.0, 21.0, 25.0)
+    tied = [record("a", 20, 1.5), record("b", 19.5, 1.6), record("c", 5, 1.7), record("d", 10, 1.5)]
+    a, b, d, c = speed_quality_table(tied).splitlines()[1:]
     assert a.startswith("*") and "told apart" not in a
-    assert b.startswith("*") and b.endswith("not told apart from the front")
-    assert not c.startswith("*")
+    assert b.startswith("*") and b.endswith("worse, in speed not told apart")
+    assert d.startswith("*") and d.endswith("slower, in quality not told apart")  # equal quality, half the speed
+    assert not c.startswith("*") and "told apart" not in c
+    luck = record("luck", 20, 1.58, document_bits=bits(17, 14, 18, 13, 17))
+    rows = speed_quality_table([luck, record("noise", 19, 1.6, samples=shaky, **even)]).splitlines()
+    assert rows[2].endswith("not told apart from the front")
 
 
 def test_legend_names_the_gpu_and_the_batch():

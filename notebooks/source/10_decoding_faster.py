@@ -7,7 +7,7 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapters 01 and 03; 05 helps |
-# | Time | 4 hours for you; all cells run in under 4 minutes on one core (measured: 209 s, the build included) |
+# | Time | 4 hours for you; all cells run in two to four minutes on one core (measured: 107 and 209 s, the build included) |
 # | Memory, download | 2.0 GB at the peak; nothing is downloaded |
 # | Hardware | any computer; a C compiler for the int8 and int4 kernels |
 # | Exercises | 15, each checked in the cell below it; short of time, do those marked `core` |
@@ -21,13 +21,14 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from labutils.course.bench.decoding_ways import Remembering
+from labutils.course.predictions import calibration, predict
 from labutils.decoding.proposers import CorpusNgram, ModelDraft, NoDraft, PromptLookup, SuffixAutomaton
 from labutils.decoding.speculate import generate_speculative
 from labutils.generation.fast_llama import FastLlama
 from labutils.lab.models.drafting_text import KINDS, text_prompts
 from labutils.lab.models.load import load_model
 from labutils.lab.models.quantized import fast_packed_llama
-from labutils.lab.plots.style import series_style
+from labutils.lab.plots.style import plain_log_scale, series_style
 from labutils.measurement.timing import bootstrap_interval, measure_interleaved, paired_ratio
 from labutils.quantization.affine import Scheme
 from labutils.quantization.packed import pack_model_
@@ -74,7 +75,7 @@ print(tokenizer.decode(prompts["qa"][1][0, -80:]))
 # **Predict** before you run: with int8 weights, how many times as long as a step of 1 row does a step of 8 rows take?
 
 # %%
-my_guess = None  # a number: t(8) / t(1) of LabLM int8
+my_rows = predict("int8: a step of 8 rows over a step of 1 row", None, unit="times")
 
 # %%
 ROWS, some_ids = (1, 2, 4, 8, 16, 32), prompts["code"][0][0].tolist()
@@ -103,7 +104,8 @@ timings = {name: step_times(target) for name, target in targets.items()}
 for name, times in timings.items():
     print(f"{name:<14}", "  ".join(f"{r}: {1e3 * t.median_s:.2f} ms" for r, t in times.items()))
 of_eight = paired_ratio(timings["LabLM int8"][8].samples_s, timings["LabLM int8"][1].samples_s)
-print(f"int8: 8 rows take {of_eight} as long as 1 (95% interval over 5 rounds); you said {my_guess}")
+print(f"int8: 8 rows take {of_eight} as long as 1 (95% interval over 5 rounds)")
+my_rows.compare(of_eight.value)
 
 # %% [markdown]
 # LabLM is small enough for the caches of many CPUs. Does a model that does not fit behave in the same way? `tiled_model` makes LabLM
@@ -126,7 +128,10 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constraine
 for index, (name, times) in enumerate(by_rows.items()):
     left.plot(list(times), [t / times[1] for t in times.values()], label=name, **series_style(index))
 left.plot(ROWS, ROWS, color="grey", linestyle=":", label="no sharing: r times")
-left.set(xscale="log", yscale="log", xlabel="rows in a step", ylabel="time ÷ time of 1 row")
+left.set(xscale="log", xlabel="rows in a step", ylabel="time ÷ time of 1 row")
+plain_log_scale(left, "y")
+left.set_xticks(ROWS, ROWS)
+left.minorticks_off()
 left.set_title(f"8 rows of LabLM int8 take {of_eight} as long as 1", fontsize=11)
 left.legend()
 for index, r in enumerate((1, 8)):
@@ -145,7 +150,8 @@ plt.show()
 #
 # A matrix times one vector waits for the matrix to be read. A matrix times a few vectors reads as much and computes more, so a curve is
 # flat as long as the machine waits for memory and follows the dotted slope once it waits for arithmetic. Attention shares nothing:
-# each row reads the whole cache again, so a long context tilts the curve.
+# each row reads the whole cache again, so a long context tilts the curve. A jump from one row to two is neither: in float32 a single
+# row and several go to different kernels. A packed kernel that is written for a few rows has no such step.
 # </details>
 #
 # Keep this curve in mind, because a step that checks γ guesses has γ + 1 rows.
@@ -650,7 +656,8 @@ for name in models:
     print(f"{name:<26}", {target_name: f"c = {guess_s / seconds:.2f}" for target_name, seconds in step_s.items()})
 
 # %% [markdown]
-# *Greedy, γ = 3, the same prompts.* One guess meets two targets in the last lines. Read c for LabLM, then for the tiled 0.24B model. A real
+# *Greedy, γ = 3, the same prompts.* The last lines divide the seconds of one drafted token by those of a step of each target: first
+# LabLM, then the tiled 0.24B model. A real
 # 0.24B model would know more than LabLM and agree less often with so small a draft: the tiled model combines the cost of a large target with the
 # acceptance of a small one.
 #
@@ -950,8 +957,9 @@ ax.set_title(f"At {margins[0][0]:.0%} of the layers, choosing by margin {gain}",
 plt.show()
 
 # %% [markdown]
-# *Bits per byte lost against the share of layers that ran, with 95% intervals over modules; the random control has exactly the
-# margin's depths.* Now the clock, for a margin costs an output layer at every exit it asks.
+# *Bits per byte lost on the first 128 tokens of each module against the share of layers that ran, with 95% intervals over modules;
+# the random control has exactly the margin's depths.* Bits per byte fall with the length of the text, for a model knows little at its
+# beginning: compare only values of equal length. Now the clock, for a margin costs an output layer at every exit it asks.
 
 # %%
 layer_weights = sum(p.numel() for p in model.model.layers[0].parameters())
@@ -1134,7 +1142,9 @@ share, everything, logits, _ = after_prompt(budget=None)
 with torch.no_grad():
     reference = model(long_texts).logits[:, PROMPT - 1 :]
 spent = sum(bits for bits, _ in everything) / sum(size for _, size in everything)
-print(f"{len(long_texts)} texts; everything kept ({share:.0%}): {spent:.4f} bits per byte")
+print(
+    f"{len(long_texts)} texts, {NEW} tokens behind {PROMPT}; everything kept ({share:.0%}): {spent:.4f} bits per byte"
+)
 print(f"largest difference from the model's own logits: {(logits - reference).abs().max():.1e}")
 
 # %% [markdown]
@@ -1154,7 +1164,7 @@ def policies(budget, prompt=PROMPT):
     }
 
 
-kept_at = {name: [] for name in policies(1)}
+kept_at, surely = {name: [] for name in policies(1)}, []
 for budget in (96, 240):
     control = None
     for name, policy in policies(budget).items():
@@ -1165,20 +1175,18 @@ for budget in (96, 240):
         if bits is not control:
             low, high = paired_quality(bits, control).interval
             print(f"{'':<24} against the control [{low:+.4f}, {high:+.4f}]")
+            surely += [f"{name} at {share:.0%}"] * (low > 0 or high < 0)
 
 # %%
 figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-draw_quality(ax, kept_at, share_of="positions read")
-losses = [points[0][1].difference for points in kept_at.values()]
-ax.set_title(
-    f"Reading {kept_at['sinks and window'][0][0]:.0%} of the positions: {min(losses):+.2f} to {max(losses):+.2f} bits per byte",
-    fontsize=11,
-)
+draw_quality(ax, kept_at, share_of="positions read", apart=0.5)
+ax.set_title(f"Told apart from the control at random: {', '.join(surely) or 'no policy here'}", fontsize=11)
 plt.show()
 
 # %% [markdown]
-# *Bits per byte lost against the share of positions that a step reads, with paired 95% intervals over modules.* Read the lines
-# "against the control": where the interval contains 0, nothing shows that the policy chose better than chance. Much of what helps in
+# *Bits per byte lost against the share of positions that a step reads, with paired 95% intervals over modules; points of one share stand
+# a little apart.* Read the lines "against the control": where the interval contains 0, nothing shows that the policy chose better
+# than chance. Much of what helps in
 # code is near, and the control keeps what is near, too.
 #
 # Now a text where what helps is far away: 96 tokens of a module, 400 of another, then the first module begins again.
@@ -1190,7 +1198,7 @@ again = torch.cat([long_texts[:, :96], long_texts.roll(1, 0)[:, 96:496], long_te
 copying = reader(again, 528)
 _, with_all, *_ = copying(budget=None)
 spent = sum(bits for bits, _ in with_all) / sum(size for _, size in with_all)
-print(f"everything kept: {spent:.3f} bits per byte of what is copied")
+print(f"everything kept: {spent:.3f} bits per byte of the 64 tokens that are copied")
 for name, policy in policies(96, prompt=528).items():
     _, bits, *_ = copying(budget=96, **policy)
     print(f"{name:<24} {paired_quality(bits, with_all)}")
@@ -1214,6 +1222,9 @@ for name, policy in policies(96, prompt=528).items():
 # the start to the end, and token "ac" leads nowhere.
 #
 # **Predict:** in the middle of an answer that must be one of 63 names, how many of LabLM's 4,096 tokens are allowed on average?
+
+# %%
+my_allowed = predict("tokens of 4,096 that may come next within one of 63 names", None)
 
 # %%
 import json
@@ -1248,6 +1259,7 @@ for name, pattern in PATTERNS.items():
         f"allowed in a state: {allowed.mean():.1f} on average, {int(allowed.max())} at most"
     )
 after = grammars["intent"].walk(text_ids(tokenizer, "change"))
+my_allowed.compare(grammars["intent"].allowed[:-1].sum(1).float().mean().item())
 print("after 'change':", [TOKENS[t].decode() for t in grammars["intent"].allowed[after].nonzero().flatten()])
 
 # %% [markdown]
@@ -1425,7 +1437,7 @@ print(f"the intent asked for as trained, the JSON written by code: {by_code}")
 # <details><summary>What the masks did and did not do</summary>They guarantee the <em>form</em>, for every finished masked answer parses, but they add
 # no sense. Training never put an intent inside JSON: count how many different intents LabLM names there. Asked as it was trained, it names the
 # intent, and a line of code writes the JSON. Where it may cut forced text as it likes, it writes pieces that it has never seen side by side, and
-# needs more tokens for the same text. Compare the rows above.</details>
+# needs more tokens for an answer of the same form. Compare the rows above.</details>
 
 # %% [markdown]
 # ### What masking does to the distribution
@@ -1527,7 +1539,10 @@ if not changed:
 #
 # $$T = \text{TTFT}(n_\text{prompt}) + (n_\text{answer} - 1)\, t_\text{step}$$
 #
-# **Predict:** does TTFT grow faster or slower than the prompt?
+# **Predict:** does TTFT grow faster or slower than the prompt? From 32 tokens to 512 the prompt becomes 16 times as long.
+
+# %%
+my_growth = predict("time to first token: a prompt of 512 tokens over one of 32", None, unit="times")
 
 # %%
 LENGTHS = (32, 128, 512)
@@ -1559,6 +1574,9 @@ for path in ("ours", "transformers"):
         + ", ".join(f"{n} tokens {t:.1f} ms" for n, t in ms.items())
         + f"; {1e3 * marginal:.0f} µs for each further token"
     )
+growth = paired_ratio(taken["ours 512"].samples_s, taken["ours 32"].samples_s)
+print(f"ours: 512 tokens take {growth} as long as 32")
+my_growth.compare(growth.value)
 print(f"float32, batch 1, cpu, {torch.get_num_threads()} threads, median of 5 interleaved rounds")
 
 # %% [markdown]
@@ -1842,10 +1860,10 @@ print(
 # the clock. The formula takes every guess as equally likely to stand, and it leaves out the verifier's own work in Python between two
 # steps: compare the two columns. (Trees and forced text have their own tables in sections 5 and 8.)
 #
-# **Predict:** does a proposer that owns a model beat those that own nothing, and on which text?
+# **Predict:** does a proposer that owns a model beat those that own nothing, and on which text? How fast is the best on QA?
 
 # %%
-my_favourite = None  # a name of the table, such as "suffix automaton"
+my_best = predict("LabLM int8 on QA: the fastest proposer over plain decoding", None, unit="times")
 
 # %%
 TABLE = {  # proposer, γ
@@ -1896,7 +1914,8 @@ TITLES = f"{'proposer':<26} {'text':<12}  γ      α  tokens/step  predicted  me
 print(f"LabLM int8, cpu, {torch.get_num_threads()} threads\n{TITLES}")
 speedups = table(TABLE, runs, seconds, curves["LabLM int8"])
 best = {kind: max(TABLE, key=lambda name, kind=kind: speedups[name, kind].value) for kind in KINDS}
-print({kind: f"{name}, {speedups[name, kind]}" for kind, name in best.items()}, "you said", my_favourite)
+print({kind: f"{name}, {speedups[name, kind]}" for kind, name in best.items()})
+my_best.compare(speedups[best["qa"], "qa"].value)
 
 # %%
 figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
@@ -1949,6 +1968,9 @@ large_speedups = table(large_table, large_runs, large_seconds, curves["0.24B int
 # **Predict:** at 8 streams, what is left of the suffix automaton's gain on QA?
 
 # %%
+my_gain = predict("8 streams on QA: with the suffix automaton over without", None, unit="times")
+
+# %%
 from labutils.course.bench.decoding_ways import predicted_at
 from labutils.lab.models.served import paged_llama
 from labutils.serving.speculate import generate_speculative_batch
@@ -1982,6 +2004,7 @@ for streams in (1, 4, 8):
         end=" ",
     )
     print(f"a plain step {1e3 * alone.seconds / alone.steps:.1f} ms, by the curve {1e3 * step_s[streams - 1]:.1f} ms")
+my_gain.compare(gain.value)
 
 # %% [markdown]
 # *Five interleaved rounds, 24 tokens behind each prompt; γ is the same for all. The prediction takes α from section 12 and the price of more
@@ -1990,16 +2013,17 @@ for streams in (1, 4, 8):
 # <details><summary>Explain</summary>
 #
 # By the curve, a plain step of 8 streams has 8 rows already, 24 more cost nearly in proportion, and little of the gain is left. What a plain step
-# takes beyond the curve (last column) goes to bookkeeping in Python and to attention over each stream's own text. Drafts share the bookkeeping
-# among more tokens, so they may gain more than the curve foretells. Whether a busy server should draft is a question to its own step, not to
-# a rule.
+# takes beyond the curve (last column) goes to bookkeeping in Python and to attention over each stream's own text. Drafts add the bookkeeping of
+# their check and share the rest among more tokens, so they may gain less than the curve foretells, or more: compare one stream with eight.
+# Whether a busy server should draft is a question to its own step, not to a rule.
 # </details>
 
 # %% [markdown]
 # ## 13 · Points for the ledger
 #
 # Each record has one speed and one quality. All lossless proposers have their target's quality, because their text is the same, so on the
-# speed-quality plot speculation moves a point to the right and never down. The speeds are those of section 12.
+# speed-quality plot speculation never moves a point down: only to the right, or to the left where guessing costs more than it saves. The
+# speeds are those of section 12.
 
 # %%
 from labutils.measurement import ledger
@@ -2028,7 +2052,8 @@ plt.show()
 print(speed_quality_table(records))
 
 # %% [markdown]
-# *Tokens per second on the QA texts after the first token (5 rounds) against bits per byte of held-out code.*
+# *Tokens per second on the QA texts after the first token (5 rounds) against bits per byte of held-out code, the first 600 bytes of each
+# module.*
 #
 # ## What you have
 #
@@ -2042,6 +2067,9 @@ print(speed_quality_table(records))
 # would you speculate, with which proposer, and which two numbers would you log every hour to know when to stop?
 #
 # Next: **11 · Serving many**.
+
+# %%
+calibration()
 
 # %%
 from labutils.course.progress import progress

@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import torch
 from transformers.utils import logging as transformers_logging
 
+from labutils.course.predictions import calibration, predict
 from labutils.lab.models.drafting_text import text_prompts
 from labutils.lab.models.load import load_model
 from labutils.lab.models.served import paged_llama, served_model
@@ -95,7 +96,7 @@ ch11.queue_waits(queue_waits)
 # busy for 50% of the time, and how long at 90%?
 
 # %%
-my_guess = None  # a number: mean seconds of waiting at 90%
+my_wait = predict("mean wait at 90% busy, where a service takes 1 s on average", None, unit="s")
 
 # %%
 COUNT = 20_000
@@ -118,7 +119,7 @@ formula = {"exponential": queueing.mm1_wait_s, "constant": queueing.md1_wait_s}
 for index, busy in enumerate(BUSY):
     line = (f"{name} {waits[name][index]:5.2f} s (formula {formula[name](busy, 1.0):5.2f})" for name in services)
     print(f"busy {busy:.0%}:", ", ".join(line))
-print("you said", my_guess)
+my_wait.compare(waits["exponential"][BUSY.index(0.9)])
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
@@ -136,7 +137,7 @@ plt.show()
 # %% [markdown]
 # *Mean wait of 20,000 simulated requests (markers) and Pollaczek and Khinchine's formula (lines). Services take 1 s on average.*
 #
-# The factor $1/(1-\rho)$ is the trap: from 90% to 95% the machine does 6% more work, and the formula's wait doubles. Near ρ = 1 even 20,000 simulated requests
+# The factor $1/(1-\rho)$ is the trap: from 90% to 95% the machine does 6% more work, and the formula's wait more than doubles. Near ρ = 1 even 20,000 simulated requests
 # scatter around the formula, because one long busy period moves the mean. Spread costs too: constant services of the same mean wait half as
 # long as exponential ones.
 
@@ -148,7 +149,7 @@ plt.show()
 # `second_moment`. 1 line, 8 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>Multiply out: 2 W (1 − λ E[S]) = λ E[S²].</details>
-# <details><summary>Hint 2</summary>Collect what has λ on one side; then λ = 2 W ÷ (E[S²] + 2 W E[S]).</details>
+# <details><summary>Hint 2</summary>Collect what has λ on one side, and divide by what stands beside it. For a W without end the result must come near 1 ÷ E[S].</details>
 
 
 # %%
@@ -341,7 +342,7 @@ ch11.good_share(good_share)
 # %% [markdown]
 # ## 4 · A step for many
 #
-# Decoding one request reads every weight for one token. Chapter 10 measured that a second row costs less than the first, and now the rows come
+# Decoding one request reads every weight for one token. Chapter 10 measured that with int8 weights a second row costs less than the first, and now the rows come
 # from different clients. The question is who sits in which row, and when.
 #
 # * **Static batching:** take the next b requests, and start the following b when the last of them has ended.
@@ -431,6 +432,9 @@ plt.show()
 # **Predict:** now 48 requests on eight slots, and one of each eight has a long answer. How many times as fast is continuous batching by the clock?
 
 # %%
+my_gain = predict("48 requests on 8 slots: continuous batching over static batches", None, unit="times")
+
+# %%
 LONGER = [64 if i % 8 == 1 else 8 for i in range(48)]
 contest = {
     "static batches": lambda: run_static(Engine(paged, Limits(max_running=8)), mixed(LONGER), batch=8),
@@ -441,6 +445,7 @@ for timing in timings.values():
     print(timing)
 gain = paired_ratio(timings["static batches"].samples_s, timings["continuous"].samples_s)
 print(f"continuous batching is {gain} as fast (95% interval over 5 rounds)")
+my_gain.compare(gain.value)
 
 # %% [markdown]
 # Fewer steps are not the same share of less time: a step with eight rows takes longer than the single row that a static batch drags to its end.
@@ -470,10 +475,12 @@ errors = [
 ]
 axes.errorbar(AT_ONCE, rates, yerr=errors, capsize=3, label="all together", **series_style(0))
 axes.plot(AT_ONCE, [r / n for r, n in zip(rates, AT_ONCE, strict=True)], label="for each request", **series_style(1))
-axes.set(xscale="log", yscale="log", xticks=AT_ONCE, xticklabels=AT_ONCE, xlabel="requests at once", ylabel="tokens/s")
-axes.set_title(
-    f"{AT_ONCE[rates.index(max(rates))]} at once make {max(rates) / rates[0]:.2f} times the tokens of one at a time"
-)
+axes.set(xscale="log", xlabel="requests at once", ylabel="tokens/s")
+plain_log_scale(axes, "y")
+axes.set_xticks(AT_ONCE, AT_ONCE)
+axes.minorticks_off()
+gain = paired_ratio(by_count["1"].samples_s, by_count["16"].samples_s)
+axes.set_title(f"16 at once: {gain} the tokens/s of one at a time")
 axes.legend()
 plt.show()
 
@@ -490,6 +497,9 @@ plt.show()
 # So try a model whose float32 weights no cache of a usual computer holds; they are random, which changes no time. A step with one row then waits for memory, and one would expect further rows to come nearly free.
 #
 # **Predict:** how many times as fast is continuous batching now?
+
+# %%
+my_gain = predict("24 requests on 8 slots, 0.17B float32: continuous batching over static batches", None, unit="times")
 
 # %%
 from labutils.course.bench.subject import speed_subject
@@ -517,6 +527,7 @@ timings = measure_interleaved({name: lambda name=name: contestant(name) for name
 steps = engines["static batches"].steps / engines["continuous"].steps
 gain = paired_ratio(timings["static batches"].samples_s, timings["continuous"].samples_s)
 print(f"{steps:.2f} times as many steps; continuous batching is {gain} as fast (95% interval over 5 rounds)")
+my_gain.compare(gain.value)
 for name in names:
     print(f"{name:<15}{1e3 * timings[name].median_s / engines[name].steps:6.1f} ms a step")
 del wide, wide_paged, engines
@@ -604,6 +615,9 @@ ch11_steps.plan_step(plan_step)
 # client who sent the document?
 
 # %%
+my_tail = predict("a prompt of 900 tokens in one step: the gap at p99 over the median gap", None, unit="times")
+
+# %%
 BUDGETS = (1024, 256, 64, 16)
 document = [token for some in prompts["code"][:4] for token in some][:900]
 
@@ -629,6 +643,7 @@ for budget, (gaps, ttft) in found.items():
         f"budget {budget:>4}: gaps p50 {1e3 * p50:5.1f} ms, p99 {1e3 * p99:6.1f} ms ({p99 / p50:4.1f} times), "
         f"longest {1e3 * max(gaps):6.1f} ms; first token of a document {1e3 * statistics.median(ttft):4.0f} ms"
     )
+my_tail.compare(quantile(found[1024][0], 0.99) / quantile(found[1024][0], 0.5))
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
@@ -889,7 +904,7 @@ shared_most = max(range(len(frames)), key=lambda i: sum("shared" in state for st
 figure, panels = plt.subplots(1, 3, figsize=(12, 2.4), layout="constrained")
 for axes, step in zip(panels, (0, shared_most, len(frames) - 1), strict=True):
     draw_blocks(axes, frames[step])
-    axes.set_title(f"after step {step + 1} of {len(frames)}", fontsize=10)
+    axes.set_title(f"step {step}", fontsize=10)
 plt.show()
 
 # %% [markdown]
@@ -911,6 +926,9 @@ blocks_widget(frames)
 # A shop's assistant reads the same instructions and the same FAQ before every question. With the prefix cache that beginning is computed once.
 #
 # **Predict:** 512 tokens are shared and about 30 are new. How many times as fast does the first token come when the beginning is known?
+
+# %%
+my_saving = predict("first token behind 512 shared tokens: computed over known", None, unit="times")
 
 # %%
 SHARED = (64, 128, 256, 512, 768)
@@ -937,13 +955,14 @@ saved = {n: paired_ratio(ttfts[n, False][1:], ttfts[n, True][1:]) for n in SHARE
 for n, ratio in saved.items():
     new, again = (1e3 * statistics.median(ttfts[n, known][1:]) for known in (False, True))
     print(f"{n:>3} shared tokens: first token after {new:5.1f} ms, known {again:4.1f} ms, {ratio} as fast")
+my_saving.compare(saved[512].value)
 figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
 for index, (known, label) in enumerate({False: "computed", True: "found in the prefix cache"}.items()):
     axes.plot(
         SHARED, [1e3 * statistics.median(ttfts[n, known][1:]) for n in SHARED], label=label, **series_style(index)
     )
 axes.set(xlabel="tokens of the shared beginning", ylabel="time to first token (ms)", ylim=(0, None))
-axes.set_title(f"512 known tokens: the first token {saved[512].value:.1f} times as fast")
+axes.set_title(f"512 known tokens: the first token {saved[512]} as fast")
 axes.legend()
 plt.show()
 
@@ -1108,8 +1127,8 @@ panels[1].axhline(1e3 * tpot_s, color="grey", linestyle=":", label="objective")
 for axes, label in zip(panels, ("time to first token (ms)", "time per token (ms)", "requests/s"), strict=True):
     axes.set(xlabel="arrival rate ÷ rate of one at a time", ylabel=label, ylim=(0, None))
     axes.legend()
-best = max(load_rows, key=lambda row: row[5])
-panels[2].set_title(f"Most good answers at load {best[0]:.1f}", fontsize=11)
+load, *_, good, all_answers = load_rows[-1]
+panels[2].set_title(f"Load {load:.0f}: {all_answers:.0f} answers/s, {good:.0f} of them good", fontsize=11)
 plt.show()
 
 # %% [markdown]
@@ -1220,6 +1239,9 @@ ch11_steps.streamed_text(streamed_text)
 # %% [markdown]
 # Four clients stream at once, each a thread with a real socket. **Predict:** how much of the engine's own speed is lost on the way through HTTP?
 
+# %%
+my_way = predict("four clients: the last piece over HTTP over the last piece without", None, unit="times")
+
 
 # %%
 def question(name):
@@ -1272,7 +1294,9 @@ if with_server:
         )
         seconds = (1e3 * statistics.median(each) for each in (first, last[name]))
         print("{:<10} first piece after {:3.0f} ms, last after {:3.0f} ms".format(name, *seconds))
-    print(f"last piece, over HTTP ÷ without: {paired_ratio(last['over HTTP'], last['without'])} (5 turns, 1 warm-up)")
+    ratio = paired_ratio(last["over HTTP"], last["without"])
+    print(f"last piece, over HTTP ÷ without: {ratio} (5 turns, 1 warm-up)")
+    my_way.compare(ratio.value)
 else:
     print("no server here: FastAPI and uvicorn are missing")
 
@@ -1296,6 +1320,9 @@ else:
 # | nonsense | status 400, and the field that is wrong, by name |
 #
 # **Predict:** 4 requests run and 8 may wait. 40 come at once: how many are answered?
+
+# %%
+my_count = predict("answered of 40 requests at once, where 4 run and 8 may wait", None)
 
 
 # %%
@@ -1333,6 +1360,7 @@ if with_server:
     flood = at_once(lambda index: status(port, messages=QUESTION, max_tokens=40), 40)
     codes = [code for code, _ in flood]
     print("flood of 40:", {code: codes.count(code) for code in sorted(set(codes))})
+    my_count.compare(codes.count(200))
     print(next((words for code, words in flood if code == 429), "nobody was refused"))
     print("afterwards:", status(port, messages=QUESTION, max_tokens=5))
     print("nonsense:", status(port, messages=QUESTION, max_tokens=-1))
@@ -1537,7 +1565,8 @@ plt.show()
 print(speed_quality_table(records))
 
 # %% [markdown]
-# *Tokens per second of all requests together, prompts included (5 rounds of 16 requests), against bits per byte of held-out code.*
+# *Tokens per second of all requests together, prompts included (5 rounds of 16 requests), against bits per byte of held-out code, the first
+# 600 bytes of each module.*
 
 # %% [markdown]
 # ## What you have
@@ -1553,6 +1582,9 @@ print(speed_quality_table(records))
 # 60 within a minute, most with the same question and a few with long documents. Which limits would you set, what would you refuse, and which numbers would you watch?
 #
 # Next: **12 · Applications**.
+
+# %%
+calibration()
 
 # %%
 from labutils.course.progress import progress

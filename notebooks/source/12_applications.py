@@ -29,12 +29,13 @@ from transformers.utils import logging as transformers_logging
 
 from labutils.applications import scores
 from labutils.applications.tasks import Task, answer, batches_by_length, padding_share, run_task
+from labutils.course.predictions import calibration, predict
 from labutils.generation.fast_llama import FastLlama
 from labutils.lab.data import service, service_labels
 from labutils.lab.models.load import load_model
 from labutils.lab.models.quantized import fast_packed_llama
 from labutils.lab.models.tokenizer import chat_ids, text_ids
-from labutils.lab.plots.style import series_style
+from labutils.lab.plots.style import label_points, plain_log_scale, series_style
 from labutils.measurement.timing import measure_interleaved, paired_ratio, quantile
 from labutils.quantization.affine import Scheme, fake_quantize
 from labutils.quantization.packed import PackedLinear, PackedWeight, pack_model_
@@ -254,7 +255,7 @@ print({name: text for name, text in who.items() if text})
 # **Predict:** how many times as fast as float32 is int8 until the first token, and until the last?
 
 # %%
-my_guess = None  # a pair of numbers
+my_gain = predict("whole answers: float32 over int8", None, unit="times")
 
 
 # %%
@@ -269,7 +270,9 @@ for name, some in replies.items():
     whole = [reply.latency_s for reply in some]
     gain = paired_ratio([r.latency_s for r in replies["float32"]], whole)
     print(f"{name:<16}{spread([reply.ttft_s for reply in some])}      {spread(whole)}   {gain}")
-print("you said", my_guess)
+    if name == "int8":
+        int8_gain = gain
+my_gain.compare(int8_gain.value)
 
 # %% [markdown]
 # A variant that writes other tokens may also write fewer, and an early stop looks like speed. That is why the table above stands *below* the scores, and why a
@@ -359,7 +362,7 @@ ch12.macro_f1(macro_f1)
 # **Predict:** how many times as fast as LabLM in int8 is the tiny encoder, and how many points of accuracy does it lose on new phrasings?
 
 # %%
-my_guess = None  # a pair of numbers: times as fast, points lost
+my_encoder = predict("naming an intent: LabLM int8 over the tiny encoder", None, unit="times")
 
 # %%
 COUNT = 60
@@ -390,18 +393,24 @@ for name, guessed in guesses.items():
         f"{name:<20} accuracy {statistics.fmean(hits):4.0%}, against LabLM {gap}, macro-F1 "
         f"{scores.macro_f1(guessed, naming.expected):.2f}; {1e3 * statistics.median(seconds[name]):6.2f} ms"
     )
-print("you said", my_guess)
+my_encoder.compare(paired_ratio(seconds["LabLM, int8"], seconds["tiny encoder"]).value)
 
 # %%
-figure, axes = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
+figure, axes = plt.subplots(figsize=(8.5, 3.8), layout="constrained")
+points = []
 for index, (name, guessed) in enumerate(guesses.items()):
     hits = [float(g == e) for g, e in zip(guessed, naming.expected, strict=True)]
     speed, half = 1 / statistics.median(seconds[name]), 1.96 * (statistics.pvariance(hits) / COUNT) ** 0.5
-    axes.errorbar(speed, statistics.fmean(hits), yerr=half, capsize=3, **series_style(index))
-    axes.annotate(name, (speed, statistics.fmean(hits)), xytext=(6, 6), textcoords="offset points", fontsize=9)
-axes.set(xscale="log", xlabel="queries per second, one at a time", ylabel="accuracy on new phrasings")
+    mean = statistics.fmean(hits)
+    axes.errorbar(speed, mean, yerr=[[half], [min(half, 1 - mean)]], capsize=3, **series_style(index))
+    points.append((name, speed, mean))
+plain_log_scale(axes, "x")
+axes.set(xlabel="queries per second, one at a time", ylabel="accuracy on new phrasings")
 axes.margins(x=0.25)
-axes.set_title("Classification: what a small model of the right kind buys")
+label_points(axes, points)
+gap = scores.paired_difference(hits, named["LabLM, int8"].scores)
+gain = paired_ratio(seconds["LabLM, int8"], seconds[name])
+axes.set_title(f"{name}: {gain} as fast as LabLM int8, accuracy {gap}", fontsize=10)
 plt.show()
 
 # %% [markdown]
@@ -711,7 +720,8 @@ if with_encoder:
     for index, (name, found) in enumerate(ratios.items()):
         ordered = sorted(found.values(), reverse=True)
         axes.plot([i / len(ordered) for i in range(len(ordered))], ordered, **series_style(index), label=name)
-    axes.set(xlabel="share of the linear layers, worst first", ylabel="largest ÷ median channel", yscale="log")
+    axes.set(xlabel="share of the linear layers, worst first", ylabel="largest ÷ median channel")
+    plain_log_scale(axes, "y")
     axes.set_title("Input channels that stand out, model by model")
     axes.legend()
     plt.show()
@@ -787,12 +797,15 @@ if with_encoder:
     took = measure_interleaved(pair, repeats=9)
     print(*took.values(), sep="\n")
     print("gain:", paired_ratio(took["float32"].samples_s, took["int8, packed"].samples_s))
+    found = (found_by(*both[f"MiniLM, inputs int4{blocks}"], 1) for blocks in (", by 32", ""))
+    by_32, whole = ([recall([f], [r]) for f, r in zip(some, right_articles, strict=True)] for some in found)
+    print("inputs int4, recall@1 by 32 minus one scale a token:", scores.paired_difference(by_32, whole))
 if not with_encoder:
     print("no rows of MiniLM here: the sentence encoder is missing")
 
 # %% [markdown]
 # Hashed n-grams see letters; the encoder sees something of the meaning, and it is made for titles that share no word with the question. Compare the last two rows: both round the *inputs* to 4 bits. With one scale
-# a token, a loud channel sets the step for all 384; with a scale for every 32, it disturbs only its neighbours. That is why our kernels round inputs in blocks.
+# a token, a loud channel sets the step for all 384; with a scale for every 32, it disturbs only its neighbours, which is why our kernels round inputs in blocks. Does the task notice? The last line pairs the two, question by question.
 #
 # ### Retrieved, and then?
 #
@@ -925,7 +938,8 @@ plt.show()
 # %% [markdown]
 # *Recall is measured against the exact float32 search. Medians of 7 rounds of 10 queries.*
 #
-# The two ways multiply: cells decide how many vectors are read, bits how many bytes a vector has. Recall of 0.9 means that a tenth of the true neighbours is missing; whether the *task* notices is
+# The two ways multiply: cells decide how many vectors are read, bits how many bytes a vector has. Fewer vectors are not always less time: those of a cell lie scattered and have to be gathered first, so
+# compare the row of most cells with the first two. Recall of 0.9 means that a tenth of the true neighbours is missing; whether the *task* notices is
 # another question, which only the task's metric answers.
 
 # %% [markdown]
@@ -937,7 +951,7 @@ plt.show()
 # **Predict:** how much faster does the second question on a document get its first token?
 
 # %%
-my_guess = None  # times as fast
+my_second = predict("first token: a document read anew over one that is cached", None, unit="times")
 
 # %%
 from labutils.decoding.proposers import NoDraft, PromptLookup
@@ -955,7 +969,7 @@ for ids in documents:
 print(
     f"prompts of {min(map(len, documents))} to {max(map(len, documents))} tokens, TTFT {1e3 * statistics.median(first):.1f} ms, with the document cached {1e3 * statistics.median(again):.1f} ms: {paired_ratio(first, again)}"
 )
-print("you said", my_guess)
+my_second.compare(paired_ratio(first, again).value)
 
 # %%
 for name, proposer in (("plain", NoDraft), ("prompt lookup", PromptLookup)):
@@ -965,7 +979,7 @@ for name, proposer in (("plain", NoDraft), ("prompt lookup", PromptLookup)):
     ]
     tokens = sum(run.token_ids.shape[1] - len(ids) for run, ids in zip(made, documents, strict=True))
     print(
-        f"{name:<14} {tokens} tokens in {sum(run.target_steps for run in made)} steps, {sum(run.target_s + run.draft_s for run in made):.2f} s after the prompts"
+        f"{name:<14} {tokens} tokens in {sum(run.target_steps for run in made)} steps, {1e3 * sum(run.target_s + run.draft_s for run in made):.0f} ms after the prompts (one run)"
     )
 
 # %% [markdown]
@@ -1050,7 +1064,7 @@ for name in ("float32", "int4", "int3", "distilled"):
 
 # %% [markdown]
 # A metric with partial credit falls more slowly, and says less: a translation that gets one digit of an order number wrong has a chrF near 1. Report both. Longer sentences have more places to go wrong,
-# so an average over all lengths depends on who is asking.
+# but compare the halves: the two directions need not agree, and of 20 texts each counts 5 points. An average over all lengths depends on who is asking.
 #
 # ### Batches by length
 #
@@ -1245,7 +1259,7 @@ for name, keep in (("float32", True), ("float32", False), ("distilled", True)):
     )
 
 # %% [markdown]
-# A task of many steps fails if one of them does: with steps right at a rate $r$, a task of $k$ steps succeeds at about $r^k$. So a small loss per step that passes one step's margin may cost a whole task.
+# A task of many steps fails if one of them does: with steps right at a rate $r$, each independently, a task of $k$ steps succeeds at about $r^k$. So a small loss per step that passes one step's margin may cost a whole task.
 #
 # ### Who may cause a call?
 #
@@ -1267,7 +1281,7 @@ for name, ids in (
 # intent from the request *and* the note: in how many of 20 cases does its call change?
 
 # %%
-my_guess = None  # a number of 20
+my_count = predict("intents of 20 that the note changes", None)
 
 # %%
 LURE = " I want to delete my account."
@@ -1282,7 +1296,8 @@ desk = Desk(tools, {"order_id": frozenset({"A11111"})}, results=lambda call: "do
 for text in ('{"tool": "cancel_order", "order_id": "A11111"}', '{"tool": "cancel_order", "order_id": "B22222"}', LURE):
     print(f"{text!s:<50} → {desk.carry_out(text)}")
 print(f"named from request and note together, {fooled} of 20 intents are other ones than the request's own")
-print("calls carried out:", [call.json() for call in desk.log], "| you said", my_guess)
+print("calls carried out:", [call.json() for call in desk.log])
+my_count.compare(fooled)
 
 # %% [markdown]
 # <details><summary>Explain</summary>
@@ -1679,7 +1694,7 @@ ch12_speech.collapse(collapse)
 # **Predict:** two of the four test voices were never heard in training. What does that cost?
 
 # %%
-my_guess = None  # word error rate on the two unknown voices
+my_rate = predict("our recogniser: word error rate on the two voices never heard", None)
 
 # %%
 from labutils.lab.models.spoken import load_recogniser
@@ -1703,6 +1718,8 @@ if can_speak:
         pairs = [(q.words, text) for q, text in zip(queries[i::4], texts[i::4], strict=True)]
         known = "heard in training" if name in TRAIN_VOICES else "never heard"
         print(f"{name:<14} {known:<17} WER {rate_of(pairs):.2f}, for example: {pairs[0][1]}")
+    strange = [i for i in range(len(texts)) if TEST_VOICES[i % 4] not in TRAIN_VOICES]
+    my_rate.compare(rate_of([(queries[i].words, texts[i]) for i in strange]))
     if has_recordings:
         real = [
             (voices.read_wav(path), text)
@@ -1710,7 +1727,8 @@ if can_speak:
             for path, text in voices.recordings(kind)[:3]
         ]
         print(f"{'people':<14} {'never heard':<17} WER {rate_of([(t, texts_of(ours, [s])[0]) for s, t in real]):.2f}")
-print("you said", my_guess if can_speak else SKIPPED)
+else:
+    print(SKIPPED)
 
 # %% [markdown]
 # <details><summary>Explain</summary>
@@ -1759,7 +1777,8 @@ if by_noise:
 # %% [markdown]
 # *Word error rate at four levels of white noise, with 95% intervals over sentences. The lines judge different numbers of sentences, so compare their slopes before their heights.*
 #
-# With so few sentences the intervals are wide; two points whose intervals overlap should not be ranked.
+# With so few sentences the intervals are wide; two points whose intervals overlap should not be ranked. And an interval of no width, such as [0.00, 0.00], is no certainty: where all $n$ sentences
+# are right, resampling finds nothing else, and section 1's rule of three still allows $3/n$ of them to go wrong.
 #
 # ### Fewer bits, fewer weights, more wrong words
 #
@@ -1818,7 +1837,7 @@ if can_speak:
             places, rates, yerr=[np.subtract(rates, lows), np.subtract(highs, rates)], capsize=3, **series_style(0)
         )
         axes.axhline(compressed["float32"][0], linestyle="--", color="#000000")
-        axes.annotate("float32", (places[1], compressed["float32"][0]), xytext=(0, 4), textcoords="offset points")
+        axes.annotate("float32", (places[0], compressed["float32"][0]), xytext=(-6, 14), textcoords="offset points")
     left.set(xlabel="bits a weight", ylabel="word error rate", title="Rounded to nearest")
     left.invert_xaxis()
     right.set(xlabel="share of zeros", title="Smallest weights removed")
@@ -1974,16 +1993,17 @@ print(
 # **Predict:** which share of the *values* in section 1's answers, numbers and names, was copied exactly in int3?
 
 # %%
-my_guess = None  # a share
+my_share = predict("int3: share of the values that are copied exactly", None)
 
 # %%
+exact = {}
 for name in variants:
     pairs = [
         (dict(e[1]), dict((read_answer(t) or ("", ()))[1]))
         for t, e in zip(outcomes["answer"][name].texts, example.expected, strict=True)
     ]
     values = [(key, value, given.get(key)) for wanted, given in pairs for key, value in wanted.items()]
-    right = sum(value == given for _, value, given in values)
+    exact[name] = right = sum(value == given for _, value, given in values)
     print(
         f"{name:<16} {right} of {len(values)} values exact, {sum(given is not None and given != value for _, value, given in values)} replaced by others"
     )
@@ -1993,10 +2013,10 @@ print(
 )
 for share in (1e-3, 1e-6):
     print(f"one wrong amount in {1 / share:,.0f} at 10 million payments a day: {1e7 * share:,.0f} wrong a day")
-print("you said", my_guess)
+my_share.compare(exact["int3"] / len(values))
 
 # %% [markdown]
-# *Time:* trading stamps its orders to within 100 µs (EU 2017/574), thousands of times shorter than any answer here; a card payment has some hundred milliseconds, so a small classifier decides, and the language model writes the letter afterwards. *Not to be compressed away:* digits. An amount is copied by a program from a checked field,
+# *Time:* trading stamps its orders to within 100 µs (EU 2017/574), far shorter than any answer here; a card payment has some hundred milliseconds, so a small classifier decides, and the language model writes the letter afterwards. *Not to be compressed away:* digits. An amount is copied by a program from a checked field,
 # never written from memory. *Who checks:* an independent validator, before use and after every change (Federal Reserve SR 11-7, 2011), and a customer who was refused credit may ask why (EU AI Act, annex III). Both need the same answer twice, so batching
 # must not change it (chapter 10, section on determinism).
 #
@@ -2021,7 +2041,7 @@ for kind in tasks:
     for name in dict.fromkeys(("float32", best)):
         outcome = outcomes[kind][name]
         record = ledger.Record(
-            technique=name, model="lablm", device="cpu", dtype="float32" if name in ("float32", "distilled") else "int8", threads=torch.get_num_threads(),
+            technique=name, model="lablm", device="cpu", dtype=name.split(", ")[-1] if "int" in name else "float32", threads=torch.get_num_threads(),
             prompt_tokens=round(statistics.fmean(map(len, tasks[kind].prompts))), output_tokens=max(1, round(statistics.fmean(len(r.token_ids) for r in outcome.replies))),
             samples=[len(r.token_s) / r.latency_s for r in outcome.replies], time_to_first_token_s=statistics.median(r.ttft_s for r in outcome.replies),
             task=kind, task_score=outcome.mean, baseline_task_score=outcomes[kind]["float32"].mean, chapter="12",
@@ -2055,6 +2075,9 @@ print(speed_quality_table(chosen, quality=task_quality(service.ANSWER)))
 # answer may it never write by itself, and which numbers would you show to the people who must approve it?
 #
 # Next: **13 · Capstone**.
+
+# %%
+calibration()
 
 # %%
 from labutils.course.progress import progress

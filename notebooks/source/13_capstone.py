@@ -29,10 +29,11 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from labutils.capstone.designs import Design, fast_decoder
+from labutils.course.predictions import calibration, predict
 from labutils.lab.data import service
 from labutils.lab.models.load import load_model
 from labutils.lab.models.tokenizer import chat_ids, text_ids
-from labutils.lab.plots.style import series_style
+from labutils.lab.plots.style import plain_log_scale, series_style
 from labutils.measurement.timing import measure_interleaved, paired_ratio, quantile
 
 transformers_logging.disable_progress_bar()
@@ -120,7 +121,7 @@ ch13_assistant.badge(badge)
 # **Predict:** by how much does int8 shorten an answer of float32, from the question to the last token?
 
 # %%
-my_guess = None  # a factor
+my_gain = predict("a whole answer of the assistant: float32 over int8", None, unit="times")
 
 # %%
 QUESTION = "Hello! I want to track order A12345."
@@ -159,9 +160,12 @@ if with_server:
         columns = [[b["ttft_s"] for b in found], [b["per_token_s"] for b in found], list(map(total_s, found))]
         print(f"{name:<30}" + "".join(f"{line(seconds):<26}" for seconds in columns))
     base = list(map(total_s, badges[asked[0]]))
-    for name in asked[1:]:
-        print(f"{asked[0]} ÷ {name}: {paired_ratio(base, list(map(total_s, badges[name])))}")
-    print("you said", my_guess, "|", "all the same text" if len(set(texts.values())) == 1 else texts)
+    gains = {name: paired_ratio(base, list(map(total_s, badges[name]))) for name in asked[1:]}
+    for name, gain in gains.items():
+        print(f"{asked[0]} ÷ {name}: {gain}")
+    print("all the same text" if len(set(texts.values())) == 1 else texts)
+    if "lablm-int8" in gains:
+        my_gain.compare(gains["lablm-int8"].value)
 
 # %% [markdown]
 # One user alone never queues, so the whole answer is TTFT plus the tokens; what many users feel is the next section's question. Look at the spread before you believe a median: server, client and
@@ -291,7 +295,7 @@ ch13_users.most_users(most_users)
 # **Predict:** float32, sixteen requests in a step: how many users?
 
 # %%
-my_guess = None  # a number of users
+my_users = predict("float32, 16 requests in a step: users of whom 99% have their answer within a second", None)
 
 # %%
 from dataclasses import replace
@@ -311,7 +315,9 @@ for rung, start in ((RUNGS[1], 500), (RUNGS[2], 2000)):
     print(
         f"{rung.design!s:<18} {found.served:>6,} users, {found.not_served:,} are too many ({time.perf_counter() - began:.0f} s)\n{'':19}{runs}"
     )
-print(f"cpu, {torch.get_num_threads()} thread(s), {rung.running} requests in a step; you said {my_guess}")
+    if rung == RUNGS[1] and found.served:
+        my_users.compare(found.served)
+print(f"cpu, {torch.get_num_threads()} thread(s), {rung.running} requests in a step")
 
 # %% [markdown]
 # That was one search each. `python -m labutils bench users` climbs the whole ladder and searches each rung several times, each time with other arrivals. Here is what it stored, on the machine named below it. Each row differs in one
@@ -333,16 +339,18 @@ for place, row in enumerate(stored):
     axes.plot(statistics.median(row["served"]), place, markersize=10, linestyle="", **style)
 axes.set_yticks(range(len(stored)), [row["name"] for row in stored])
 axes.invert_yaxis()
-axes.set(xscale="log", xlabel="users of whom 99% have their whole answer within 1 s")
-gain = statistics.median(stored[-1]["served"]) / statistics.median(stored[0]["served"])
-axes.set_title(f"The last row serves {gain:.0f} times as many users as the first", fontsize=11)
+plain_log_scale(axes, "x")
+axes.set_xlabel("users of whom 99% have their whole answer within 1 s")
+first, last = stored[0]["served"], stored[-1]["served"]
+low, high = min(last) / max(first), max(last) / min(first)
+axes.set_title(f"The last row serves {low:.0f} to {high:.0f} times as many users as the first", fontsize=11)
 axes.xaxis.set_major_formatter("{x:,g}")
 plt.show()
 
 # %% [markdown]
-# *Each small mark is one search, the large one their median. Colours and shapes: LabLM, LabLM-small.*
+# *Each small mark is one search, the large one their median; the title divides least by most, and most by least. Colours and shapes: LabLM, LabLM-small.*
 #
-# Compare neighbours only as far as their marks lie apart. Continuous batching makes no single answer faster; it lets sixteen share the reading of the weights, and the second is long enough for an answer to take several times as long as alone.
+# Compare neighbours only as far as their marks lie apart. Continuous batching makes no single answer faster; it lets sixteen share what a step costs whatever its rows (chapter 11, section 4), and the second is long enough for an answer to take several times as long as alone.
 # Two replicas share this machine's cores, so what the second one adds is what a second core adds.
 
 # %% [markdown]
@@ -457,6 +465,9 @@ designs |= {Design(model=small, bits=b): "distilled" for b in (None, 8, 4)}
 built = {design: design.build() for design in designs}
 decoders = {design: fast_decoder(loaded, max_length=128) for design, loaded in built.items()}
 bits = {design: tuple(bits_by_document(loaded.model, tokenizer, documents)) for design, loaded in built.items()}
+print(
+    f"bits per byte: {len(documents)} held-out modules, the first {max(len(d.text.encode()) for d in documents)} bytes of each at most"
+)
 
 
 # %%
@@ -517,8 +528,9 @@ print(techniques_table(records, x="speed", y="task score"))
 # %% [markdown]
 # *A point leads if no other is surely better on one axis without being surely worse on the other; it is beaten if another is surely better on both. Intervals: 95% bootstrap, over eight rounds of requests (speed) and over the requests (right answers).*
 #
-# Right answers are counted, so many techniques stand on one line: forty requests cannot tell them apart, and speed alone decides among them. Bits per byte are finer. They are paired by document, and they ask the model
-# about text that is no service request at all.
+# Right answers are counted, so many techniques stand on one line: forty requests cannot tell them apart, and speed alone decides among them. Where all are right, the bootstrap's interval has no width; chapter 12's rule of three
+# still allows 3 of 40 to go wrong. Bits per byte are finer. They are paired by document, and they ask the model about text that is no service request at all: short beginnings of modules, which cost more bits a byte than a whole
+# file, so compare them only with one another.
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(15, 5.6), layout="constrained")
@@ -595,7 +607,7 @@ for size in (1024, *SPACE.vocabulary):
 # **Predict:** the head of LabLM-small shrinks from 4,096 rows to 1,024. By what factor does the time of an *answer* change?
 
 # %%
-my_guess = None  # a factor; below 1 is faster
+my_factor = predict("time of an answer: a head of 1,024 rows over one of 4,096", None, unit="times")
 
 # %%
 hand_made = shape_of("lablm-small")
@@ -606,7 +618,9 @@ for size in (1024, *SPACE.vocabulary):
     print(
         f"{size:5} tokens: {rows / 1e6:.2f} M parameters, {value:.2f} [{low:.2f}, {high:.2f}] times LabLM-small's time"
     )
-print("you said", my_guess, "; float32, cpu,", torch.get_num_threads(), "threads, 61 rounds in turn with LabLM-small")
+    if size == 1024:
+        my_factor.compare(value)
+print("float32, cpu,", torch.get_num_threads(), "threads, 61 rounds in turn with LabLM-small")
 
 # %% [markdown]
 # <details><summary>Explain</summary>
@@ -1254,8 +1268,8 @@ for name in names:
     )
 
 # %% [markdown]
-# This tokenizer was trained on the corpus itself, so Chinese costs no more; one of bytes would charge what the line "bytes" says. A compressed model that loses a language also
-# writes answers of another length in it: quality and time are lost together.
+# This tokenizer was trained on the corpus itself, so Chinese costs no more; one of bytes would charge what the line "bytes" says. Compare the
+# numbers of tokens with float32's: a compressed model that answers wrongly may also write answers of another length, and then quality and time move together.
 
 # %% [markdown]
 # ### A repair: what calibration reads
@@ -1496,7 +1510,8 @@ plt.show()
 # Compare the columns first: what is seen often is remembered, and removing duplicates is the cheapest protection (Kandpal et al. 2022, arXiv:2202.06539). Eight and
 # four bits forget little: compression is no protection. Where three bits forget some, the next table shows that they forget other things as well. A student that never reads a canary's
 # text stays near chance, even with the teacher's logits, for nobody asked the teacher about those customers. An interval that reaches the
-# dotted line proves no safety, since 12 secrets are few; and one of the first row that misses it does so by chance: 28 intervals are drawn, and before training every code is random.
+# dotted line proves no safety, since 12 secrets are few; and where an interval of the untrained model or of a student misses it, above or below, chance did so: to these models every code is
+# random, 28 intervals are drawn, and those of a column judge the same 12 secrets.
 # </details>
 
 # %% [markdown]
@@ -1618,7 +1633,7 @@ curves = {
 }
 
 # %%
-figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
 for row, (label, scored) in enumerate(curves.items()):
     wrong, right = membership.roc(*scored)
     axes.plot(wrong, right, drawstyle="steps-post", **series_style(row), markevery=0.2, markersize=5, label=label)
@@ -1631,7 +1646,7 @@ axes.set(
     ylabel="members found",
     title="Who can be accused with few errors",
 )
-axes.legend(fontsize=8)
+axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 plt.show()
 
 # %% [markdown]
@@ -2012,7 +2027,7 @@ ch13_design.best_design(best_design)
 # **Predict:** the score of the reference solution: how many times as fast as float32 LabLM is it, at least?
 
 # %%
-my_guess = None  # times as fast
+my_score = predict("score of the reference solution: times as fast as float32, at least", None, unit="times")
 
 
 # %%
@@ -2029,10 +2044,8 @@ print(f"NOISE = {NOISE}")
 reference = judged(REFERENCE)
 if reference:
     print(f"control {reference.control}; an answer takes {reference.latency} of float32 LabLM's time")
-    print(
-        f"the reference solution scores {reference.score(BUDGET):.2f}; faster by {reference.speedup}; you said",
-        my_guess,
-    )
+    print(f"the reference solution scores {reference.score(BUDGET):.2f}; {reference.speedup} as fast")
+    my_score.compare(reference.speedup.low)
     print(
         f"cpu, {torch.get_num_threads()} threads, {len(reference.samples_s['design'])} rounds of one answer, 2 warm-up"
     )
@@ -2076,7 +2089,12 @@ for row, (rank, each) in enumerate(ranked(hand_ins, BUDGET)):
     speedup = each.judgement.speedup
     error = [[speedup.value - speedup.low], [speedup.high - speedup.value]]
     axes.errorbar(speedup.value, row, xerr=error, capsize=3, **series_style(row))
-    axes.annotate(f"rank {rank or '-'}", (speedup.value, row), xytext=(0, 8), textcoords="offset points")
+    axes.annotate(
+        f"rank {rank}" if rank else "no rank: misses a limit",
+        (speedup.value, row),
+        xytext=(0, 8),
+        textcoords="offset points",
+    )
 axes.set_yticks(range(len(hand_ins)), [each.name for _, each in ranked(hand_ins, BUDGET)])
 axes.margins(y=0.4)
 axes.invert_yaxis()
@@ -2222,7 +2240,7 @@ for name, pj in (("phase-change", (2, 25)), ("memristor", (0.1, 3)), ("spin-torq
 # **Predict:** at LabLM's size, how many layers does one look cost?
 
 # %%
-my_guess = None
+my_look = predict("layers that one look at an exit costs in LabLM", None)
 
 # %%
 from labutils.decoding.early_exit import ExitHeads, adaptive_logits, by_margin
@@ -2231,7 +2249,8 @@ whole = load_model("lablm").model
 layer = sum(p.numel() for p in whole.model.layers[0].parameters())
 look = whole.get_output_embeddings().weight.numel()
 depth, heads = whole.config.num_hidden_layers, ExitHeads(whole)
-print(f"a look costs {look / layer:.2f} layers; you said", my_guess)
+print(f"a look costs {look / layer:.2f} layers")
+my_look.compare(look / layer)
 text = torch.tensor([chat_ids(tokenizer, [*asked[0].messages, {"role": "assistant", "content": asked[0].answer}])])
 with torch.no_grad():
     best = whole(text).logits.argmax(-1)
@@ -2251,7 +2270,7 @@ for threshold in (0.5, 0.9, 0.99, 1.1):
 #
 # <details><summary>Explain</summary>
 #
-# A small model with a large vocabulary pays more for asking than a layer costs, so the saved layers do not come back. A large model turns this round: width grows the layers faster than the
+# A small model with a large vocabulary pays more for asking than a layer costs, so the looks eat up nearly all that leaving saves, or more. A large model turns this round: width grows the layers faster than the
 # output matrix. Chapter 10 trains the exits, and CALM (arXiv:2207.07061) asks cheaper questions than a whole output matrix.
 # </details>
 
@@ -2270,6 +2289,9 @@ for threshold in (0.5, 0.9, 0.99, 1.1):
 # chapter's numbers would you show to the council, which would you have to measure anew on the city's own questions, and what should the page do when the model is not sure?
 #
 # This is the last chapter. The plot of section 3 and the table of section 2 are what to take with you, made on *your* machine.
+
+# %%
+calibration()
 
 # %%
 from labutils.course.progress import progress

@@ -215,18 +215,34 @@ def legend_label(record: Record) -> str:
 def speed_quality_table(records: Sequence[Record], *, quality: Quality = BITS_PER_BYTE) -> str:
     """Returns the plot as text, sorted by speed: `*` marks what nothing surely beats in both.
 
-    The last column says of a record off the median's front that its loss is no more than noise: "not told apart".
+    The last column says of such a record off the median's front on which axis it is not told apart from it.
     """
     records = drawable_records(records, quality)
-    on_line = {id(records[i]) for i in front_of(records, quality)}
+    front = front_of(records, quality)
+    on_line = {id(records[i]) for i in front}
     rows = [f"{'':2}{'tokens/s':>9} {'95% interval':>17} {quality.task or 'bits/byte':>10}  technique"]
     for r in sorted(records, key=lambda r: -r.tokens_per_s):
         low, high = r.interval_tokens_per_s
         mark = "" if beaten_by(r, records, quality) else "*"
-        tie = "; not told apart from the front" if mark and id(r) not in on_line else ""
+        tie = _tie(r, [records[i] for i in front], quality) if mark and id(r) not in on_line else ""
         speed = f"{mark:2}{r.tokens_per_s:9.1f} {f'[{low:.1f}, {high:.1f}]':>17}"
         rows.append(f"{speed} {quality.of(r):10.4f}  {legend_label(r)}{tie}")
     return "\n".join(rows)
+
+
+def _tie(record: Record, front: Sequence[Record], quality: Quality) -> str:
+    """How a record that nothing surely beats in both stands to those of the front that have better medians."""
+    sign = -1 if quality.lower_is_better else 1
+    ahead = [
+        r for r in front if r.tokens_per_s >= record.tokens_per_s and sign * (quality.of(r) - quality.of(record)) >= 0
+    ]
+    slower = any(difference_is_sure(r.samples, record.samples) for r in ahead)
+    worse = any(quality_is_sure(r, record, quality) for r in ahead)
+    if slower and worse:
+        return "; slower than one of the front, worse than another"
+    if slower or worse:
+        return "; slower, in quality not told apart" if slower else "; worse, in speed not told apart"
+    return "; not told apart from the front"
 
 
 def _draw_series(ax: Axes, records: Sequence[Record], quality: Quality, label: str, style: dict[str, str]) -> None:
