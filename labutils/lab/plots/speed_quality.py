@@ -42,6 +42,10 @@ class Quality:
         """Returns the record's value on this axis, None if it has none."""
         return record.bits_per_byte if self.lower_is_better else record.task_score if record.task == self.task else None
 
+    def goodness(self, record: Record) -> float:
+        """Returns the record's value with the sign that makes more of it better."""
+        return -self.of(record) if self.lower_is_better else self.of(record)
+
 
 BITS_PER_BYTE = Quality()
 
@@ -110,18 +114,16 @@ def _rounded(value: float, digits: int = 3) -> str:
 
 def front_of(records: Sequence[Record], quality: Quality = BITS_PER_BYTE) -> list[int]:
     """Returns the indices of the Pareto-optimal records by medians, fastest first: the line that is drawn."""
-    sign = -1 if quality.lower_is_better else 1
-    return pareto_front([(r.tokens_per_s, sign * quality.of(r)) for r in records])
+    return pareto_front([(r.tokens_per_s, quality.goodness(r)) for r in records])
 
 
 def beaten_by(record: Record, records: Sequence[Record], quality: Quality = BITS_PER_BYTE) -> list[Record]:
     """Returns the records that are surely faster than this one and surely better."""
-    sign = -1 if quality.lower_is_better else 1
     return [
         r
         for r in records
         if r.tokens_per_s > record.tokens_per_s
-        and sign * (quality.of(r) - quality.of(record)) > 0
+        and quality.goodness(r) > quality.goodness(record)
         and difference_is_sure(r.samples, record.samples)
         and quality_is_sure(r, record, quality)
     ]
@@ -165,14 +167,8 @@ def draw_speed_quality(
     name = legend_label if len(shared) > 1 else lambda r: r.technique
     labels = list(dict.fromkeys(map(name, records)))
     front = front_of(records, quality)
-    ax.plot(
-        [records[i].tokens_per_s for i in front],
-        [quality.of(records[i]) for i in front],
-        "--",
-        color="0.6",
-        zorder=1,
-        label="Pareto front of the medians",
-    )
+    line = zip(*((records[i].tokens_per_s, quality.of(records[i])) for i in front), strict=True)
+    ax.plot(*line, "--", color="0.6", zorder=1, label="Pareto front of the medians")
     for index, label in enumerate(labels):
         _draw_series(ax, [r for r in records if name(r) == label], quality, label, series_style(index))
     where = "" if len(shared) > 1 else f"; {shared.pop()}"
@@ -183,7 +179,8 @@ def draw_speed_quality(
     middle, height = sum(ax.get_ylim()) / 2, ax.get_ylim()[1] - ax.get_ylim()[0]
     if height < 1e-3:  # rounding, which an axis of its size would show as a difference
         ax.set_ylim(middle - 5e-3, middle + 5e-3)
-    if _spread(records) > 10:
+    speeds = [r.tokens_per_s for r in records]
+    if max(speeds) > 10 * min(speeds):
         plain_log_scale(ax, "x")
     if quality.lower_is_better:
         ax.invert_yaxis()
@@ -232,34 +229,18 @@ def speed_quality_table(records: Sequence[Record], *, quality: Quality = BITS_PE
 
 def _tie(record: Record, front: Sequence[Record], quality: Quality) -> str:
     """How a record that nothing surely beats in both stands to those of the front that have better medians."""
-    sign = -1 if quality.lower_is_better else 1
-    ahead = [
-        r for r in front if r.tokens_per_s >= record.tokens_per_s and sign * (quality.of(r) - quality.of(record)) >= 0
-    ]
+    faster = [r for r in front if r.tokens_per_s >= record.tokens_per_s]
+    ahead = [r for r in faster if quality.goodness(r) >= quality.goodness(record)]
     slower = any(difference_is_sure(r.samples, record.samples) for r in ahead)
     worse = any(quality_is_sure(r, record, quality) for r in ahead)
     if slower and worse:
         return "; slower than one of the front, worse than another"
-    if slower or worse:
-        return "; slower, in quality not told apart" if slower else "; worse, in speed not told apart"
-    return "; not told apart from the front"
+    tied = "slower, in quality" if slower else "worse, in speed" if worse else ""
+    return f"; {tied} not told apart" if tied else "; not told apart from the front"
 
 
 def _draw_series(ax: Axes, records: Sequence[Record], quality: Quality, label: str, style: dict[str, str]) -> None:
-    speeds = [r.tokens_per_s for r in records]
-    intervals = [r.interval_tokens_per_s for r in records]
-    errors = [
-        [s - low for s, (low, _) in zip(speeds, intervals, strict=True)],
-        [high - s for s, (_, high) in zip(speeds, intervals, strict=True)],
-    ]
-    ax.errorbar(
-        speeds, [quality.of(r) for r in records], xerr=errors, fmt="none", ecolor=style["color"], capsize=4, zorder=2
-    )
-    ax.scatter(
-        speeds, [quality.of(r) for r in records], s=80, label=label, edgecolor="white", linewidth=0.8, zorder=3, **style
-    )
-
-
-def _spread(records: Sequence[Record]) -> float:
-    speeds = [r.tokens_per_s for r in records]
-    return max(speeds) / max(min(speeds), 1e-9)
+    speeds, qualities = [r.tokens_per_s for r in records], [quality.of(r) for r in records]
+    errors = [[abs(r.interval_tokens_per_s[end] - r.tokens_per_s) for r in records] for end in (0, 1)]
+    ax.errorbar(speeds, qualities, xerr=errors, fmt="none", ecolor=style["color"], capsize=4, zorder=2)
+    ax.scatter(speeds, qualities, s=80, label=label, edgecolor="white", linewidth=0.8, zorder=3, **style)
