@@ -1,5 +1,6 @@
 """The ladder: fall-back rung by rung, plans, and every rung's logits held against float32 on the same weights."""
 
+import copy
 import warnings
 from dataclasses import replace
 
@@ -74,6 +75,14 @@ def test_tolerance_is_that_of_the_coarsest_number():
     assert tolerance(Plan()) == RUNGS["fp32"].tolerance
     assert tolerance(Plan(dtype=torch.bfloat16, attention="sdpa")) == RUNGS["bf16"].tolerance
     assert tolerance(Plan(weights="fp8", dtype=torch.float16)) == RUNGS["fp8"].tolerance
+    assert tolerance(Plan(weights="int4", dtype=torch.float16)) == RUNGS["fp16"].tolerance < 1e-2  # not an int8 input's
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_gpus_int_rung_in_float32_must_be_exact_and_a_cpus_may_round_inputs(model, weights):
+    ids, plan = random_ids(12), Plan(weights=weights)
+    gpus, cpus = (check_equal(build(model, plan, on_cpu=on_cpu), ids, prompt=5) for on_cpu in (False, True))
+    assert gpus.holds and gpus.tolerance == 1e-4 and cpus.holds and cpus.error > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +237,30 @@ def test_fuse_changes_no_logits(name):
     assert relative_error(forward_logits(fused, ids), forward_logits(plain, ids)) < 1e-6
     linears = [m for m in fused.model.layers[0].modules() if isinstance(m, nn.Linear)]
     assert len(linears) == 4  # of 7
+
+
+def test_fused_parts_are_let_go_and_are_no_outputs_of_a_compiled_graph():
+    fused, graphs = fuse_(tiny_model("llama-gqa-tied")), []
+    forward_logits(fused, random_ids(9))
+    assert all(not m.parts for m in fused.modules() if isinstance(m, linears._First))
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            return self.q_proj(x) * self.k_proj(x) + self.v_proj(x)
+
+    plain = Attention()
+    joined, x = fuse_(copy.deepcopy(plain)), torch.randn(2, 4)
+    with unchecked():
+        y = torch.compile(joined, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)(x)
+    torch._dynamo.reset()
+    assert torch.allclose(y, plain(x), atol=1e-6)
+    (graph,) = graphs
+    (outputs,) = next(node for node in graph.graph.nodes if node.op == "output").args
+    assert len(outputs) == 1
 
 
 def test_fuse_refuses_a_model_without_such_layers():

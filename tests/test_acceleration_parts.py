@@ -294,6 +294,46 @@ def test_joules_per_token():
         joules_per_token(Energy(), 0)
 
 
+def test_graphed_step_keeps_the_rules_of_capture(monkeypatch):
+    """What a CUDA graph asks for, against a stand-in: warm up on another stream, undo each trial, then record."""
+    events = []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    class Input:  # a tensor that says it lies on a GPU
+        is_cuda, shape = True, (1,)
+
+        def clone(self):
+            return Input()
+
+        def copy_(self, x):
+            events.append("input copied")
+
+    @contextlib.contextmanager
+    def within(name):
+        events.append(f"enter {name}")
+        yield
+        events.append(f"leave {name}")
+
+    graph = SimpleNamespace(replay=lambda: events.append("replay"))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: within(stream.name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda recorded: within("graph"))
+    step = GraphedStep(lambda x: events.append("step") or "logits", Input(), undo=lambda: events.append("undo"))
+    trials = ["step", "undo"] * 3
+    warm = ["side waits for main", "enter side", *trials, "leave side", "main waits for side"]
+    assert events == [*warm, "enter graph", "step", "leave graph"]  # recorded once, and nothing undone: it did not run
+    events.clear()
+    assert step(Input()) == "logits" and events == ["input copied", "replay"]
+
+
 def test_tape_replays_on_the_same_memory():
     x, total = torch.tensor([1.0, 2.0]), torch.zeros(2)
     tape, y = Tape.record(lambda: total.add_(x.view(1, 2)[0] * 3))

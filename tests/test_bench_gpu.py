@@ -1,6 +1,8 @@
 """`bench gpu`: a row for every rung and peer, measured or with its reason, and records that the ledger takes."""
 
+import gc
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -27,6 +29,7 @@ from labutils.lab.models.ladder import accelerate, check_equal
 from labutils.measurement import ledger, roofline
 from labutils.measurement.resources import kv_bytes_per_position, weight_bytes_read
 from labutils.measurement.threads import ThreadChoice
+from labutils.measurement.timing import paired_ratio
 
 QUICK = Settings(rounds=5, compile=False, threads=1)
 CPU_RUNGS = ("fp32", "sdpa", "static cache", "fused", "int8", "int4")
@@ -66,6 +69,33 @@ def test_bench_gpu_has_a_row_for_every_rung_and_peer(subject, tmp_path):
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     assert ladder_files(tmp_path) == [tmp_path / "h200.jsonl"]
     assert 1 / ladders[model]["int8"].median_s == pytest.approx(by_name["int8"].tokens_per_s)
+
+
+def test_groups_are_timed_beside_a_base_of_their_own_and_let_go(subject, monkeypatch, tmp_path):
+    alive, most = weakref.WeakSet(), []
+
+    def watched(*args, **kwargs):
+        rung = accelerate(*args, **kwargs)
+        alive.add(rung.model)
+        gc.collect()
+        most.append(len(alive))
+        return rung
+
+    monkeypatch.setattr(gpu, "accelerate", watched)
+    rows = bench_gpu(subject, replace(QUICK, peers=False, at_once=2), say=lambda line: None)
+    names = [row.technique for row in rows]
+    assert names.count(BASE) == 6 and names[::3] == [BASE] * 6 and set(names) == set(NAMES)
+    assert max(most) <= 3 and len(most) > 6
+    bases = [row for row in rows if row.technique == BASE]
+    assert len({row.samples for row in bases}) == 6
+    write_json(rows, tmp_path / "h200.jsonl")
+    ladders = read_ladders(tmp_path / "h200.jsonl")
+    assert list(ladders)[:2] == [subject.name, f"{subject.name}, group 2"] and len(ladders) == 6
+    last = rows[-3:]
+    assert [row.technique for row in last] == [BASE, "fp8", "2:4"]
+    base, int8 = rows[12:14]
+    (line,) = [line for line in as_table(rows, reference=BASE).splitlines() if line.startswith("int8 ")]
+    assert int8.technique == "int8" and str(paired_ratio(int8.samples, base.samples)) in line
 
 
 def test_bench_gpu_states_the_share_of_what_probes_of_that_size_read(subject, monkeypatch):

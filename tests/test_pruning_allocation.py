@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_models import random_ids, tiny_model
 
 from labutils.lab.layers.linears import linear_layers, weight_of
-from labutils.pruning.allocation import sensitivity, solve_budget
+from labutils.pruning.allocation import head_budget, sensitivity, solve_budget
 from labutils.pruning.masks import mask_layer
 
 LEVELS = [0.0, 0.25, 0.5, 0.75]
@@ -71,3 +71,20 @@ def test_solve_budget_jumps_over_a_bump():
 def test_solve_budget_refuses_the_impossible():
     with pytest.raises(ValueError, match="highest level 0.75; got 0.9"):
         solve_budget({"a": [0, 1, 2, 3]}, {"a": 4}, levels=LEVELS, sparsity=0.9)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**20), st.data())
+def test_head_budget_equals_trying_everything(layers, kv_heads, seed, data):
+    damage = torch.randn(layers, 2 * kv_heads, generator=torch.Generator().manual_seed(seed))
+    remove = data.draw(st.integers(0, layers * (kv_heads - 1)))
+    kept, cost = head_budget(damage, kv_heads, remove), damage.view(layers, kv_heads, 2).sum(dim=2)
+    assert kept.any(dim=1).all() and int((~kept).sum()) == remove
+    possible = torch.tensor(list(itertools.product([True, False], repeat=kept.numel()))).view(-1, *kept.shape)
+    allowed = possible[possible.any(dim=2).all(dim=1) & ((~possible).sum(dim=(1, 2)) == remove)]
+    losses = (cost * ~allowed).sum(dim=(1, 2))
+    assert cost[~kept].sum().item() == pytest.approx(losses.min().item(), abs=1e-5)
+
+
+def test_head_budget_refuses_to_empty_a_layer():
+    with pytest.raises(ValueError, match="2 layers of 2 groups can lose 0 to 2; got remove=3"):
+        head_budget(torch.ones(2, 4), 2, remove=3)

@@ -128,7 +128,11 @@ def fp8_scales(x: Float[Tensor, "rows n"]) -> Float32[Tensor, "rows 1"]:
 
 
 class _First(nn.Module):
-    """Computes a fused layer and hands out the first part; the others fetch theirs from it."""
+    """Computes a fused layer and hands out the first part; the others fetch theirs from it, once each.
+
+    A part that is fetched is let go. So a layer keeps no activations when it is done, and a compiler finds nothing that
+    outlives the step, which it would have to write to memory.
+    """
 
     def __init__(self, layers: list[nn.Linear]) -> None:
         super().__init__()
@@ -139,11 +143,11 @@ class _First(nn.Module):
         self.fused.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
         if has_bias:
             self.fused.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]), requires_grad=False)
-        self.parts: tuple[Tensor, ...] = ()
+        self.parts: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        self.parts = self.fused(x).split(self.sizes, dim=-1)
-        return self.parts[0]
+        self.parts = dict(enumerate(self.fused(x).split(self.sizes, dim=-1)))
+        return self.parts.pop(0)
 
 
 class _Other(nn.Module):
@@ -153,7 +157,7 @@ class _Other(nn.Module):
         self.index = index
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.source[0].parts[self.index]
+        return self.source[0].parts.pop(self.index)
 
 
 def fuse_(model: nn.Module) -> nn.Module:

@@ -70,7 +70,7 @@ def _define(chapter: str) -> None:
 
 
 def _numbers(name: str) -> list[int]:
-    """[6, 12] of "6.12 price_per_million"."""
+    """[6, 12] of "6.12 nvfp4_gemv"."""
     return [int(digits) for digits in re.findall(r"\d+", name.partition(" ")[0])]
 
 

@@ -1,8 +1,10 @@
-"""Which layer bears how much: sensitivity measured one layer at a time, then a budget solved for."""
+"""Which part bears how much: sensitivity measured one layer at a time, then a budget of weights or of heads."""
 
 from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from labutils.lab.layers.linears import linear_layers, set_weight_, weight_of
 
@@ -67,3 +69,25 @@ def solve_budget(
         name, higher = min(steps, key=lambda step: (float(f"{steps[step]:.6g}"), step[1]))  # on a tie the smaller step
         chosen[name] = higher
     return {name: levels[level] for name, level in chosen.items()}
+
+
+def head_budget(damage: Float[Tensor, "layers heads"], kv_heads: int, remove: int) -> Bool[Tensor, "layers kv_heads"]:
+    """Which head groups stay: `remove` of the cheapest in the whole model go, and each layer keeps its dearest one.
+
+    A group is a key-value head with the neighbouring query heads that share it (GQA); their damages are added up.
+
+    Raises:
+        ValueError: when more should go than leaves a group in each layer.
+
+    >>> head_budget(torch.tensor([[9.0, 1.0, 2.0, 2.0], [3.0, 4.0, 1.0, 0.0]]), 2, remove=2)
+    tensor([[ True, False],
+            [ True, False]])
+    """
+    most = len(damage) * (kv_heads - 1)
+    if not 0 <= remove <= most:
+        raise ValueError(f"{len(damage)} layers of {kv_heads} groups can lose 0 to {most}; got remove={remove}")
+    cost = damage.unflatten(1, (kv_heads, -1)).sum(dim=-1)
+    cost[torch.arange(len(cost)), cost.argmax(dim=1)] = torch.inf
+    kept = torch.ones(cost.numel(), dtype=torch.bool)
+    kept[cost.flatten().argsort()[:remove]] = False
+    return kept.view_as(cost)

@@ -25,7 +25,7 @@ def rank_for(kept: float, *, out_features: int, in_features: int) -> int:
 def low_rank(
     weight: Float[Tensor, "out n"], rank: int, *, gram: Float[Tensor, "n n"] | None = None, damping: float = 1e-4
 ) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r n"]]:
-    """Factors L, R with L R ≈ W: the best in ‖W − L R‖ (Eckart and Young 1936), with gram the best in ‖(W − L R) X‖.
+    """Factors L, R with L R ≈ W: the best in ‖W − L R‖ (Eckart and Young 1936), with gram the best in ‖X (W − L R)ᵀ‖.
 
     Activation-aware: with G + λI = S Sᵀ (Cholesky), the truncated SVD of W S, then R = Vᵀ S⁻¹ (SVD-LLM, Wang et al.
     2024, arXiv:2403.07378, section 3.1).

@@ -91,7 +91,7 @@ def merge_columns(
 def reconstruct(
     weight: Float[Tensor, "out n"], gram: Float[Tensor, "n n"], kept: Int[Tensor, " k"], *, damping: float = 1e-4
 ) -> Float[Tensor, "out k"]:
-    """The kept columns, changed so that ‖W X − Ŵ X_kept‖ is least: all kept inputs together stand in for the removed.
+    """The kept columns, changed so that ‖W A − Ŵ A_kept‖ is least: all kept inputs together stand in for the removed.
 
     Ŵ = W G[:, kept] (G[kept, kept] + λI)⁻¹, least squares, with λ = damping · mean diagonal: the OBS update
     (Hassibi and Stork 1993) for columns that go in every row at once.

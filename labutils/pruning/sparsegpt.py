@@ -46,7 +46,7 @@ def sparsegpt(
     damping: float = 0.01,
     quantize: Callable[[Column], Column] = lambda column: column,
 ) -> Float[Tensor, "out n"]:
-    """The pruned weight that nearly minimises ‖(W − Ŵ) X‖ (Frantar and Alistarh 2023, arXiv:2301.00774, algorithm 1).
+    """The pruned weight that nearly minimises ‖X (W − Ŵ)ᵀ‖ (Frantar and Alistarh 2023, arXiv:2301.00774, algorithm 1).
 
     Masks are chosen for blocks of columns; each removed or rounded weight's error, divided by U_jj, is subtracted from
     the columns to its right along row j of U (`inverse_factor`).

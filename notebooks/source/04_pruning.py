@@ -7,10 +7,10 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapters 01 and 02; 03 helps |
-# | Time | 3 hours for you; all cells run in about 5 minutes on one core (measured: 275 s, the build included) |
+# | Time | 3.5 hours for you; all cells run in about 5 minutes on one core (measured: 275 s, the build included) |
 # | Memory, download | 3 GB at the peak, in section 9; nothing is downloaded |
 # | Hardware | any computer; a C compiler for the sparse kernels of section 9 |
-# | Exercises | 9, each checked in the cell below it |
+# | Exercises | 9, each checked in the cell below it; those marked *core* fit into one session of two hours |
 
 # %%
 import copy
@@ -24,6 +24,8 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from labutils.course.predictions import calibration as my_calibration
+from labutils.course.predictions import predict
 from labutils.lab.layers.calibration import input_statistics, layer_error
 from labutils.lab.layers.linears import change_weights_, linear_layers, weight_of
 from labutils.lab.models.calibration_text import calibration_batches
@@ -33,7 +35,7 @@ from labutils.lab.plots import pruning as plots
 from labutils.lab.plots.style import series_style
 
 transformers_logging.disable_progress_bar()
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support")  # PyTorch calls it beta, in each new kernel
 
 # %%
 model, tokenizer = load_model("lablm")
@@ -48,7 +50,9 @@ def quality_of(changed):
 
 
 print(f"{sum(b.numel() for b in calibration)} tokens of training text to calibrate on, code and dialogues")
-print(f"{len(documents)} held-out modules to measure on; cpu, float32, {torch.get_num_threads()} threads")
+measured_bytes = sum(len(d.text.encode()) for d in documents)
+print(f"{len(documents)} held-out modules to measure on, {measured_bytes:,} bytes; cpu, float32", end=", ")
+print(f"threads: {torch.get_num_threads()}")
 print(f"LabLM: {quality_of(model).bits_per_byte:.4f} bits per byte")
 
 # %% [markdown]
@@ -182,7 +186,7 @@ for i in (0, 2, 5):
 # with 3 and drops the −3.
 
 # %% [markdown]
-# ## Exercise 4.2: magnitude_mask
+# ## Exercise 4.2: magnitude_mask (core)
 #
 # Write `magnitude_mask(weight, sparsity)`: a boolean mask of the weight's shape, False for exactly
 # `round(sparsity * weight.numel())` weights, the smallest by size in the whole layer. No two sizes are equal.
@@ -209,7 +213,7 @@ def magnitude_mask(weight, sparsity):
 ch04.magnitude_mask(magnitude_mask)
 
 # %% [markdown]
-# ## Exercise 4.3: wanda_mask
+# ## Exercise 4.3: wanda_mask (core)
 #
 # Write `wanda_mask(weight, norms, sparsity)`: score |W_ij| · norms_j; in **each row** False for exactly
 # `round(sparsity * in_features)` smallest scores. weight (out, in), norms (in,). 4 lines, 8 minutes, difficulty 2 of 3.
@@ -238,7 +242,7 @@ ch04.wanda_mask(wanda_mask)
 # Hardware does not like scattered zeros. **N:M** sparsity keeps n of every m neighbours in a row: 2:4 is what NVIDIA's sparse
 # tensor cores multiply (Mishra et al. 2021, arXiv:2104.08378). Any criterion can fill the pattern.
 #
-# ## Exercise 4.4: two_of_four
+# ## Exercise 4.4: two_of_four (core)
 #
 # Write `two_of_four(scores)`: scores (out, in), in a multiple of 4; a boolean mask that keeps the two largest of every four
 # neighbours of a row. No two scores are equal. 3 lines, 8 minutes, difficulty 2 of 3.
@@ -297,7 +301,7 @@ plt.show()
 # adds a small number to its diagonal first (*damping*).
 
 # %% [markdown]
-# ## Exercise 4.5: remove_one
+# ## Exercise 4.5: remove_one (core)
 #
 # Write `remove_one(weights, inverse, index)`: weights (n,) of one row, inverse (n, n) = H⁻¹, already inverted. Return the new
 # row with weights[index] exactly 0. Do not change the input. 3 lines, 8 minutes, difficulty 2 of 3.
@@ -331,7 +335,7 @@ ch04.remove_one(remove_one)
 # **Tiny numbers:** U = [[2, 1], [0, 1]], one row w = [4, 5], column 0 goes: e = 2, and w becomes [0, 5 − 2 · 1] = [0, 3].
 
 # %% [markdown]
-# ## Exercise 4.6: prune_column
+# ## Exercise 4.6: prune_column (core)
 #
 # Write `prune_column(weight, factor, column, gone)`: weight (rows, n), factor U (n, n), gone (rows,) boolean: the rows that lose their
 # weight in this column. Return the new weight, those entries exactly 0; do not change the input. 5 lines, 12 minutes, difficulty 3 of 3.
@@ -364,6 +368,9 @@ ch04_removal.prune_column(prune_column)
 # magnitude there, at 50%?
 
 # %%
+my_wins = predict("of LabLM's 42 matrices: where SparseGPT loses less than magnitude at 50%", None)
+
+# %%
 from labutils.pruning.sparsegpt import sparsegpt
 
 unseen_ids = [tokenizer(d.text, return_tensors="pt").input_ids[:, :256] for d in documents]
@@ -376,6 +383,8 @@ for name, layer in linear_layers(model):
     rows["SparseGPT"].append(layer_error(w, sparsegpt(w, statistics[name].gram, 0.5), gram))
 wins = sum(ours < theirs for ours, theirs in zip(rows["SparseGPT"], rows["magnitude"], strict=True))
 print(f"SparseGPT beats magnitude in {wins} of {len(rows['magnitude'])} matrices")
+if wins:
+    my_wins.compare(wins)
 
 # %%
 figure, axes = plt.subplots(figsize=(12, 3.8), layout="constrained")
@@ -619,28 +628,40 @@ plt.show()
 #   numbers:** inputs (1, 1), (2, 2), (−3, −3): along the axis (1, 1)/√2 one channel says all, and the other is 0.
 
 # %% [markdown]
-# ## Exercise 4.7: remove_neurons
+# Neurons first. Section 1 showed that those which stay can speak for those which go (`reconstruct`). With one column of A for each
+# text position and one row for each neuron, `down` computes W A. Only the rows K stay, so we want the Ŵ that makes
+# $\lVert W A - \hat W A_K \rVert^2$ least. There the error has nothing left that a kept neuron could explain:
 #
-# Write `remove_neurons(gate, up, down, kept)`: gate and up (intermediate, hidden), down (hidden, intermediate), kept: indices.
-# Return the three smaller matrices. (In the check all three are square: shapes alone will not warn you.)
-# 1 line, 5 minutes, difficulty 1 of 3.
+# $$(W A - \hat W A_K)\, A_K^\top = 0$$
 #
-# <details><summary>Hint 1</summary>down(silu(gate x) · up x): where does neuron 7 stand in each matrix?</details>
-# <details><summary>Hint 2</summary>It is an output (row) of gate and up, and an input (column) of down.</details>
+# All that this needs of A is its Gram matrix G = A Aᵀ. **Tiny numbers:** G = [[4, 2], [2, 1]], W = [1, 10], neuron 0 stays: Ŵ · 4 =
+# 1 · 4 + 10 · 2, so Ŵ = 6.
+
+# %% [markdown]
+# ## Exercise 4.7: smaller_mlp
+#
+# Write `smaller_mlp(gate, up, down, gram, kept)`: gate and up (intermediate, hidden), down (hidden, intermediate), gram (intermediate,
+# intermediate), kept: indices. Return the three smaller matrices, down made up for the removed neurons by the equation above.
+# (In the check all are square: shapes alone will not warn you.) 4 lines, 15 minutes, difficulty 3 of 3.
+#
+# <details><summary>Hint 1</summary>A neuron is an output of gate and up and an input of down. Multiply the equation out: which blocks of gram are A A_Kᵀ and A_K A_Kᵀ?</details>
+# <details><summary>Hint 2</summary>The unknown stands on the left of its matrix: <code>torch.linalg.solve(…, …, left=False)</code> solves X M = B.</details>
 
 
 # %%
-# EXERCISE remove_neurons
-def remove_neurons(gate, up, down, kept):
-    """The MLP with only the kept neurons."""
+# EXERCISE smaller_mlp
+def smaller_mlp(gate, up, down, gram, kept):
+    """The MLP with only the kept neurons, and a down that makes up for the others."""
     ### BEGIN SOLUTION
-    return gate[kept], up[kept], down[:, kept]
+    among = gram[kept][:, kept]
+    wanted = down @ gram[:, kept]
+    return gate[kept], up[kept], torch.linalg.solve(among, wanted, left=False)
     ### END SOLUTION
 
 
 # %%
-# CHECK remove_neurons
-ch04_removal.remove_neurons(remove_neurons)
+# CHECK smaller_mlp
+ch04_removal.smaller_mlp(smaller_mlp)
 
 # %% [markdown]
 # Which layer does least? **Block influence** (ShortGPT, Men et al. 2024, arXiv:2403.03853):
@@ -836,6 +857,121 @@ plt.show()
 # *The same measurement as curves, averaged over the six layers: what one matrix alone costs as it gets sparser.*
 
 # %% [markdown]
+# ### A budget of heads
+#
+# The same with whole parts. LabLM has 4 query heads a layer and 2 key-value heads, each shared by two neighbouring query heads (GQA). We
+# silence one query head alone and read the loss on the probe. But what frees memory is a **group**: a key-value head *with* its query
+# heads. And a layer without any head is no attention layer, so one group stays in each.
+#
+# **Tiny numbers:** damages [[9, 1, 2, 2], [3, 4, 1, 0]], 2 key-value heads: the groups cost [[10, 4], [7, 1]]. Remove two: 1 and 4. A third
+# could not go.
+
+# %% [markdown]
+# ## Exercise 4.9: head_budget
+#
+# Write `head_budget(damage, kv_heads, remove)`: damage (layers, query heads), what each head costs alone; add up the costs of a group.
+# Return a boolean tensor (layers, kv_heads), False for exactly `remove` groups: the cheapest in the whole model, while every layer
+# keeps its dearest one. 6 lines, 12 minutes, difficulty 3 of 3.
+#
+# <details><summary>Hint 1</summary><code>unflatten</code> gives the heads of a group an axis of their own. Which groups may never go, and what cost would keep them out of every choice?</details>
+# <details><summary>Hint 2</summary>Put <code>torch.inf</code> at each layer's <code>argmax</code>, then rank all groups of the model together, flattened.</details>
+
+
+# %%
+# EXERCISE head_budget
+def head_budget(damage, kv_heads, remove):
+    """Which head groups stay, when the cheapest of the model go and each layer keeps one."""
+    ### BEGIN SOLUTION
+    cost = damage.unflatten(1, (kv_heads, -1)).sum(dim=-1)
+    cost[torch.arange(len(cost)), cost.argmax(dim=1)] = torch.inf
+    kept = torch.ones(cost.numel(), dtype=torch.bool)
+    kept[cost.flatten().argsort()[:remove]] = False
+    return kept.view_as(cost)
+    ### END SOLUTION
+
+
+# %%
+# CHECK head_budget
+ch04_removal.head_budget(head_budget)
+
+# %% [markdown]
+# Adding up is an assumption: two heads of a group may do the same work. **Predict:** what does a whole group cost, over the sum of what its
+# two heads cost alone? Below 1, they did different things; above 1, each stood in for the other.
+
+# %%
+my_sum = predict("a head group's damage over the sum of its heads' damages, median of 12", None, unit="times")
+
+# %%
+from labutils.pruning.allocation import head_budget as budget_of_heads
+
+WIDTH, HEADS, GROUPS = (getattr(model.config, n) for n in ("head_dim", "num_attention_heads", "num_key_value_heads"))
+SHARED = HEADS // GROUPS
+
+
+def silenced(pairs):
+    """LabLM with these (layer, query head) unheard: zeros where `o_proj` reads them."""
+    variant = copy.deepcopy(model)
+    for i, head in pairs:
+        variant.model.layers[i].self_attn.o_proj.weight.data[:, head * WIDTH : (head + 1) * WIDTH] = 0
+    return variant
+
+
+def heads_of(i, group):
+    return [(i, group * SHARED + head) for head in range(SHARED)]
+
+
+def rise(pairs):
+    global scout
+    scout = silenced(pairs)
+    return probe_loss() - dense_loss
+
+
+alone = torch.tensor([[rise([(i, head)]) for head in range(HEADS)] for i in range(6)])
+whole = torch.tensor([[rise(heads_of(i, group)) for group in range(GROUPS)] for i in range(6)])
+added = alone.unflatten(1, (GROUPS, -1)).sum(dim=-1)
+
+# %%
+figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
+axes.scatter(added, whole, **{k: v for k, v in series_style(0).items() if k in ("color", "marker")})
+axes.axline((0.05, 0.05), slope=1, color="0.6", linestyle=":", label="they would add up")
+for i in range(6):
+    for group in range(GROUPS):
+        at = (added[i, group].item(), whole[i, group].item())
+        axes.annotate(f"{i}.{group}", at, xytext=(4, 3), textcoords="offset points", fontsize="small")
+middle = (whole / added).median().item()
+above = int((whole > added).sum())
+axes.set(xscale="log", yscale="log", xlabel="its heads, each alone, added up (nats per token)")
+axes.set(ylabel="the whole group (nats per token)")
+axes.set_title(f"{above} of {whole.numel()} groups cost more than their heads; median {middle:.2f} times")
+axes.legend()
+plt.show()
+my_sum.compare(middle)
+
+# %% [markdown]
+# *Each point is a key-value head with its query heads, named layer.group: what the probe loses without the group, against the sum of what it
+# loses without each of its heads alone; both axes logarithmic.*
+#
+# Now spend it: three of twelve groups go, by these damages or by the weights' own scores (section 6's `head_group_scores`).
+
+# %%
+by_weights = torch.stack(head_group_scores(model, statistics)).repeat_interleave(SHARED, dim=1) / SHARED
+spent = {}
+for name, scores in {"by damage": alone, "by weights": by_weights}.items():
+    stays = budget_of_heads(scores, GROUPS, remove=3)
+    gone = [(i, group) for i, group in (~stays).nonzero().tolist()]
+    spent[name] = bits_by_document(silenced([pair for each in gone for pair in heads_of(*each)]), tokenizer, documents)
+    print(f"{name:<11} without {', '.join(f'{i}.{g}' for i, g in gone)}: {paired_quality(spent[name], baseline)}")
+gap = paired_quality(spent["by weights"], spent["by damage"])
+low, high = gap.interval
+told = "worse" if low > 0 else "better" if high < 0 else "not told apart"
+print(f"by weights minus by damage: {gap.difference:+.4f} [{low:+.4f}, {high:+.4f}], paired: {told}")
+
+# %% [markdown]
+# Both spend the same three groups' memory. The last line, on text that chose nothing, says whether 24 evaluations bought more than a score that
+# needs none. (An ordinary checkpoint needs equally many heads in each layer: these groups are silenced, and a format with a
+# number of heads for each layer would store them as nothing.)
+
+# %% [markdown]
 # ## 8 · Recovery, and pruning with quantization
 #
 # A few steps of training repair much. Three ways, each 12 steps of 1,024 tokens, zeros kept at zero: on the text itself; on
@@ -922,27 +1058,8 @@ for what, one, other in (
 # and all; **CSR**, each weight with its 32-bit column; a **bitmap**, one bit for each place and then the kept weights; **2:4 packed**,
 # two weights of every four and their places.
 #
-# ## Exercise 4.9: packed_bits
-#
-# Write `packed_bits(rows, columns, bits)`: the bits of a 2:4 packed matrix whose weights have `bits` bits each. A kept weight is
-# stored with its place among the four. 1 line, 5 minutes, difficulty 1 of 3.
-#
-# <details><summary>Hint 1</summary>How many bits tell four places apart?</details>
-# <details><summary>Hint 2</summary>Half of the weights, each bits + 2. In fp16: 36 bits for four weights, in place of 64.</details>
-
-
-# %%
-# EXERCISE packed_bits
-def packed_bits(rows, columns, bits):
-    """Bits of a 2:4 packed matrix."""
-    ### BEGIN SOLUTION
-    return rows * columns // 2 * (bits + 2)
-    ### END SOLUTION
-
-
-# %%
-# CHECK packed_bits
-ch04_removal.packed_bits(packed_bits)
+# Inside a group of four a place takes 2 bits, so 2:4 costs (bits + 2) / 2 for each weight of the dense matrix: in fp16 36 bits for four
+# weights, in place of 64. CSR pays 32 bits for each place, a bitmap one bit for *every* weight, kept or not.
 
 # %% [markdown]
 # Now a clock. Matrix times vector, 1024 × 2816 in float32, four different matrices in a row; one thread. The sparser a matrix, the more
@@ -950,6 +1067,9 @@ ch04_removal.packed_bits(packed_bits)
 # comes from memory. Our kernels are C (`labutils/pruning/sparse_matvec.c`), compiled on first use.
 #
 # **Predict:** from which share of zeros on does CSR beat dense? When does 2:4? And what do zeros buy that are stored?
+
+# %%
+my_even = predict("percent of zeros from which CSR in C is faster than dense", None, unit="%")
 
 # %%
 from labutils.measurement.roofline import probe_working_set_bytes
@@ -1025,6 +1145,8 @@ axes.set_title(f"{axes.get_title()}; 2:4 {pays} at half")
 axes.legend(fontsize="small", loc="upper left")
 plt.show()
 print("break-even:", {name: c and round(c, 3) for name, c in crossings.items() if name != "zeros stored"})
+if at:
+    my_even.compare(100 * at)
 
 # %% [markdown]
 # *How many times as fast as the dense product (dashed) each format is, over the share of zeros; medians of 15 interleaved rounds,
@@ -1085,6 +1207,9 @@ print(*bars, sep="\n")
 # **Predict:** calibrated on code alone, bits per byte on code will be fine. And the customers?
 
 # %%
+my_served = predict("percent of customers' intents still right after calibration on code alone", None, unit="%")
+
+# %%
 from torch.nn.utils.rnn import pad_sequence
 
 from labutils.lab.models.mixture import reply_labels
@@ -1134,6 +1259,8 @@ for name, right in outcomes.items():
     shares = "".join(f"{right[m].mean().item():>16.3f}" for m in groups_of.values())
     print(f"{name:<20}{code_lost[name]:>+10.3f}{shares}")
 print("items:", {g: int(m.sum()) for g, m in groups_of.items()})
+if outcomes["code only"].any():
+    my_served.compare(100 * outcomes["code only"].mean().item())
 
 # %%
 figure, (left, right_axes) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(1.3, 1))
@@ -1272,7 +1399,7 @@ plt.show()
 #
 # - the article's rule turned round: similar means redundant, and the kept ones speak for the removed;
 # - six criteria, n:m patterns and the OBS update, each with its cost and interval;
-# - smaller ordinary checkpoints: neurons, heads, layers, width, slices;
+# - smaller ordinary checkpoints: neurons, heads, layers, width, slices; a budget spent on the groups that cost least;
 # - the share of zeros from which a sparse format pays *on this machine*, and one that is stored dense and pays nothing;
 # - a table by group, which an average would have hidden.
 #
@@ -1280,6 +1407,9 @@ plt.show()
 # measurement of this chapter would you repeat on *your* model before you answer?
 #
 # Next: **05 · Knowledge distillation**.
+
+# %%
+my_calibration()
 
 # %%
 from labutils.course.progress import progress

@@ -10,7 +10,7 @@
 # | Time | 3 hours for you; all cells run in about 3 minutes on one core (measured: 187 s, the build included) |
 # | Memory, download | 2 GB at the peak; nothing is downloaded |
 # | Hardware | any computer |
-# | Exercises | 8, each checked in the cell below it |
+# | Exercises | 8, each checked in the cell below it; those marked *core* fit into one session of two hours |
 
 # %%
 import copy
@@ -23,6 +23,7 @@ import torch
 from torch.nn.functional import cross_entropy, softmax
 from transformers.utils import logging as transformers_logging
 
+from labutils.course.predictions import calibration, predict
 from labutils.lab.models.calibration_text import calibration_batches
 from labutils.lab.models.compare import bits_by_document, held_out_documents, paired_quality
 from labutils.lab.models.load import load_model
@@ -42,7 +43,9 @@ def quality_of(model):
     return paired_quality(bits_by_document(model, tokenizer, documents), baseline)
 
 
-print(f"{len(documents)} held-out modules to measure on; cpu, float32, {torch.get_num_threads()} threads")
+measured_bytes = sum(len(d.text.encode()) for d in documents)
+print(f"{len(documents)} held-out modules to measure on, {measured_bytes:,} bytes; cpu, float32", end=", ")
+print(f"threads: {torch.get_num_threads()}")
 print(
     f"the teacher, LabLM: {teacher.num_parameters():,} parameters, {quality_of(teacher).bits_per_byte:.4f} bits per byte"
 )
@@ -106,7 +109,7 @@ print(
 # ¾ ln 1.5 + ¼ ln 0.5 = 0.304 − 0.173 = 0.131.
 
 # %% [markdown]
-# ## Exercise 5.1: soft_loss
+# ## Exercise 5.1: soft_loss (core)
 #
 # Write `soft_loss(student_logits, teacher_logits)`: both (positions, vocab); return KL(teacher ‖ student) in nats, the mean over positions,
 # as a tensor of one number through which the student can be trained. 3 lines, 8 minutes, difficulty 2 of 3.
@@ -181,7 +184,7 @@ plt.show()
 # **Temperature** makes it visible: divide the logits by T before the softmax.
 
 # %% [markdown]
-# ## Exercise 5.2: soften
+# ## Exercise 5.2: soften (core)
 #
 # Write `soften(logits, temperature)`: probabilities of the last axis at that temperature. 1 line, 3 minutes, difficulty 1 of 3.
 #
@@ -243,6 +246,9 @@ plt.show()
 # **Predict:** from T = 4 to T = 16, how much does the gradient's norm change with T², and without?
 
 # %%
+my_fading = predict("norm of the gradient without T²: at T = 4 over at T = 16", None, unit="times")
+
+# %%
 from labutils.distillation.divergences import at_temperature
 
 small, _ = load_model("lablm-small")
@@ -270,6 +276,7 @@ axes.set_title(
 )
 plt.show()
 print({name: f"T = 1 to 16: {ratio[1.0]:.1f}" for name, ratio in change.items()})
+my_fading.compare(change["without"][4.0])
 
 # %% [markdown]
 # *Norm of the loss's gradient by the logits of LabLM-small on 200 tokens of held-out code, LabLM the teacher; both axes
@@ -277,7 +284,7 @@ print({name: f"T = 1 to 16: {ratio[1.0]:.1f}" for name, ratio in change.items()}
 # sharp and differ most. On the level part T changes *what* is taught, and λ how much.
 
 # %% [markdown]
-# ## Exercise 5.3: hinton_loss
+# ## Exercise 5.3: hinton_loss (core)
 #
 # Write `hinton_loss(student_logits, teacher_logits, labels, temperature, soft)`: λ = `soft` weighs T² · KL (mean over positions), 1 − λ
 # the cross-entropy with `labels` (positions,). 4 lines, 10 minutes, difficulty 2 of 3.
@@ -362,7 +369,7 @@ plt.show()
 # avoids what the teacher would never say (MiniLLM, Gu et al. 2023, arXiv:2306.08543).
 
 # %% [markdown]
-# ## Exercise 5.4: jensen_shannon
+# ## Exercise 5.4: jensen_shannon (core)
 #
 # Write `jensen_shannon(student_probs, teacher_probs)`: probabilities (positions, vocab), none zero; return (positions,), in nats:
 # ½ KL(teacher ‖ m) + ½ KL(student ‖ m) with m the mean of both. 3 lines, 7 minutes, difficulty 2 of 3.
@@ -401,6 +408,9 @@ ch05.jensen_shannon(jensen_shannon)
 # all other tokens?
 
 # %%
+my_rest = predict("percent left to all others by a student of the 3 favourites, rescaled", None, unit="%")
+
+# %%
 from labutils.distillation.cache import stored_bytes
 from labutils.distillation.sparse import drawn, sparse_cross_entropy, top_k
 
@@ -433,9 +443,11 @@ for name, targets in cures.items():
     probs = trained_on(targets)
     rest = 1 - probs.gather(1, three.ids).sum(1).mean()
     print(f"{name:<24} leaves {rest:.1%}; distance from the teacher {(probs - true).abs().sum(1).mean() / 2:.3f}")
+    if name == "3, rescaled":
+        my_rest.compare(100 * rest.item())
 
 # %% [markdown]
-# The distance is the total variation, 0 for a copy and 1 for nothing in common. The bucket gets the *mass* of the rest right and
+# **Explain.** The distance is the total variation, 0 for a copy and 1 for nothing in common. The bucket gets the *mass* of the rest right and
 # cannot know how it is spread. Tokens drawn *once* say, like rescaling, that all others do not exist. Draws are right only on average:
 # over steps that draw anew, or over many similar positions whose weights are shared. These free logits share nothing, so this cell
 # shows the draws' lack of bias (its last line) and not what they are worth in a real training.
@@ -574,7 +586,7 @@ for name in [n for n in taught if n != best]:
     print(f"{name:<18} loses {taught[name] - taught[best]:.3f} [{low:+.3f}, {high:+.3f}] to {best}")
 
 # %% [markdown]
-# The intervals are over documents and one training each: they say how sure the order is on *these* runs. The right layers of the
+# **Explain.** The intervals are over documents and one training each: they say how sure the order is on *these* runs. The right layers of the
 # teacher save the long first part of training. The wrong ones can be worse than random weights: compare the last three layers with the
 # random start above. Which layers are right depends on the model, so measure it.
 
@@ -644,6 +656,9 @@ with tempfile.TemporaryDirectory() as folder:
 # **Predict:** after so few steps, by how much will KD be ahead, if at all? And what does it cost in time?
 
 # %%
+my_cost = predict("time of a step with KD over a step with CE, the teacher asked anew", None, unit="times")
+
+# %%
 import itertools
 
 from labutils.distillation.divergences import label_smoothing
@@ -683,6 +698,7 @@ losses = {name: loss_of(copy.deepcopy(start)) for name, loss_of in LOSSES.items(
 once = {name: lambda loss=loss: loss(lessons[0], lessons[0]).backward() for name, loss in losses.items()}
 spent = {name: timing.samples_s for name, timing in measure_interleaved(once, repeats=7, warmup=1).items()}
 print("time of a loss and its gradient against CE:", {n: str(paired_ratio(s, spent["CE"])) for n, s in spent.items()})
+my_cost.compare(paired_ratio(spent["KD"], spent["CE"]).value)
 
 # %%
 from labutils.lab.models.students import mean_interval
@@ -894,13 +910,15 @@ for step in range(200):
 # So ULD hands on how sure the teacher is, and over how many tokens, across any two tokenizers. The labels must say of which.
 
 # %%
-prompts = [prompt_of(query) for query in service.evaluation_set(service.ANSWER, "train", 48, seed=3)]
-schedule = OnPolicySchedule(final=0.5, rising_steps=4)
-print("share of steps on its own texts:", [schedule.share(step) for step in range(6)])
+prompts = [prompt_of(query) for query in service.evaluation_set(service.ANSWER, "train", 96, seed=3)]
+asked, practice = prompts[:24], prompts[24:88]
+STEPS_OF_DIET, schedule = 32, OnPolicySchedule(final=0.75, rising_steps=8)
+shares = [schedule.share(step) for step in range(STEPS_OF_DIET)]
+print("share of steps on its own texts:", shares[:10], f"..., {sum(shares):.1f} of {STEPS_OF_DIET} steps on average")
 
 # %% [markdown]
 # All four students begin as LabLM-small with half of its weights set to zero (chapter 04), free to grow back, and train for the same
-# number of steps. We judge them where on-policy training aims: on what *they* write to 12 customers, how many nats per token does
+# number of steps. We judge them where on-policy training aims: on what *they* write to 24 other customers, how many nats per token does
 # the teacher object to (reverse KL)?
 #
 # **Predict:** which diet lowers that number most, and what does each do to code?
@@ -913,14 +931,17 @@ judge = Recipe(soft=1.0, hard=0.0, temperature=1.0, divergence=DIVERGENCES["reve
 gentle = Recipe(soft=1.0, hard=0.0, temperature=1.0, divergence=DIVERGENCES["Jensen-Shannon"])
 wounded = copy.deepcopy(small)
 apply_masks_(wounded, mask_model(magnitude_scores(small), 0.5))
-dialogues = calibration_batches(tokenizer, code=0, dialogues=48, context=128, batch=4, seed=1)
-by_teacher = [written(teacher, prompts[16 + i : 24 + i], max_new_tokens=16, end_id=END) for i in range(0, 24, 8)]
+dialogues = calibration_batches(tokenizer, code=0, dialogues=4 * STEPS_OF_DIET, context=128, batch=4, seed=1)
+lectures = [practice[i : i + 8] for i in range(0, len(practice), 8)]
+by_teacher = [written(teacher, some, max_new_tokens=16, end_id=END) for some in lectures]
 
 
+@torch.no_grad()
 def own_mistakes(student):
-    own = written(student, prompts[:12], max_new_tokens=12, end_id=END)
-    with torch.no_grad():
-        return distillation_loss(student, teacher, judge)(*own).item()
+    """For each customer, the nats per token that the teacher objects to in the student's own words."""
+    ids, labels = written(student, asked, max_new_tokens=12, end_id=END)
+    objection = distillation_loss(student, teacher, judge)
+    return [(objection(ids[i : i + 1], labels[i : i + 1]).item(), 1) for i in range(len(ids))]
 
 
 # %%
@@ -930,31 +951,39 @@ def from_data(step):
 
 def on_policy(student):
     return on_policy_parts(
-        student, from_data, lambda step: prompts[16 + 8 * (step % 4) :][:8], schedule, max_new_tokens=16, end_id=END
+        student, from_data, lambda step: lectures[step % len(lectures)], schedule, max_new_tokens=16, end_id=END
     )
 
 
 ways = {
     "text alone": lambda student: (from_data, text_loss(student)),
-    "teacher's texts": lambda student: (lambda step: [by_teacher[step % 3]], text_loss(student)),
+    "teacher's texts": lambda student: (lambda step: [by_teacher[step % len(by_teacher)]], text_loss(student)),
     "soft targets on the text": lambda student: (from_data, distillation_loss(student, teacher, gentle)),
-    "half on-policy": lambda student: (on_policy(student), distillation_loss(student, teacher, gentle)),
+    "mostly on-policy": lambda student: (on_policy(student), distillation_loss(student, teacher, gentle)),
 }
 # %%
 students = {"before": wounded}
 for name, way in ways.items():
     students[name] = student = copy.deepcopy(wounded)
     parts, loss_of = way(student)
-    fit_(student, parts, loss_of, FitPlan(steps=10, lr=3e-4, warmup_steps=4, final_lr_share=0.1, max_grad_norm=1.0))
+    plan_of_diet = FitPlan(steps=STEPS_OF_DIET, lr=3e-4, warmup_steps=4, final_lr_share=0.1, max_grad_norm=1.0)
+    fit_(student, parts, loss_of, plan_of_diet)
+objections = {name: own_mistakes(student) for name, student in students.items()}
 for name, student in students.items():
     bits = per_byte(bits_by_document(student, tokenizer, documents))
-    print(f"{name:<26}{own_mistakes(student):.3f} nats per own token; {bits:.3f} bits per byte of code")
+    print(f"{name:<26}{per_byte(objections[name]):.3f} nats per own token; {bits:.3f} bits per byte of code")
+for name in ("text alone", "teacher's texts", "soft targets on the text"):
+    gap = paired_quality(objections["mostly on-policy"], objections[name])
+    low, high = gap.interval
+    told = "loses" if low > 0 else "wins" if high < 0 else "not told apart"
+    print(f"on-policy minus {name}: {gap.difference:+.3f} [{low:+.3f}, {high:+.3f}] nats, paired by customer: {told}")
 
 # %% [markdown]
-# One seed, ten steps: another seed may change the order of neighbours. On-policy training aims at the first number, the student's own
-# mistakes. Compare it there with soft targets on the text: ten steps, of which at most half are on-policy, are too few to show what the
-# papers found, and this contest does not show it. Nobody asks for code here, so look also at what each diet does to it. The teacher's
-# *texts* need no logits, so they work across tokenizers, even through a paid interface.
+# **Explain.** On-policy training aims at the first number, the student's own mistakes. The last three lines compare it there, customer by customer, with
+# each of the others: read who won, and where the interval reaches over zero, nobody did. They know nothing of another seed, and 32 steps
+# are far fewer than the papers' thousands. Two things differ besides whose words are read: a step on its own texts holds fewer tokens than a
+# step on data, and the student practises at temperature 1 but is judged on its greedy answers. Nobody asks for code here, so look also at
+# what each diet does to it. The teacher's *texts* need no logits, so they work across tokenizers, even through a paid interface.
 
 # %% [markdown]
 # ### Back to health
@@ -1002,7 +1031,7 @@ for kind in ("2 bits", "60% zeros"):
 #
 # (Leviathan et al. 2022, arXiv:2211.17192, section 3). **Tiny numbers:** draft (0.9, 0.1), target (0.5, 0.5): 0.5 + 0.1 = 0.6.
 #
-# ## Exercise 5.8: acceptance
+# ## Exercise 5.8: acceptance (core)
 #
 # Write `acceptance(draft_probs, target_probs)`: both (positions, vocab); return the share of draft tokens kept, one number, the mean over
 # positions. 1 line, 4 minutes, difficulty 1 of 3.
@@ -1095,6 +1124,9 @@ for name, draft in {"LabLM-small": small, "this chapter's short student": short}
 # How many times as fast is it?
 
 # %%
+my_gain = predict("tokens/s of LabLM-small over LabLM", None, unit="times")
+
+# %%
 from labutils.generation.decode import generate_cached
 from labutils.measurement import ledger
 
@@ -1110,6 +1142,7 @@ faster = {name: paired_ratio(times["LabLM"].samples_s, times[name].samples_s) fo
 # %%
 for name in entrants:
     print(f"{name:<14} {smaller[name]:>4.0%} smaller, {faster[name]} as fast; {times[name]}")
+my_gain.compare(faster["LabLM-small"].value)
 c = times["LabLM-small"].median_s / times["LabLM"].median_s
 for text_name in (*PLACES_OF, *own):
     step = tokens_per_target_step(rates["LabLM-small", text_name][0], draft_tokens=4)
@@ -1157,7 +1190,7 @@ print(f"our tokens hold {per_token:.1f} bytes on average; a perplexity depends o
 print(f"published: DistilGPT2 perplexity {21.1 / 16.3:.3f} times its teacher's; DistilBERT {77.0 / 79.5:.3f} of GLUE")
 
 # %% [markdown]
-# Why ours differ: look first at LabLM-small and the size "small" in the table. They are of one size, three layers of 256 neurons, but
+# **Explain.** Why do ours differ? Look first at LabLM-small and the size "small" in the table. They are of one size, three layers of 256 neurons, but
 # LabLM-small took another middle layer and was trained for thousands of steps (with a softer loss and longer sequences), and together
 # that closes most of the gap to the teacher. Other reasons, whose shares nobody measured here: a language model must predict *every* token, while GLUE asks for a class; DistilBERT kept half of 12 layers,
 # ours a third or half of 6 and often fewer neurons; and LabLM has few parameters to spare.
@@ -1380,6 +1413,9 @@ plt.show()
 # a ready 8B model and fine-tune it on your data? What would you measure first, and what would make you change your mind?
 #
 # Next: **06 · GPU acceleration**.
+
+# %%
+calibration()
 
 # %%
 from labutils.course.progress import progress

@@ -254,37 +254,49 @@ def prune_column(weight, factor, column, gone):
     return changed
 
 
-# %% WRONG remove_neurons | take down's columns
-# EXERCISE remove_neurons
-def remove_neurons(gate, up, down, kept):
-    return gate[kept], up[kept], down[kept]
+# %% WRONG smaller_mlp | as they were
+# EXERCISE smaller_mlp
+def smaller_mlp(gate, up, down, gram, kept):
+    return gate[kept], up[kept], down[:, kept]
 
 
-# %% WRONG remove_neurons | up still has every neuron
-# EXERCISE remove_neurons
-def remove_neurons(gate, up, down, kept):
-    return gate[kept], up, down[:, kept]
+# %% WRONG smaller_mlp | nothing was solved
+# EXERCISE smaller_mlp
+def smaller_mlp(gate, up, down, gram, kept):
+    return gate[kept], up[kept], down @ gram[:, kept]
 
 
-# %% WRONG remove_neurons | swapped
-# EXERCISE remove_neurons
-def remove_neurons(gate, up, down, kept):
-    return gate[:, kept], up[:, kept], down[kept]
+# %% WRONG smaller_mlp | as if it were alone
+# EXERCISE smaller_mlp
+def smaller_mlp(gate, up, down, gram, kept):
+    return gate[kept], up[kept], down @ gram[:, kept] / gram[kept, kept]
 
 
-# %% WRONG remove_neurons | masked, not removed
-# EXERCISE remove_neurons
-def remove_neurons(gate, up, down, kept):
-    mask = torch.zeros(len(gate))
-    mask[kept] = 1
-    return gate * mask[:, None], up * mask[:, None], down * mask
+# %% WRONG smaller_mlp | not the inverse of a part
+# EXERCISE smaller_mlp
+def smaller_mlp(gate, up, down, gram, kept):
+    inverse = torch.linalg.inv(gram)
+    return gate[kept], up[kept], down @ gram[:, kept] @ inverse[kept][:, kept]
 
 
-# %% WRONG remove_neurons | the first neurons
-# EXERCISE remove_neurons
-def remove_neurons(gate, up, down, kept):
-    n = len(kept)
-    return gate[:n], up[:n], down[:, :n]
+# %% WRONG smaller_mlp | part is missing
+# EXERCISE smaller_mlp
+def smaller_mlp(gate, up, down, gram, kept):
+    gone = torch.tensor([i for i in range(len(gate)) if i not in kept.tolist()])
+    return gate[kept], up[kept], down[:, gone] @ gram[gone][:, kept] @ torch.linalg.inv(gram[kept][:, kept])
+
+
+# %% WRONG smaller_mlp | take their rows
+# EXERCISE smaller_mlp
+def smaller_mlp(gate, up, down, gram, kept):
+    solved = torch.linalg.solve(gram[kept][:, kept], down @ gram[:, kept], left=False)
+    return gate[:, kept], up[:, kept], solved
+
+
+# %% WRONG smaller_mlp | up still has every neuron
+# EXERCISE smaller_mlp
+def smaller_mlp(gate, up, down, gram, kept):
+    return gate[kept], up, torch.linalg.solve(gram[kept][:, kept], down @ gram[:, kept], left=False)
 
 
 # %% WRONG influence | how little it does
@@ -317,31 +329,52 @@ def influence(before, after):
     return 1 - (before * after).sum(dim=-1).mean().item()
 
 
-# %% WRONG packed_bits | the places are missing
-# EXERCISE packed_bits
-def packed_bits(rows, columns, bits):
-    return rows * columns // 2 * bits
+# %% WRONG head_budget | lost its last group
+# EXERCISE head_budget
+def head_budget(damage, kv_heads, remove):
+    cost = damage.view(len(damage), kv_heads, -1).sum(-1)
+    kept = torch.ones_like(cost, dtype=torch.bool).flatten()
+    kept[cost.flatten().argsort()[:remove]] = False
+    return kept.view_as(cost)
 
 
-# %% WRONG packed_bits | all weights are counted
-# EXERCISE packed_bits
-def packed_bits(rows, columns, bits):
-    return rows * columns * (bits + 2)
+# %% WRONG head_budget | are neighbours
+# EXERCISE head_budget
+def head_budget(damage, kv_heads, remove):
+    cost = damage.view(len(damage), -1, kv_heads).sum(1)
+    cost[torch.arange(len(cost)), cost.argmax(dim=1)] = torch.inf
+    kept = torch.ones_like(cost, dtype=torch.bool).flatten()
+    kept[cost.flatten().argsort()[:remove]] = False
+    return kept.view_as(cost)
 
 
-# %% WRONG packed_bits | one bit tells two places apart
-# EXERCISE packed_bits
-def packed_bits(rows, columns, bits):
-    return rows * columns // 2 * (bits + 1)
+# %% WRONG head_budget | add them up
+# EXERCISE head_budget
+def head_budget(damage, kv_heads, remove):
+    cost = damage.view(len(damage), kv_heads, -1).amax(-1)
+    cost[torch.arange(len(cost)), cost.argmax(dim=1)] = torch.inf
+    kept = torch.ones_like(cost, dtype=torch.bool).flatten()
+    kept[cost.flatten().argsort()[:remove]] = False
+    return kept.view_as(cost)
 
 
-# %% WRONG packed_bits | those are bytes
-# EXERCISE packed_bits
-def packed_bits(rows, columns, bits):
-    return rows * columns // 2 * (bits + 2) / 8
+# %% WRONG head_budget | inverted
+# EXERCISE head_budget
+def head_budget(damage, kv_heads, remove):
+    cost = damage.view(len(damage), kv_heads, -1).sum(-1)
+    cost[torch.arange(len(cost)), cost.argmax(dim=1)] = torch.inf
+    gone = torch.zeros_like(cost, dtype=torch.bool).flatten()
+    gone[cost.flatten().argsort()[:remove]] = True
+    return gone.view_as(cost)
 
 
-# %% WRONG packed_bits | that is CSR
-# EXERCISE packed_bits
-def packed_bits(rows, columns, bits):
-    return rows * columns // 2 * (bits + 32)
+# %% WRONG head_budget | of all layers together
+# EXERCISE head_budget
+def head_budget(damage, kv_heads, remove):
+    cost = damage.view(len(damage), kv_heads, -1).sum(-1)
+    kept = torch.ones_like(cost, dtype=torch.bool)
+    while (~kept).sum() < remove:
+        for i in range(len(cost)):
+            if (~kept).sum() < remove and kept[i].sum() > 1:
+                kept[i, torch.where(kept[i], cost[i], torch.inf).argmin()] = False
+    return kept

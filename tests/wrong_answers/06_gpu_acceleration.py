@@ -419,19 +419,40 @@ def online_update(m, total, mixed, scores, values):
     return larger, total, (mixed * shrink + powers @ values) / total
 
 
-# %% WRONG price_per_million | the energy is missing
-# EXERCISE price_per_million
-def price_per_million(tokens_per_s, price_per_hour, watts, price_per_kwh):
-    return 1e6 / tokens_per_s / 3600 * price_per_hour
+# %% WRONG nvfp4_gemv | that is int4
+# EXERCISE nvfp4_gemv
+def nvfp4_gemv(codes, scales, tensor_scale, x):
+    values = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).float() - 8
+    return tensor_scale * ((values * x).unflatten(1, (-1, 16)).sum(dim=-1) * scales).sum(dim=-1)
 
 
-# %% WRONG price_per_million | not kilowatts
-# EXERCISE price_per_million
-def price_per_million(tokens_per_s, price_per_hour, watts, price_per_kwh):
-    return 1e6 / tokens_per_s / 3600 * (price_per_hour + watts * price_per_kwh)
+# %% WRONG nvfp4_gemv | the fourth bit is the sign
+# EXERCISE nvfp4_gemv
+def nvfp4_gemv(codes, scales, tensor_scale, x):
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = table[(torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1) & 7).long()]
+    return tensor_scale * ((values * x).unflatten(1, (-1, 16)).sum(dim=-1) * scales).sum(dim=-1)
 
 
-# %% WRONG price_per_million | those are seconds
-# EXERCISE price_per_million
-def price_per_million(tokens_per_s, price_per_hour, watts, price_per_kwh):
-    return 1e6 / tokens_per_s * (price_per_hour + watts / 1000 * price_per_kwh)
+# %% WRONG nvfp4_gemv | the low half comes first
+# EXERCISE nvfp4_gemv
+def nvfp4_gemv(codes, scales, tensor_scale, x):
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    values = table[torch.stack([codes >> 4, codes & 15], dim=-1).flatten(1).long()]
+    return tensor_scale * ((values * x).unflatten(1, (-1, 16)).sum(dim=-1) * scales).sum(dim=-1)
+
+
+# %% WRONG nvfp4_gemv | are neighbours
+# EXERCISE nvfp4_gemv
+def nvfp4_gemv(codes, scales, tensor_scale, x):
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    values = table[torch.cat([codes & 15, codes >> 4], dim=1).long()]
+    return tensor_scale * ((values * x).unflatten(1, (-1, 16)).sum(dim=-1) * scales).sum(dim=-1)
+
+
+# %% WRONG nvfp4_gemv | the tensor's scale is missing
+# EXERCISE nvfp4_gemv
+def nvfp4_gemv(codes, scales, tensor_scale, x):
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    values = table[torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).long()]
+    return ((values * x).unflatten(1, (-1, 16)).sum(dim=-1) * scales).sum(dim=-1)

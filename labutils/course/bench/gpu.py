@@ -38,13 +38,18 @@ FITS_IN_CACHE = "weights fit into the cache: no share of memory bandwidth"
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to measure, and where; the best number of threads is found by measuring unless given."""
+    """How much to measure, and where; the best number of threads is found by measuring unless given.
+
+    Of a model too large for all rungs together, `at_once` are held and timed beside the base, then let go for the next;
+    0 takes all together.
+    """
 
     device: str = "cpu"
     rounds: int = 7
     compile: bool = True
     threads: int | None = None
     peers: bool = True
+    at_once: int = 0
 
 
 @dataclass
@@ -60,6 +65,8 @@ class _Field:
 def bench_gpu(subject: Subject, settings: Settings = Settings(), *, say: Callable[[str], None] = print) -> list[Row]:
     """Climbs the ladder and returns a row for each rung and each peer; one that cannot run here says why.
 
+    A group of rungs begins with a row of the base, timed in the same rounds.
+
     Raises:
         ValueError: If `rounds` is below 5.
     """
@@ -67,19 +74,34 @@ def bench_gpu(subject: Subject, settings: Settings = Settings(), *, say: Callabl
     if not settings.compile:
         abilities = replace(abilities, compiler="it was left out by --no-compile")
     threads = _best_threads(subject, settings, say)
+    rows: list[Row] = []
     with thread_count(threads):
-        found = _take_part(subject, abilities, settings, say)
-        timings, meter = _measure(found, subject, settings)
-        if settings.device == "cpu":
-            for size in meter.probes:
-                say(f"  {meter.describe(size)}")
+        for group in groups((*NAMES, *(gpu_peers.NAMES if settings.peers else ())), settings.at_once):
+            found = _take_part(group, subject, abilities, settings, say)
+            timings, meter = _measure(found, subject, settings)
+            if settings.device == "cpu":
+                for size in meter.probes:
+                    say(f"  {meter.describe(size)}")
+            rows += [
+                _row(name, subject, found, timings, meter)
+                if name in timings
+                else Row(technique=name, model=subject.name, threads=threads, note=found.skipped[name])
+                for name in group
+            ]
+            del found, meter  # the models, before the next ones are made
         say(prefill_share(subject, abilities, settings))
-    return [
-        _row(name, subject, found, timings, meter)
-        if name in timings
-        else Row(technique=name, model=subject.name, threads=threads, note=found.skipped[name])
-        for name in (*NAMES, *(gpu_peers.NAMES if settings.peers else ()))
-    ]
+    return rows
+
+
+def groups(names: Sequence[str], at_once: int) -> list[tuple[str, ...]]:
+    """The base with each `at_once` of the other names; with 0, all of them together.
+
+    >>> groups(("fp32", "sdpa", "int8", "int4"), 2)
+    [('fp32', 'sdpa', 'int8'), ('fp32', 'int4')]
+    """
+    base, *others = names
+    at_once = at_once or len(others)
+    return [(base, *others[i : i + at_once]) for i in range(0, len(others), at_once)]
 
 
 def bytes_read(model: nn.Module) -> int:
@@ -176,14 +198,20 @@ def ladder_files(folder: Path) -> list[Path]:
 
 
 def read_ladders(path: Path) -> dict[str, dict[str, Timing]]:
-    """What `bench gpu --json FILE.jsonl` wrote: for each model, the timing of each technique that ran."""
+    """What `bench gpu --json FILE.jsonl` wrote: for each model, the timing of each technique that ran.
+
+    Each further group of a model, which has a base of its own, is a ladder of its own.
+    """
     found: dict[str, dict[str, Timing]] = {}
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        if row["technique"] == BASE:
+            begun = sum(1 for name in found if name.split(", group ")[0] == row["model"])
+            title = f"{row['model']}, group {begun + 1}" if begun else row["model"]
         if row["samples"]:
             device = row["host"]["gpu"] or row["host"]["cpu"]
             seconds = tuple(1 / speed for speed in row["samples"])
             timing = Timing(row["technique"], seconds, WARMUP, device, row["threads"])
-            found.setdefault(row["model"], {})[row["technique"]] = timing
+            found.setdefault(title, {})[row["technique"]] = timing
     return found
 
 
@@ -201,8 +229,8 @@ def _best_threads(subject: Subject, settings: Settings, say: Callable[[str], Non
     return choice.threads
 
 
-def _take_part(subject: Subject, abilities: Device, settings: Settings, say: Callable[[str], None]) -> _Field:
-    """Puts the model on every rung and every peer's path, and holds each against its twin."""
+def _take_part(names: Sequence[str], subject: Subject, abilities: Device, settings: Settings, say: Callable) -> _Field:
+    """Puts the model on every named rung and peer's path, and holds each against its twin."""
     found = _Field(skipped=dict(climb(NAMES[-1], abilities)[1]))
     device = settings.device
 
@@ -220,7 +248,7 @@ def _take_part(subject: Subject, abilities: Device, settings: Settings, say: Cal
         found.rungs[name], found.equal[name] = _checked(lambda: decoder(name), subject, device)
         return str(found.equal[name])
 
-    for name in (*NAMES, *(gpu_peers.NAMES if settings.peers else ())):
+    for name in names:
         if name in found.skipped:
             continue
         try:

@@ -14,6 +14,8 @@ from labutils.measurement.resources import weight_bytes_read
 
 QUALITY_BYTES = 2000  # of each held-out module: enough to see damage, short enough for a benchmark
 SPEED_SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 15, "vocab_size": 32_000}
+SIZES_8B = {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "vocab_size": 128_256}
+SIZES_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8}  # as Llama 3 8B, with one table for both ends
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def write_json(rows: Sequence[Row], path: Path) -> None:
 
 
 def as_table(rows: Sequence[Row], *, reference: str) -> str:
-    """Returns the rows as text, each with its paired ratio to the technique named `reference`.
+    """Returns the rows as text, each with its paired ratio to the nearest `reference` above it.
 
     Raises:
         ValueError: If no row is of that technique.
@@ -76,7 +76,10 @@ def as_table(rows: Sequence[Row], *, reference: str) -> str:
         raise ValueError(f"a row of the reference technique {reference!r} is needed; got {[r.technique for r in rows]}")
     head = f"{'technique':<26}{'threads':>7}{'tokens/s':>10} {'95% interval':>18}  {'vs ' + reference:<24}"
     lines = [head + f"{'bandwidth':>10}{'first token':>13}{'same tokens':>13}{'bits/byte':>11}  note"]
-    return "\n".join(lines + [_line(row, base) for row in rows])
+    for row in rows:
+        base = row if row.technique == reference else base
+        lines.append(_line(row, base))
+    return "\n".join(lines)
 
 
 def _line(row: Row, base: Row) -> str:

@@ -1,10 +1,11 @@
-"""Checks of chapter 04, second part: a column of SparseGPT, physical removal, block influence, packed bits."""
+"""Checks of chapter 04, second part: a column of SparseGPT, physical removal, block influence, a budget of heads."""
 
 from functools import partial
 
 import torch
 
 from labutils.course.checks import exercise, expect_function
+from labutils.pruning import allocation, similarity
 
 
 def _random(*shape, seed=0):
@@ -53,59 +54,82 @@ def prune_column(answer):
     )
 
 
+def _repaired(down, gram, kept):
+    return similarity.reconstruct(down, gram, kept, damping=0.0)
+
+
+def _down_by(change):
+    """The right gate and up with another down."""
+    return lambda gate, up, down, gram, kept: (gate[kept], up[kept], change(down, gram, kept))
+
+
+def _zeroed(kept, *matrices):
+    return [m * torch.isin(torch.arange(len(m)), kept)[:, None] for m in matrices]
+
+
+def _mistakes_of_mlp():
+    return [
+        (
+            _down_by(lambda down, gram, kept: down[:, kept]),
+            "down's kept columns are as they were, so nobody speaks for the removed neurons: solve the equation",
+        ),
+        (
+            _down_by(lambda down, gram, kept: down[:, kept] + _repaired(down, gram, kept)),
+            "the kept columns count twice: the solution holds their own part already",
+        ),
+        (
+            _down_by(lambda down, gram, kept: _repaired(down, gram, kept) - down[:, kept]),
+            "that is only what down gains: its kept columns' own part is missing",
+        ),
+        (
+            _down_by(lambda down, gram, kept: down @ gram[:, kept]),
+            "nothing was solved: W A A_Kᵀ still has to be divided by A_K A_Kᵀ, gram[kept][:, kept]",
+        ),
+        (
+            _down_by(lambda down, gram, kept: down @ gram[:, kept] / gram.diagonal()[kept]),
+            "each kept neuron was treated as if it were alone: divide by the matrix gram[kept][:, kept]",
+        ),
+        (
+            _down_by(lambda down, gram, kept: down @ gram[:, kept] @ torch.linalg.inv(gram)[kept][:, kept]),
+            "a part of the inverse is not the inverse of a part: take gram[kept][:, kept], then invert",
+        ),
+        (
+            _down_by(lambda down, gram, kept: _repaired(down.T, gram, kept)),
+            "a neuron is an input of down: W is down as it is, not turned",
+        ),
+        (
+            lambda gate, up, down, gram, kept: (gate[:, kept], up[:, kept], _repaired(down, gram, kept)),
+            "a neuron is an output of gate and up: take their rows",
+        ),
+        (
+            lambda gate, up, down, gram, kept: (gate[kept], up, _repaired(down, gram, kept)),
+            "up still has every neuron: gate and up are multiplied, neuron by neuron",
+        ),
+        (
+            lambda gate, up, down, gram, kept: (*_zeroed(kept, gate, up), _repaired(down, gram, kept)),
+            "masked, not removed: zeros still take time and space, so take a part of the matrix",
+        ),
+    ]
+
+
 @exercise("4.7")
-def remove_neurons(answer):
-    """Rows of gate and up, columns of down."""
-
-    def reference(gate, up, down, kept):
-        return gate[kept], up[kept], down[:, kept]
-
-    case = {"gate": _random(6, 6), "up": _random(6, 6, seed=1), "down": _random(6, 6, seed=2)}
+def smaller_mlp(answer):
+    """Rows of gate and up, columns of down, repaired by least squares."""
+    spoken = _random(6, 40, seed=3) + _random(1, 40, seed=4)  # all neurons have something in common
+    case = {
+        "gate": _random(6, 6),
+        "up": _random(6, 6, seed=1),
+        "down": _random(6, 6, seed=2),
+        "gram": spoken @ spoken.T,
+    }
     expect_function(
         answer,
-        reference,
+        _down_by(_repaired),
         cases=[case | {"kept": torch.tensor([0, 2, 5])}, case | {"kept": torch.tensor([4])}],
-        mistakes=[
-            (
-                lambda gate, up, down, kept: (gate[kept], up[kept], down[kept]),
-                "a neuron is an input of down: take down's columns, down[:, kept]",
-            ),
-            (
-                lambda gate, up, down, kept: (gate[:, kept], up[:, kept], down[:, kept]),
-                "a neuron is an output of gate and up: take their rows",
-            ),
-            (
-                lambda gate, up, down, kept: (gate[:, kept], up[:, kept], down[kept]),
-                "rows and columns are swapped: weights are (out_features, in_features)",
-            ),
-            (
-                lambda gate, up, down, kept: (gate[kept], up, down[:, kept]),
-                "up still has every neuron: gate and up are multiplied, neuron by neuron",
-            ),
-            (
-                lambda gate, up, down, kept: reference(gate, up, down, torch.arange(len(kept))),
-                "those are the first neurons: take the ones in `kept`",
-            ),
-            (
-                lambda gate, up, down, kept: reference(gate, up, down, _others(kept, len(gate))),
-                "the kept neurons went and the others stayed",
-            ),
-            (
-                lambda gate, up, down, kept: (*(_zeroed(m, kept) for m in (gate, up)), _zeroed(down.T, kept).T),
-                "masked, not removed: zeros still take time and space, so take a part of the matrix",
-            ),
-        ],
+        rtol=1e-3,
+        atol=1e-4,
+        mistakes=_mistakes_of_mlp(),
     )
-
-
-def _others(kept, count):
-    return torch.tensor([i for i in range(count) if i not in kept.tolist()])
-
-
-def _zeroed(matrix, rows):
-    result = torch.zeros_like(matrix)
-    result[rows] = matrix[rows]
-    return result
 
 
 @exercise("4.8")
@@ -148,38 +172,44 @@ def influence(answer):
     )
 
 
+def _ranked(damage, kv_heads, remove, *, group=torch.sum, together=True, spare=True, sign=1.0, neighbours=True):
+    if neighbours:
+        cost = group(damage.unflatten(1, (kv_heads, -1)), dim=-1)
+    else:
+        cost = group(damage.unflatten(1, (-1, kv_heads)), dim=1)
+    cost = sign * cost
+    if spare:
+        cost[torch.arange(len(cost)), (sign * cost).argmax(dim=1)] = torch.inf
+    if not together:
+        cost = cost.argsort(dim=1).argsort(dim=1) + torch.arange(len(cost))[:, None] / len(cost)
+    kept = torch.ones(cost.numel(), dtype=torch.bool)
+    kept[cost.flatten().argsort()[:remove]] = False
+    return kept.view_as(cost)
+
+
 @exercise("4.9")
-def packed_bits(answer):
-    """Bits of a 2:4 packed matrix: half the weights, and two bits for the place of each."""
-
-    def reference(rows, columns, bits):
-        return rows * columns // 2 * (bits + 2)
-
+def head_budget(answer):
+    """The cheapest groups of the model, never a layer's last one."""
+    tiny = torch.tensor([[9.0, 1.0, 2.0, 2.0], [3.0, 4.0, 1.0, 0.0]])
+    uneven = torch.tensor(
+        [[0.1, 0.2, 0.3, 0.5, 9.0, 8.0], [5.0, 7.0, 1.0, 6.0, 0.6, 4.0], [3.0, 2.0, 9.0, 9.5, 6.0, 2.5]]
+    )
     expect_function(
         answer,
-        reference,
-        cases=[{"rows": 1, "columns": 4, "bits": 16}, {"rows": 1024, "columns": 2816, "bits": 32}],
+        allocation.head_budget,
+        cases=[
+            {"damage": tiny, "kv_heads": 2, "remove": 2},
+            {"damage": uneven, "kv_heads": 3, "remove": 3},
+            {"damage": torch.tensor([[1.0, 2.0, 3.0, 5.0], [50.0, 60.0, 70.0, 90.0]]), "kv_heads": 2, "remove": 2},
+            {"damage": uneven, "kv_heads": 3, "remove": 0},
+        ],
         mistakes=[
-            (
-                lambda rows, columns, bits: rows * columns // 2 * bits,
-                "the places are missing: which two of the four were kept must be stored too",
-            ),
-            (
-                lambda rows, columns, bits: rows * columns * (bits + 2),
-                "all weights are counted: two of every four are stored",
-            ),
-            (
-                lambda rows, columns, bits: rows * columns // 2 * (bits + 1),
-                "one bit tells two places apart: a four has four, so 2 bits",
-            ),
-            (
-                lambda rows, columns, bits: rows * columns // 2 * (bits + 32),
-                "that is CSR with 32-bit columns: inside a four, 2 bits are enough",
-            ),
-            (lambda rows, columns, bits: reference(rows, columns, bits) / 8, "those are bytes: bits were asked for"),
-            (
-                lambda rows, columns, bits: rows * columns // 2 * bits + rows * columns // 4 * 2,
-                "2 bits for every four: each of its two kept weights needs a place of its own",
-            ),
+            (lambda **a: ~allocation.head_budget(**a), "inverted: True means that a group stays"),
+            (partial(_ranked, spare=False), "a layer lost its last group: its dearest one must stay"),
+            (partial(_ranked, neighbours=False), "the query heads of a group are neighbours: 0 and 1, then 2 and 3"),
+            (partial(_ranked, group=torch.amax), "a group costs what its heads cost together: add them up"),
+            (partial(_ranked, group=torch.amin), "a group costs what its heads cost together: add them up"),
+            (partial(_ranked, sign=-1.0), "the dearest groups went: remove the cheapest"),
+            (partial(_ranked, together=False), "every layer lost as many: rank the groups of all layers together"),
         ],
     )

@@ -38,6 +38,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--tpot-slo", type=float, default=0.05, metavar="S", help="for goodput: of a later token (0.05)"
     )
     parser.add_argument("--no-speed-model", action="store_true", help="only the trained model")
+    parser.add_argument("--8b", dest="eight", action="store_true", help="for gpu: the random model has the shape of 8B")
+    parser.add_argument(
+        "--at-once", type=int, default=0, metavar="N", help="for gpu: rungs in memory beside the base (all)"
+    )
 
 
 def run(args: Namespace) -> int:
@@ -242,17 +246,17 @@ def run_gpu(args: Namespace) -> int:
 
     from labutils.acceleration.ladder import NAMES, Device
     from labutils.course.bench.gpu import BASE, Settings, as_record, bench_gpu, rung_quality
-    from labutils.course.bench.subject import speed_subject, trained_subject
+    from labutils.course.bench.subject import SIZES_8B, speed_subject, trained_subject
     from labutils.course.bench.table import as_table, write_json
     from labutils.measurement import ledger
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compiles = not (args.no_compile or args.quick)
-    settings = Settings(device, max(args.rounds, 5), compiles, args.threads, peers=not args.quick)
+    settings = Settings(device, max(args.rounds, 5), compiles, args.threads, not args.quick, args.at_once)
     print(ledger.host_line() + ("" if device == "cuda" else "; no CUDA device: nothing here was run on a GPU"))
     subjects = [trained_subject(args.model)]
     if not args.no_speed_model:
-        subjects.append(speed_subject(**(SMALL if args.quick else {})))
+        subjects.append(speed_subject(**(SMALL if args.quick else SIZES_8B if args.eight else {})))
     rows = []
     for subject in subjects:
         print(f"\n{subject.name}: a decoding step after {subject.token_ids.shape[1]} tokens, {settings.rounds} rounds")

@@ -40,6 +40,8 @@ class Accelerated:
         skipped: the rungs that the device lacks, with reasons.
         twin: float32, the same weights (rounded or pruned where the rung does so), nothing else changed: what the
             rung's logits are held against.
+        step: one decoding step.
+        int8_inputs: whether its layers round their inputs to int8, too.
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class Accelerated:
     skipped: dict[str, str]
     twin: nn.Module
     step: object = decode_one_token
+    int8_inputs: bool = False
 
     def cache(self, *, positions: int, batch: int = 1):
         """An empty cache of the plan's kind."""
@@ -192,7 +195,8 @@ def build(
     changed = changed.to(device).eval()
     if plan.weights == "2:4":
         _sparsify_(changed)
-    return Accelerated(changed, plan, skipped or {}, twin, compiled_step() if plan.compiled else decode_one_token)
+    step = compiled_step() if plan.compiled else decode_one_token
+    return Accelerated(changed, plan, skipped or {}, twin, step, on_cpu and plan.weights in ("int8", "int4"))
 
 
 def compiled_step():
@@ -206,7 +210,8 @@ def check_equal(accelerated: Accelerated, token_ids: Int[Tensor, "batch n"], *, 
     exact = forward_logits(accelerated.twin, token_ids.to(twin_device))[:, prompt - 1 :]
     actual = accelerated.logits(token_ids.to(accelerated.model.device), prompt=prompt).to(twin_device)
     same = (actual.argmax(dim=-1) == exact.argmax(dim=-1)).double().mean().item()
-    return Equality(relative_error(actual, exact), tolerance(accelerated.plan), same)
+    bound = tolerance(accelerated.plan, int8_inputs=accelerated.int8_inputs)
+    return Equality(relative_error(actual, exact), bound, same)
 
 
 def scheme_of(weights: str) -> Scheme:
