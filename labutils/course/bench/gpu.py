@@ -40,8 +40,8 @@ FITS_IN_CACHE = "weights fit into the cache: no share of memory bandwidth"
 class Settings:
     """How much to measure, and where; the best number of threads is found by measuring unless given.
 
-    Of a model too large for all rungs together, `at_once` are held and timed beside the base, then let go for the next;
-    0 takes all together.
+    Of a model too large for all rungs together, `at_once` are held and timed beside the base, then let go for the next,
+    and each such group of rows begins with a base of its own; 0 takes all together.
     """
 
     device: str = "cpu"
@@ -65,8 +65,6 @@ class _Field:
 def bench_gpu(subject: Subject, settings: Settings = Settings(), *, say: Callable[[str], None] = print) -> list[Row]:
     """Climbs the ladder and returns a row for each rung and each peer; one that cannot run here says why.
 
-    A group of rungs begins with a row of the base, timed in the same rounds.
-
     Raises:
         ValueError: If `rounds` is below 5.
     """
@@ -79,9 +77,8 @@ def bench_gpu(subject: Subject, settings: Settings = Settings(), *, say: Callabl
         for group in groups((*NAMES, *(gpu_peers.NAMES if settings.peers else ())), settings.at_once):
             found = _take_part(group, subject, abilities, settings, say)
             timings, meter = _measure(found, subject, settings)
-            if settings.device == "cpu":
-                for size in meter.probes:
-                    say(f"  {meter.describe(size)}")
+            for size in meter.probes if settings.device == "cpu" else ():
+                say(f"  {meter.describe(size)}")
             rows += [
                 _row(name, subject, found, timings, meter)
                 if name in timings
@@ -198,10 +195,7 @@ def ladder_files(folder: Path) -> list[Path]:
 
 
 def read_ladders(path: Path) -> dict[str, dict[str, Timing]]:
-    """What `bench gpu --json FILE.jsonl` wrote: for each model, the timing of each technique that ran.
-
-    Each further group of a model, which has a base of its own, is a ladder of its own.
-    """
+    """What `bench gpu --json FILE.jsonl` wrote: for each model and group, the timing of each technique that ran."""
     found: dict[str, dict[str, Timing]] = {}
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         if row["technique"] == BASE:
