@@ -63,40 +63,31 @@ def _down_by(change):
     return lambda gate, up, down, gram, kept: (gate[kept], up[kept], change(down, gram, kept))
 
 
-def _zeroed(kept, *matrices):
-    return [m * torch.isin(torch.arange(len(m)), kept)[:, None] for m in matrices]
-
-
 def _mistakes_of_mlp():
-    return [
+    downs = [
         (
-            _down_by(lambda down, gram, kept: down[:, kept]),
+            lambda down, gram, kept: down[:, kept],
             "down's kept columns are as they were, so nobody speaks for the removed neurons: solve the equation",
         ),
         (
-            _down_by(lambda down, gram, kept: down[:, kept] + _repaired(down, gram, kept)),
-            "the kept columns count twice: the solution holds their own part already",
-        ),
-        (
-            _down_by(lambda down, gram, kept: _repaired(down, gram, kept) - down[:, kept]),
+            lambda down, gram, kept: _repaired(down, gram, kept) - down[:, kept],
             "that is only what down gains: its kept columns' own part is missing",
         ),
         (
-            _down_by(lambda down, gram, kept: down @ gram[:, kept]),
+            lambda down, gram, kept: down @ gram[:, kept],
             "nothing was solved: W A A_Kᵀ still has to be divided by A_K A_Kᵀ, gram[kept][:, kept]",
         ),
         (
-            _down_by(lambda down, gram, kept: down @ gram[:, kept] / gram.diagonal()[kept]),
+            lambda down, gram, kept: down @ gram[:, kept] / gram.diagonal()[kept],
             "each kept neuron was treated as if it were alone: divide by the matrix gram[kept][:, kept]",
         ),
         (
-            _down_by(lambda down, gram, kept: down @ gram[:, kept] @ torch.linalg.inv(gram)[kept][:, kept]),
+            lambda down, gram, kept: down @ gram[:, kept] @ torch.linalg.inv(gram)[kept][:, kept],
             "a part of the inverse is not the inverse of a part: take gram[kept][:, kept], then invert",
         ),
-        (
-            _down_by(lambda down, gram, kept: _repaired(down.T, gram, kept)),
-            "a neuron is an input of down: W is down as it is, not turned",
-        ),
+    ]
+    mistakes = [(_down_by(change), hint) for change, hint in downs]
+    return mistakes + [
         (
             lambda gate, up, down, gram, kept: (gate[:, kept], up[:, kept], _repaired(down, gram, kept)),
             "a neuron is an output of gate and up: take their rows",
@@ -104,10 +95,6 @@ def _mistakes_of_mlp():
         (
             lambda gate, up, down, gram, kept: (gate[kept], up, _repaired(down, gram, kept)),
             "up still has every neuron: gate and up are multiplied, neuron by neuron",
-        ),
-        (
-            lambda gate, up, down, gram, kept: (*_zeroed(kept, gate, up), _repaired(down, gram, kept)),
-            "masked, not removed: zeros still take time and space, so take a part of the matrix",
         ),
     ]
 
@@ -208,7 +195,6 @@ def head_budget(answer):
             (partial(_ranked, spare=False), "a layer lost its last group: its dearest one must stay"),
             (partial(_ranked, neighbours=False), "the query heads of a group are neighbours: 0 and 1, then 2 and 3"),
             (partial(_ranked, group=torch.amax), "a group costs what its heads cost together: add them up"),
-            (partial(_ranked, group=torch.amin), "a group costs what its heads cost together: add them up"),
             (partial(_ranked, sign=-1.0), "the dearest groups went: remove the cheapest"),
             (partial(_ranked, together=False), "every layer lost as many: rank the groups of all layers together"),
         ],
