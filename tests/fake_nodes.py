@@ -68,6 +68,13 @@ class FakeEngine:
     def session(self):
         return FakeSession(self)
 
+    def disconnect(self):
+        """Loses the connection to the scheduler, and with it every batch that was sent."""
+        for name, node in self.nodes_now.items():
+            self.outbox += [(self.clock.now, name, b[1], b[0], NodeGone("the connection broke")) for b in node.queue]
+            node.queue.clear()
+            node.work_left = None
+
     def at(self, when, action):
         """Plans something to happen at a moment."""
         self.plan.append((when, action))

@@ -18,6 +18,7 @@ def serve(connection, node: str) -> None:
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
+        connection.send("ready")
         while True:
             try:
                 reply = answer_batch(*pickle.loads(connection.recv_bytes()), node)
@@ -38,10 +39,13 @@ class Node:
         self.process.start()
         theirs.close()
         self.batches: queue.SimpleQueue = queue.SimpleQueue()
+        self.ready = threading.Event()
         threading.Thread(target=self._hand_over, daemon=True).start()
 
     def _hand_over(self) -> None:
         with contextlib.suppress(EOFError, OSError):  # the process ended: `dispatch` sees that by its address
+            self.connection.recv()
+            self.ready.set()
             while (batch := self.batches.get()) is not None:
                 handle, function, payloads, session = batch
                 if handle in session.open:
@@ -69,12 +73,12 @@ class ProcessEngine:
         self.processes = {f"node-{i}": Node(f"node-{i}") for i in range(nodes)}
 
     def nodes(self) -> Mapping[str, str]:
-        """Returns the processes' ids by name."""
+        """Returns the ids of the processes that have started, by name."""
         for name, node in self.processes.items():
             if not node.process.is_alive():
                 node.end()
                 self.processes[name] = Node(name)
-        return {name: str(node.process.pid) for name, node in self.processes.items()}
+        return {name: str(node.process.pid) for name, node in self.processes.items() if node.ready.is_set()}
 
     def session(self) -> "ProcessSession":
         """Opens a session for one run."""
@@ -116,6 +120,8 @@ def local_processes(nodes: int) -> Iterator[ProcessEngine]:
         raise ValueError(f"an engine needs at least 1 node; got {nodes}")
     engine = ProcessEngine(nodes)
     try:
+        for node in engine.processes.values():
+            node.ready.wait(60)
         yield engine
     finally:
         for node in engine.processes.values():

@@ -33,6 +33,11 @@ def engine(cluster):
     return cluster
 
 
+def said(path):
+    """A file's text so far; it may be in the middle of being written."""
+    return path.read_text().strip() if path.exists() else ""
+
+
 def wait_until(condition, problem):
     limit = time.monotonic() + PATIENCE_S
     while not condition():
@@ -223,10 +228,10 @@ def test_dispatch_by_address_on_two_nodes_over_tls(tmp_path):
 
     try:
         start("distributed.cli.dask_scheduler", "--protocol", "tls", "--port", "0", "--scheduler-file", "where")
-        wait_until((tmp_path / "where").exists, "the scheduler did not start")
+        wait_until(lambda: said(tmp_path / "where").endswith("}"), "the scheduler did not start")
         for name in ("first", "second"):
             start("distributed.cli.dask_worker", "--scheduler-file", "where", "--name", name, "--nthreads", "1")
-        address = json.loads((tmp_path / "where").read_text())["address"]
+        address = json.loads(said(tmp_path / "where"))["address"]
         assert address.startswith("tls://127.0.0.1:")
         with connect(address, certificates=folder) as engine:
             wait_until(lambda: set(engine.nodes()) == {"first", "second"}, "the nodes did not join")

@@ -179,6 +179,16 @@ def test_all_nodes_lost_is_an_error_for_each_request_that_is_left():
     assert report.answers + report.errors == 10
 
 
+def test_a_request_that_is_late_ends_with_its_name_and_the_others_go_on():
+    engine = PlainEngine()
+    engine.stopped = {"b"}
+    answers, report = run(range(12), engine, Settings(policy="static", timeout_s=50, deadline_s=9))
+    late = [a.id for a in answers if a.error]
+    assert late and {answers[i].error for i in late} == {"Late: no answer within 9 s"}
+    assert [a.value for a in answers if not a.error] == [2 * i for i in range(12) if i not in late]
+    assert report.lost_nodes == 0 and report.errors == len(late) == report.per_node["nowhere"]
+
+
 def test_no_node_at_all_is_said_for_each_request():
     engine = PlainEngine(())
     answers, _ = run(range(3), engine, Settings(timeout_s=5))
@@ -368,6 +378,7 @@ def test_progress_is_told_after_every_step_and_the_node_knows_its_name():
         ({"window": 0}, "window must be at least 1; got 0"),
         ({"window_bytes": 0}, "window_bytes must be at least 1; got 0"),
         ({"timeout_s": 0}, "timeout_s must be positive; got 0"),
+        ({"deadline_s": 0}, "deadline_s must be positive; got 0"),
         ({"timeout_s": float("nan")}, "timeout_s must be positive; got nan"),
     ],
 )

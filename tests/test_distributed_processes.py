@@ -1,9 +1,8 @@
-"""`dispatch` on plain processes that are really killed, stopped and slow; Dask's and Ray's are elsewhere."""
+"""What plain processes as an engine do of their own; the faults that every engine meets are elsewhere."""
 
 import os
 import signal
 import sys
-import threading
 import time
 from functools import partial
 
@@ -12,7 +11,6 @@ import pytest
 from plain_processes import local_processes
 
 from labutils.distributed.dispatch import Report, Settings, dispatch
-from labutils.distributed.work import current_node
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 TIMEOUT_S = 1.0
@@ -39,11 +37,6 @@ def doubled(batch):
     return [2 * x for x in batch]
 
 
-def slow_on_one(batch):
-    time.sleep(2 * TIMEOUT_S if current_node() == "node-0" else 0.005)
-    return [2 * x for x in batch]
-
-
 def run(requests, engine, function=doubled, **settings):
     report = Report()
     return list(dispatch(requests, function, engine, Settings(**settings), report=report)), report
@@ -51,28 +44,6 @@ def run(requests, engine, function=doubled, **settings):
 
 def pid_of(engine, name="node-0"):
     return engine.processes[name].process.pid
-
-
-FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "slow": None}
-WINDOWS = [
-    pytest.param(60, marks=pytest.mark.slow, id="equal"),
-    pytest.param(12, id="smaller"),
-    pytest.param(200, marks=pytest.mark.slow, id="larger"),
-]
-
-
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("policy", ["pull", "static", "weighted"])
-def test_every_request_is_answered_whatever_strikes_a_node(engine, policy, fault, window):
-    settings = Settings(policy=policy, rates={"node-0": 1, "node-1": 2}, window=window, timeout_s=TIMEOUT_S)
-    answers, report = [], Report()
-    for answer in dispatch(range(60), slow_on_one if fault == "slow" else doubled, engine, settings, report=report):
-        answers.append(answer)
-        if answer.id == 3 and fault != "slow":
-            os.kill(pid_of(engine), FAULTS[fault])
-    assert [(a.id, a.value, a.error) for a in answers] == [(i, 2 * i, None) for i in range(60)]
-    assert report.answers == 60 and report.lost_nodes <= 2
 
 
 def poisoned(batch):
@@ -89,24 +60,11 @@ def test_a_request_that_kills_nodes_is_given_up_and_the_others_answered(engine, 
     assert [a.value for a in answers if not a.error] == [2 * i for i in range(24) if i != 5]
 
 
-def test_two_runs_share_one_engine(engine):
-    first, second = (dispatch(range(40), doubled, engine, Settings(timeout_s=TIMEOUT_S)) for _ in range(2))
-    pairs = list(zip(first, second, strict=True))
-    assert [(a.value, b.value) for a, b in pairs] == [(2 * i, 2 * i) for i in range(40)]
-
-
 def test_a_stopped_node_holds_up_nobody_with_a_large_request_or_answer(engine):
     """Pipes hold 64 kB: whoever wrote to, or read from, a stopped process directly would wait for it for ever."""
     os.kill(pid_of(engine), signal.SIGSTOP)
     answers, report = run([bytes(10**6)] * 6, engine, list, timeout_s=TIMEOUT_S)
     assert all(a.value == bytes(10**6) for a in answers) and report.lost_nodes == 1
-
-
-def test_all_nodes_stopped_is_a_named_error_for_each_request(engine):
-    for name in engine.processes:
-        os.kill(pid_of(engine, name), signal.SIGSTOP)
-    answers, report = run(range(6), engine, timeout_s=0.5)
-    assert [a.error for a in answers] == ["NoNodes: all nodes are lost"] * 6 and report.lost_nodes == 3
 
 
 def cannot_be_read():
@@ -121,20 +79,6 @@ class LocalFunction:
 def test_a_function_that_nodes_cannot_read_is_a_named_error_of_each_request(engine):
     answers, report = run(range(2), engine, LocalFunction())
     assert all("ImportError: not installed on this node" in a.error for a in answers) and report.lost_nodes == 0
-
-
-def test_a_live_source_is_answered_as_it_comes(engine):
-    answered = threading.Event()
-
-    def users():
-        yield 1
-        assert answered.wait(30), "the first user was never answered"
-        yield 2
-
-    answers = dispatch(users(), doubled, engine, Settings(live=True))
-    assert next(answers).value == 2
-    answered.set()
-    assert [a.value for a in answers] == [4]
 
 
 def test_no_process_outlives_its_engine_not_even_a_stopped_or_busy_one():

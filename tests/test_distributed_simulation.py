@@ -3,6 +3,7 @@
 `python tests/test_distributed_simulation.py SEED` repeats one of them and prints what happened.
 """
 
+import math
 import random
 import re
 import sys
@@ -25,6 +26,7 @@ OWN_ERRORS = {
     UNREADABLE: r"Unreadable answer: ValueError: nobody can read this",
 }
 LOST = r"(NodeLost|NodeStopped|OSError|ConnectionError): .* \(request \d+ was alone on 2 nodes that failed\)"
+LATE = r"Late: no answer within [\d.]+ s"
 NO_NODES = r"NoNodes: (all nodes are lost|ConnectionError: the scheduler does not answer)"
 FAULTS = (
     "none",
@@ -93,7 +95,7 @@ def scenario(seed):
     settings = Settings(
         policy=draw.choice(["pull", "static", "weighted"]), rates={"a": 1, "b": 2, "c": 3}, window=window,
         max_requests=draw.randint(1, 4), max_tokens=50, length=length, in_flight=draw.randint(1, 3), timeout_s=2.0,
-        window_bytes=draw.choice([1, 60, 2**20]),
+        window_bytes=draw.choice([1, 60, 2**20]), deadline_s=draw.choice([math.inf, math.inf, 0.5, 3.0]),
     )  # fmt: skip
     runs = [list(range(count)) for _ in range(1 if draw.random() < 0.75 else 2)]
     for requests in runs:
@@ -131,6 +133,8 @@ def plan_fault(fault, engine, draw, runs, lasts_s):
         engine.speed = lambda node: draw.choice([1.0, 3.0]) if node == victim else unit
     if fault in ("silent", "silent long", "mixed"):
         engine.at(when, lambda: setattr(engine, "silent", True))
+        if draw.random() < 0.5:
+            engine.at(when, engine.disconnect)
         lasts_s = 5.0 if fault == "silent long" else draw.uniform(0.5, 1.7)
         engine.at(when + lasts_s, lambda: setattr(engine, "silent", False))
     if fault in ("flaky", "mixed"):
@@ -196,7 +200,8 @@ def check(scene, requests, answers, report):
             expected = f"{LOST}|{NO_NODES}"
         else:
             expected = OWN_ERRORS.get(request)
-        allowed = "|".join(words for words in (expected, scene.allowed) if words)
+        late = LATE if scene.settings.deadline_s < math.inf else None
+        allowed = "|".join(words for words in (expected, scene.allowed, late) if words)
         if a.error is None:
             assert expected is None and a.value == 2 * request, (a, request)
         else:

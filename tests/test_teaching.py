@@ -72,15 +72,17 @@ def test_the_kit_carries_each_file_it_refers_to_and_no_answers(tmp_path):
 def test_the_plan_s_core_paths_fit_a_session():
     plan = re.findall(r"(?m)^\| \d+ \| (\d\d)[^|]* \| ([\d., ]+) \|$", TEACHING)
     assert {chapter for chapter, _ in plan} == {source.stem[:2] for source in SOURCES}
-    minutes = {}
+    minutes, marked = {}, set()
     for source in SOURCES:
         text = said("\n".join(c.source for c in read_chapter(source).cells if c.cell_type == "markdown"))
         found = re.findall(r"Exercise (\d+\.\d+): .+?(\d+) minutes?, difficulty", text)
         minutes |= {name: int(number) for name, number in found}
+        marked |= set(re.findall(r"Exercise (\d+\.\d+): \S+ \(core[,)]", text))
     for chapter, names in plan:
         needed = [minutes[name] for name in names.split(", ")]
         assert all(name.startswith(f"{int(chapter)}.") for name in names.split(", "))
         assert sum(needed) <= 80, f"week of chapter {chapter}: {sum(needed)} minutes"
+    assert marked <= {name for _, names in plan for name in names.split(", ")}
 
 
 def test_each_exercise_of_a_chapter_states_its_minutes():

@@ -89,13 +89,15 @@ def test_vmem_bytes_by_hand_and_as_the_compiler_said():
     assert refused[1024, 1024, 512] == refused[128, 128, 128] == "" and "8 and 128" in refused[64, 64, 64]
 
 
-def test_saved_report_tells_of_two_all_reduces_and_of_tiles():
+def test_saved_report_tells_of_two_all_reduces_of_tiles_and_of_units():
     saved = json.loads(SAVED.read_text(encoding="utf-8"))
     assert [d["collectives"] for d in saved["decoders"]] == [{}, {"all-reduce": 2}, {"all-reduce": 2}]
     assert [d["aliased_bytes"] for d in saved["decoders"]] == [2 * 6 * 4 * 1024 * 64 * 2 // n for n in (1, 2, 4)]
     layouts = {p["dtype"]: " ".join(p["layouts"]) for p in saved["products"] if p["rows"] == 1024}
     assert "T(8,128)}" in layouts["float32"] and "T(8,128)(2,1)" in layouts["bfloat16"]
     assert "T(32,128)(4,1)" in layouts["int8"]
+    for product in saved["products"]:  # one row never meets the matrix unit
+        assert product["operations"] == ("multiply + reduce" if product["rows"] == 1 else "convolution")
 
 
 @pytest.fixture(scope="module")
@@ -180,4 +182,6 @@ def test_check_heads_refuses_to_tear_a_head():
 
 @pytest.mark.skipif(not tpu_compiler.can_compile(), reason="libtpu is optional and not installed")
 def test_the_real_compiler_says_what_is_saved():
-    assert tpu_compiler.report_from_compiler()["kernels"][0]["refused"].startswith("The Pallas TPU lowering")
+    found = tpu_compiler.report_from_compiler()
+    assert found["kernels"][0]["refused"].startswith("The Pallas TPU lowering")
+    assert {p["operations"] for p in found["products"] if p["rows"] == 1} == {"multiply + reduce"}

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from labutils.distributed.work import AnswerBatch, Outcome, answer_batch, take_all
+from labutils.distributed.work import AnswerBatch, NodeGone, Outcome, answer_batch, take_all
 from labutils.lab.hosts import is_loopback
 
 LOOK_S = 2.0
@@ -27,10 +27,13 @@ class DaskEngine:
         """Returns the workers' names and addresses.
 
         Raises:
-            Exception: Where the scheduler does not answer within `LOOK_S`; a broken connection has a dozen names.
+            ConnectionError: Where the scheduler does not answer within `LOOK_S`.
         """
-        workers = self.client.sync(self.client.scheduler.identity, n_workers=-1, callback_timeout=LOOK_S)["workers"]
-        return {str(worker["name"]): address for address, worker in workers.items()}
+        try:
+            seen = self.client.sync(self.client.scheduler.identity, n_workers=-1, callback_timeout=LOOK_S)["workers"]
+        except Exception:  # a broken connection has a dozen names, some without a word
+            raise ConnectionError("the scheduler does not answer") from None
+        return {str(worker["name"]): address for address, worker in seen.items()}
 
     def session(self) -> "DaskSession":
         """Opens a session for one run."""
@@ -56,8 +59,10 @@ class DaskSession:
         """Waits for an outcome. It lives on its node: if that dies first, this waits until the batch is forgotten."""
         try:
             outcome = await self.client.gather(future, asynchronous=True)
-        except (Exception, asyncio.CancelledError) as error:
-            outcome = error if isinstance(error, Exception) else RuntimeError("cancelled")
+        except asyncio.CancelledError:  # Dask's own as well: by `forget`, or with the connection to the scheduler
+            outcome = NodeGone("the batch was cancelled")
+        except Exception as error:
+            outcome = error
         self.done.put((future, outcome))
 
     def finished(self, timeout_s: float) -> list[tuple[object, Sequence[Outcome] | Exception | None]]:

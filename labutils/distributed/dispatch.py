@@ -25,7 +25,10 @@ class Session(Protocol):
         """
 
     def finished(self, timeout_s: float) -> list[tuple[object, Sequence[Outcome] | Exception | None]]:
-        """Waits for something to finish; returns handles with what `answer_batch` returned, or what went wrong."""
+        """Waits for something to finish; returns handles with what `answer_batch` returned, or what went wrong.
+
+        `NodeGone` among them says that a batch is lost through no fault of its own.
+        """
 
     def forget(self, handles: Iterable[object]) -> None:
         """Cancels what need not run any more."""

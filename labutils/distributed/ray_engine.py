@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from labutils.distributed.work import AnswerBatch, NodeGone, Outcome, answer_batch
 from labutils.lab.hosts import is_loopback
 
+ANSWER_S = 0.01  # an idle actor's answer takes a millisecond; what comes later is read at the next look
+START_S = 120.0
 MISSING = 'Ray is needed here: pip install "ray>=2.60"'
 
 
@@ -18,6 +20,9 @@ class Worker:
         """Answers a batch."""
         return answer_batch(function, payloads, node)
 
+    def live(self) -> None:
+        """Returns: what an idle actor does at once, a busy one after its batches, a stopped one never."""
+
 
 class RayEngine:
     """Ray actors as `dispatch` sees them; a dead actor is replaced, under its old name and a new address."""
@@ -27,9 +32,29 @@ class RayEngine:
         spread = {"scheduling_strategy": "SPREAD", "num_cpus": 1, "num_gpus": gpus_per_node, "max_restarts": 0}
         self.make = ray.remote(**spread)(Worker).remote
         self.actors = {f"node-{i}": self.make() for i in range(nodes)}
+        self.asked: dict[str, object] = {}  # by address: the call of `live` that is on its way
+        self.lived: set[str] = set()
 
-    def nodes(self) -> Mapping[str, str]:
-        """Returns the actors by name; one whose last answer was its death has been replaced by then."""
+    def nodes(self, wait_s: float = ANSWER_S) -> Mapping[str, str]:
+        """Returns the actors that have started, by name, the dead ones replaced. A slow or stopped one stays.
+
+        Each is asked whether it is `live`, and only Ray's word that an actor is dead counts. So one that died idle is
+        replaced before the next batch, instead of taking it along, and its successor gets none before it has started.
+        """
+        actors = {address: self.actors[name] for name, address in self.addresses().items()}
+        self.asked = {address: self.asked.get(address) or actor.live.remote() for address, actor in actors.items()}
+        calls = {call: address for address, call in self.asked.items()}
+        for call in self.ray.wait(list(calls), num_returns=len(calls), timeout=wait_s)[0]:
+            del self.asked[calls[call]]
+            try:
+                self.ray.get(call)
+                self.lived.add(calls[call])
+            except self.ray.exceptions.RayActorError:
+                self.replace(calls[call])
+        return {name: address for name, address in self.addresses().items() if address in self.lived}
+
+    def addresses(self) -> dict[str, str]:
+        """Returns the actors' ids by name, as far as their deaths are known."""
         return {name: actor._actor_id.hex() for name, actor in self.actors.items()}
 
     def session(self) -> "RaySession":
@@ -56,7 +81,7 @@ class RaySession:
         Raises:
             NodeGone: If the actor at this address has been replaced.
         """
-        if self.engine.nodes()[node] != address:
+        if self.engine.addresses()[node] != address:
             raise NodeGone(f"{node} has been replaced")
         handle = self.engine.actors[node].answer.remote(function, payloads, node)
         self.waiting.append(handle)
@@ -93,7 +118,8 @@ def ray_cluster(nodes: int, *, address: str | None = None, gpus_per_node: float 
     Ray's processes listen on every interface, whatever they are told (seen with 2.60): its token authentication, on by
     default there, has to stay on. Beyond this machine set RAY_USE_TLS=1 and its certificates on every node as well.
 
-    Each actor takes one CPU and `gpus_per_node` GPUs; an actor for which the cluster has no room never starts.
+    Each actor takes one CPU and `gpus_per_node` GPUs; an actor for which the cluster has no room never starts,
+    and is no node. This waits for the others, at most `START_S` seconds.
     Whatever Ray has started is stopped at the end, after a start that failed too.
 
     Raises:
@@ -113,6 +139,8 @@ def ray_cluster(nodes: int, *, address: str | None = None, gpus_per_node: float 
     here = {"num_cpus": nodes, "_node_ip_address": "127.0.0.1", "include_dashboard": False}
     try:
         ray.init(address=address, log_to_driver=False, **({} if address else here))
-        yield RayEngine(ray, nodes, gpus_per_node)
+        engine = RayEngine(ray, nodes, gpus_per_node)
+        engine.nodes(START_S)
+        yield engine
     finally:
         ray.shutdown()

@@ -4,35 +4,17 @@ import pickle
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from labutils.distributed.partition import partition
 from labutils.distributed.settings import Answer, Report, Settings
 from labutils.distributed.source import NOTHING_YET
-from labutils.distributed.work import AnswerBatch, NodeGone, Outcome, describe, dumps
+from labutils.distributed.work import AnswerBatch, Batch, NodeGone, Outcome, Placed, describe, dumps
 
 if TYPE_CHECKING:
     from labutils.distributed.dispatch import Engine
 
 POLL_S, LIVE_POLL_S = 0.1, 0.01
-
-
-@dataclass
-class Batch:
-    """Requests that go to a node together; a suspect, which may have cost a node, has its next node to itself."""
-
-    ids: list[int]
-    suspect: bool = False
-
-
-@dataclass
-class Placed:
-    """A batch on a node."""
-
-    batch: Batch
-    node: str
-    address: str
 
 
 class Run:
@@ -46,6 +28,7 @@ class Run:
         self.payloads: dict[int, bytes] = {}  # read and not ended
         self.answers: dict[int, Answer] = {}  # ended and not delivered
         self.sizes: dict[int, int] = {}  # bytes of both
+        self.read_at: dict[int, float] = {}  # of those that have not ended
         self.losses: Counter[int] = Counter()
         self.shared: deque[Batch] = deque()
         self.own: dict[str, deque[Batch]] = defaultdict(deque)
@@ -79,7 +62,7 @@ class Run:
         lengths, began, routes, held = {}, time.monotonic(), defaultdict(list), self.held_requests()
         for payload in self.take_from_source(room):
             request, self.read = self.read, self.read + 1
-            self.payloads[request] = b""
+            self.payloads[request], self.read_at[request] = b"", time.monotonic()
             try:
                 self.payloads[request], length = dumps(payload), int(settings.length(payload))
                 if settings.max_tokens is not None and length > settings.max_tokens:
@@ -87,7 +70,7 @@ class Run:
                 routes[self.route(payload, held)].append(request)
                 lengths[request] = length
             except Exception as error:
-                self.settle(request, Outcome(None, f"NotSent: {describe(error)}"), "nowhere")
+                self.refuse([request], f"NotSent: {describe(error)}")
             self.hold(request, len(self.payloads.get(request, b"")))
             if self.held_bytes >= settings.window_bytes or time.monotonic() - began > POLL_S:
                 break
@@ -182,13 +165,17 @@ class Run:
         try:
             handle = self.session.submit(node, address, self.function, payloads)
         except NodeGone as error:
-            self.unsure = describe(error)
-            self.shared.appendleft(batch)
+            self.put_back(batch, error)
         except Exception as error:
             self.unsure = describe(error)
             self.retry(batch, self.unsure)
         else:
             self.running[handle] = Placed(batch, node, address)
+
+    def put_back(self, batch: Batch, error: NodeGone) -> None:
+        """Queues a batch again, first and unblamed; nothing is sent before the engine has been asked again."""
+        self.unsure = describe(error)
+        self.shared.appendleft(batch)
 
     def collect(self) -> None:
         """Waits for batches to finish and takes their outcomes."""
@@ -202,6 +189,8 @@ class Run:
             if isinstance(result, list) and len(result) == len(placed.batch.ids):
                 for request, outcome in zip(placed.batch.ids, result, strict=True):
                     self.settle(request, outcome, placed.node)
+            elif not late and isinstance(result, NodeGone):
+                self.put_back(placed.batch, result)
             elif not late and result is None:
                 self.run_singly(placed.batch)
             elif not late:  # the requests of a late one are queued again already
@@ -220,11 +209,16 @@ class Run:
                 error = f"Unreadable answer: {describe(problem)}"
         self.answers[request] = Answer(request, value, error, node)
         self.hold(request, len(outcome.value or b""))
-        del self.payloads[request]
+        del self.payloads[request], self.read_at[request]
         self.losses.pop(request, None)
         self.report.per_node[node] += 1
         self.report.answers += error is None
         self.report.errors += error is not None
+
+    def refuse(self, requests: list[int], error: str) -> None:
+        """Ends requests with an error that no node sent."""
+        for request in requests:
+            self.settle(request, Outcome(None, error), "nowhere")
 
     def run_singly(self, batch: Batch, *, suspect: bool = False) -> None:
         """Queues each request of a batch again by itself."""
@@ -238,8 +232,8 @@ class Run:
             request = batch.ids[0]
             self.losses[request] += 1
             if self.losses[request] >= self.settings.max_losses:
-                words = f"{problem} (request {request} was alone on {self.losses[request]} nodes that failed)"
-                self.settle(request, Outcome(None, words), "nowhere")
+                times = self.losses[request]
+                self.refuse([request], f"{problem} (request {request} was alone on {times} nodes that failed)")
         self.run_singly(batch, suspect=True)
 
     def look_after_nodes(self) -> None:
@@ -248,6 +242,7 @@ class Run:
         if self.looked_at is not None and now - self.looked_at < POLL_S:
             return
         self.looked_at = now
+        self.drop_late(now)
         try:
             seen, was_unsure, self.unsure = dict(self.engine.nodes()), self.unsure, None
         except Exception as error:  # the scheduler's silence is no node's fault
@@ -265,9 +260,12 @@ class Run:
         elif self.none_since is None:
             self.none_since = now
         elif now - self.none_since > self.settings.timeout_s:
-            words = f"NoNodes: {self.unsure or 'all nodes are lost'}"
-            for request in list(self.payloads):
-                self.settle(request, Outcome(None, words), "nowhere")
+            self.refuse(list(self.payloads), f"NoNodes: {self.unsure or 'all nodes are lost'}")
+
+    def drop_late(self, now: float) -> None:
+        """Ends the requests that were read longer ago than `deadline_s`, wherever they are."""
+        late = [request for request, read in self.read_at.items() if now - read > self.settings.deadline_s]
+        self.refuse(late, f"Late: no answer within {self.settings.deadline_s} s")
 
     def drop_gone(self, seen: dict[str, str]) -> None:
         """Takes back what the nodes held that have ended since the last look."""

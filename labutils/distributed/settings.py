@@ -1,5 +1,6 @@
 """What `dispatch` takes and gives: settings, answers and a report."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class Settings:
         window_bytes: Reading pauses while pickled requests and undelivered answers hold more than this.
         timeout_s: A node without progress for so long counts as stopped, so it must exceed the time of a batch, those
             of other runs on the engine included; no node, or no word from the engine, for so long ends all requests.
+        deadline_s: A request that has not ended so long after it was read ends with a named error; it may still run.
         max_losses: A request that was alone on so many lost nodes is given up as their killer.
         live: The source may pause, as a queue of users does: a thread reads it, so that answers go out meanwhile.
     """
@@ -73,6 +75,7 @@ class Settings:
     window: int = 4096
     window_bytes: int = 2**30
     timeout_s: float = 60.0
+    deadline_s: float = math.inf
     max_losses: int = 2
     live: bool = False
 
@@ -86,5 +89,6 @@ class Settings:
         for name in ("max_requests", "in_flight", "window", "window_bytes", "max_losses"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive; got {self.timeout_s}")
+        for name in ("timeout_s", "deadline_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")

@@ -1,4 +1,4 @@
-"""What runs on a node: a batch of requests, each answered or failing on its own."""
+"""Batches of requests, and what runs on a node: each request answered or failing on its own."""
 
 import contextlib
 import pickle
@@ -12,7 +12,7 @@ _current = {"node": ""}
 
 
 class NodeGone(Exception):
-    """An engine's word that the node at this address has ended, so that a batch was never sent."""
+    """An engine's word that a batch was never sent, or is lost, for a reason that lies outside of it."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,23 @@ class Outcome:
 
     value: bytes | None
     error: str | None
+
+
+@dataclass
+class Batch:
+    """Requests that go to a node together; a suspect, which may have cost a node, has its next node to itself."""
+
+    ids: list[int]
+    suspect: bool = False
+
+
+@dataclass
+class Placed:
+    """A batch on a node."""
+
+    batch: Batch
+    node: str
+    address: str
 
 
 def current_node() -> str:

@@ -25,6 +25,7 @@ TOPOLOGY = "v5e:2x2"
 QUIET = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": ""}
 QUIET |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # the process that asks may hold the library already
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+FETCHED = re.compile(r" copy-start\(%(\w)")
 LAYOUT = re.compile(r"[a-z]+\d+\[[\d,]+\]\{[\d,]+:T\([^}]*\}")
 BLOCKS = ((64, 64, 64), (128, 128, 128), (1024, 1024, 512), (2048, 2048, 1024))
 # LabLM's sizes, but four KV heads instead of two, so that four chips get one each. Values do not change a program.
@@ -73,13 +74,24 @@ def compile_for_tpu(function, *arguments, devices: list) -> Any:
 
 
 def product_report(devices: list, *, rows: int, dtype: str) -> dict:
-    """A product (rows × 1024) · (1024 × 1024): the compiler's layouts and its estimate of cycles."""
+    """A product (rows × 1024) · (1024 × 1024): the compiler's layouts, its estimate of cycles and what it made of it.
+
+    A `convolution` is how this compiler writes a product for the matrix unit; a `multiply` with a `reduce` is work for
+    the vector unit. An operand fetched by a `copy-start` of its own is not in the estimate: copies have none.
+    """
     wide = jnp.int32 if dtype == "int8" else jnp.float32
     product = jax.jit(lambda x, w: jnp.dot(x, w, preferred_element_type=wide))
     shapes = [jax.ShapeDtypeStruct((n, 1024), dtype) for n in (rows, 1024)]
     text = compile_for_tpu(product, *shapes, devices=devices).as_text()
     layouts = sorted(set(LAYOUT.findall(text.splitlines()[0])))
-    return {"rows": rows, "dtype": dtype, "layouts": layouts, "cycles": sum(map(int, CYCLES.findall(text)))}
+    return {
+        "rows": rows,
+        "dtype": dtype,
+        "layouts": layouts,
+        "cycles": sum(map(int, CYCLES.findall(text))),
+        "operations": " + ".join(name for name in ("convolution", "multiply", "reduce") if f" {name}(" in text),
+        "fetched": "".join(sorted(set(FETCHED.findall(text)))),
+    }
 
 
 def decoder_report(devices: list, params: dict, shape: llama.Shape, *, chips: int) -> dict:
@@ -130,7 +142,7 @@ def report() -> dict:
         "products": [
             product_report(devices, rows=rows, dtype=dtype)
             for dtype in ("float32", "bfloat16", "int8")
-            for rows in (1, 8, 128, 1024)
+            for rows in (1, 2, 8, 128, 1024)
         ],
         "kernels": [kernel_report(devices, blocks=blocks) for blocks in BLOCKS],
         "decoders": [decoder_report(devices, params, shape, chips=chips) for chips in (1, 2, 4)],
