@@ -305,11 +305,13 @@ def test_fast_packed_llama_without_kernels_says_why(monkeypatch):
 @pytest.mark.parametrize("name", [*LLAMAS, "qwen2"])
 def test_float_llama_in_c_equals_numpys_path_and_the_model(name):
     model, ids = tiny_model(name), random_ids(12)
+    expected = forward_logits(model, ids)
     in_c = fast_float_llama(model, max_length=30)
+    assert torch.equal(forward_logits(model, ids), expected)  # the model reads the decoder's memory
+    assert model.lm_head.weight.data_ptr() == in_c.head.array.ctypes.data
     numpy_steps = copy.copy(in_c)
     assert in_c.few_tokens.max_tokens == 1  # so the tokens below go through C
     numpy_steps.few_tokens = None
-    expected = forward_logits(model, ids)
     for decoder in (in_c, numpy_steps):  # they share one cache: each in its turn
         decoder.truncate(0)
         torch.testing.assert_close(decoder.prefill(ids[:, :1]), expected[:, 0], atol=2e-5, rtol=1e-4)
@@ -322,7 +324,7 @@ def test_float_llama_in_c_equals_numpys_path_and_the_model(name):
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 31), (8, 32), (5, 33), (7, 100)])
 def test_float_matrix_multiplies_as_torch_for_any_shape(outputs, inputs):
     layer = nn.Linear(inputs, outputs)
-    matrix, x, y = FloatMatrix(layer), array(3, inputs), np.empty((3, outputs), np.float32)
+    matrix, x, y = FloatMatrix(Arena(4 * outputs * inputs), layer), array(3, inputs), np.empty((3, outputs), np.float32)
     for threads in (1, 2):
         LIBRARY.packed_linear(matrix.parts[0][0], x.ctypes.data, y.ctypes.data, 3, threads)
         expected = nn.functional.linear(torch.from_numpy(x).double(), layer.weight.double(), layer.bias.double())

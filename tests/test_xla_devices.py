@@ -173,13 +173,6 @@ def test_partition_specs_cut_what_they_should(decoder):
             sharding.partition_specs(params, cuts)
 
 
-def test_check_heads_refuses_to_tear_a_head():
-    shape = llama.Shape(layers=1, heads=4, kv_heads=2, head_dim=8, max_length=8, eps=1e-5)
-    sharding.check_heads(shape, 2)
-    with pytest.raises(ValueError, match="devices must divide heads=4 and kv_heads=2; got 4"):
-        sharding.check_heads(shape, 4)
-
-
 @pytest.mark.skipif(not tpu_compiler.can_compile(), reason="libtpu is optional and not installed")
 def test_the_real_compiler_says_what_is_saved():
     found = tpu_compiler.report_from_compiler()

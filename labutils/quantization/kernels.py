@@ -5,7 +5,6 @@ import functools
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float32
 
 from labutils.lab.layers.compile import KernelError, build_c
@@ -100,12 +99,3 @@ def find_kernels() -> tuple[ctypes.CDLL | None, str]:
         return _declared(build_c(read_sources())), ""
     except KernelError as error:
         return None, str(error)
-
-
-def call_packed_linear(library: ctypes.CDLL, weight: Weight, x: int, y: int, tokens: int) -> None:
-    """Y = x W^T + b by address, with as many threads as PyTorch has.
-
-    Raises:
-        MemoryError: when there is no room for the activations' codes.
-    """
-    library.packed_linear(weight, x, y, tokens, torch.get_num_threads())

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
-from labutils.quantization.kernels import Weight, call_packed_linear, find_kernels
+from labutils.quantization.kernels import Weight, find_kernels
 
 ROWS, CHUNK, MAX_BLOCK = 8, 32, 64  # as in kernels.c
 SMALLEST = 1e-30  # a block of smaller inputs counts as zeros
@@ -83,7 +83,7 @@ def _on_cpu(x, codes, scales, zeros, bias, out_features, bits, padded, group, bl
     y = x.new_empty(*x.shape[:-1], out_features)
     addresses = [t if t is None else t.data_ptr() for t in (codes, scales, zeros, bias)]
     weight = Weight(*addresses, x.shape[-1], out_features, padded, group, block, bits)
-    call_packed_linear(library, weight, x.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1])
+    library.packed_linear(weight, x.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1], torch.get_num_threads())
     return y
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from labutils.quantization.kernels import Layer, Model, Shape, Weight, call_packed_linear, float_weight
+from labutils.quantization.kernels import Layer, Model, Shape, Weight, float_weight
 from labutils.quantization.packed import CHUNK, MAX_BLOCK, ROWS, PackedLinear, PackedWeight
 
 HUGE_PAGE_BYTES = 2**21
@@ -76,12 +76,12 @@ class FusedPacked:
         if len(x) == 1:
             source = x.ctypes.data
             for (weight, _), address in zip(self.parts, self.addresses, strict=True):
-                call_packed_linear(self.library, weight, source, address, 1)
+                self.library.packed_linear(weight, source, address, 1, torch.get_num_threads())
             return self.out
         x = np.ascontiguousarray(x)
         made = [np.empty((len(x), width), np.float32) for width in self.widths]
         for (weight, _), y in zip(self.parts, made, strict=True):
-            call_packed_linear(self.library, weight, x.ctypes.data, y.ctypes.data, len(x))
+            self.library.packed_linear(weight, x.ctypes.data, y.ctypes.data, len(x), torch.get_num_threads())
         return made[0] if len(made) == 1 else np.concatenate(made, axis=1)
 
 

@@ -62,13 +62,3 @@ def placed(tree, mesh, specs):
         return jax.device_put(leaf, layout)
 
     return jax.tree.map(place, tree, specs)
-
-
-def check_heads(shape: llama.Shape, devices: int) -> None:
-    """Refuses a mesh that would tear a head apart.
-
-    Raises:
-        ValueError: If the number of devices does not divide the heads and the KV heads.
-    """
-    if shape.heads % devices or shape.kv_heads % devices:
-        raise ValueError(f"devices must divide heads={shape.heads} and kv_heads={shape.kv_heads}; got {devices}")

@@ -48,24 +48,31 @@ def fast_packed_llama(model: nn.Module, *, max_length: int, int8_cache: bool = F
 
 
 class FloatMatrix(Linear):
-    """A fused float32 matrix that C can find as well."""
+    """A fused float32 matrix in an arena, where C finds it; float32 layers' own weights become views of it."""
 
-    def __init__(self, *layers: nn.Linear) -> None:
+    def __init__(self, arena: Arena, *layers: nn.Linear) -> None:
         super().__init__(*layers)
+        self.weight = arena.put([self.weight])
+        self.array = self.weight.numpy()
+        for layer, view in zip(layers, self.weight.split([len(layer.weight) for layer in layers]), strict=True):
+            if layer.weight.dtype == torch.float32:
+                layer.weight.data = view
         self.parts = [(float_weight(self.array, self.bias), None)]
 
 
 def fast_float_llama(model: nn.Module, *, max_length: int) -> FastLlama:
     """`FastLlama` in float32 with C between its matrices: what `fast_packed_llama` gains by its steps, not its weights.
 
-    One token goes through C. Several go through PyTorch's product, which reads a weight once for all of them.
+    One token goes through C. Several go through PyTorch's product, which reads a weight once for all of them. The
+    model's float32 weights move into one piece of memory, as packed ones do, and are shared.
 
     Raises:
         KernelError: without the C kernels.
         ValueError: for an architecture that `FastLlama` does not know.
     """
     library = _kernels()
-    decoder = FastLlama(model, max_length=max_length, fuse=FloatMatrix)
+    nbytes = sum(4 * weight_of(layer).numel() + 64 for _, layer in linear_layers(model, with_head=True))
+    decoder = FastLlama(model, max_length=max_length, fuse=partial(FloatMatrix, Arena(nbytes)))
     if FewTokens.fits(decoder):
         decoder.few_tokens = FewTokens(library, decoder, max_tokens=1)
     return decoder
