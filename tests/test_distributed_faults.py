@@ -28,6 +28,11 @@ over_windows = pytest.mark.parametrize(
 over_policies = pytest.mark.parametrize("policy", ["pull", "static", "weighted"])
 
 
+def our_path():
+    """What other programs need to import the functions of this module."""
+    return os.pathsep.join(path for path in sys.path if path)
+
+
 def dask_nodes(stack):
     pytest.importorskip("distributed", reason="Dask distributed is not installed")
     from labutils.distributed.dask_engine import local_cluster
@@ -38,16 +43,14 @@ def dask_nodes(stack):
 @pytest.fixture(scope="module")
 def ray_stands(tmp_path_factory):
     """Ray in this process and in those it starts; what it shares with the environment is the environment's own."""
-    if importlib.util.find_spec("ray") is not None:
-        yield
-        return
-    if sys.platform != "linux" or sys.version_info[:2] > (3, 13):
-        pytest.skip("Ray's own build for this system was never tried here: pip install 'ray>=2.60'")
-    folder = tmp_path_factory.mktemp("ray")
-    install_aside(folder, ["ray==2.60.0", "protobuf==7.36.2"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path, str(folder)])
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)])))
+        if importlib.util.find_spec("ray") is None:
+            if sys.platform != "linux" or sys.version_info[:2] > (3, 13):
+                pytest.skip("Ray's own build for this system was never tried here: pip install 'ray>=2.60'")
+            folder = tmp_path_factory.mktemp("ray")
+            install_aside(folder, ["ray==2.60.0", "protobuf==7.36.2"])
+            patch.setattr(sys, "path", [*sys.path, str(folder)])
+        patch.setenv("PYTHONPATH", our_path())  # Ray's actors import our functions
         yield
 
 
@@ -217,7 +220,7 @@ def programs(tmp_path):
     pytest.importorskip("distributed", reason="Dask distributed is not installed")
     from labutils.distributed.dask_engine import connect
 
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}  # for our functions
+    environ = os.environ | {"PYTHONPATH": our_path()}
     quiet = ["--host", "127.0.0.1", "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
     started = []
 
