@@ -931,19 +931,19 @@ whole = torch.tensor([[rise(heads_of(i, group)) for group in range(GROUPS)] for 
 added = alone.unflatten(1, (GROUPS, -1)).sum(dim=-1)
 
 # %%
-figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
+from labutils.lab.plots.style import label_points, plain_log_scale
+
+figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
 axes.scatter(added, whole, **{k: v for k, v in series_style(0).items() if k in ("color", "marker")})
-axes.axline((0.05, 0.05), slope=1, color="0.6", linestyle=":", label="they would add up")
-for i in range(6):
-    for group in range(GROUPS):
-        at = (added[i, group].item(), whole[i, group].item())
-        axes.annotate(f"{i}.{group}", at, xytext=(4, 3), textcoords="offset points", fontsize="small")
-middle = (whole / added).median().item()
-above = int((whole > added).sum())
-axes.set(xscale="log", yscale="log", xlabel="its heads, each alone, added up (nats per token)")
-axes.set(ylabel="the whole group (nats per token)")
+axes.axline((0.1, 0.1), (0.2, 0.2), color="0.6", linestyle=":", label="they would add up")
+plain_log_scale(axes, "x")
+plain_log_scale(axes, "y")
+middle, above = (whole / added).median().item(), int((whole > added).sum())
+axes.set(xlabel="its heads, each alone, added up (nats per token)", ylabel="the whole group (nats per token)")
 axes.set_title(f"{above} of {whole.numel()} groups cost more than their heads; median {middle:.2f} times")
-axes.legend()
+axes.legend(loc="lower right")
+every = [(i, group) for i in range(6) for group in range(GROUPS)]
+label_points(axes, [(f"{i}.{group}", added[i, group].item(), whole[i, group].item()) for i, group in every])
 plt.show()
 my_sum.compare(middle)
 
