@@ -1709,8 +1709,9 @@ if kernels:
 # and pay for PyTorch and Python between the kernels. Without a compiler, PyTorch's own operators
 # serve, with the same numbers to the last bit; `python -m labutils doctor` says which you have.
 #
-# Against others, in a terminal: `python -m labutils bench quantization` times the same weights in llama.cpp (where it is
-# installed), torchao and `torch.ao`, and says which of the course's own bars were met on your machine.
+# Against others, in a terminal: `python -m labutils bench quantization` times the same weights in llama.cpp and ik_llama.cpp
+# (`pip install -e .[peers]`) and in PyTorch's own int8, each in a process of its own, and says which of the course's own bars
+# were met on your machine.
 
 # %% [markdown]
 # ### Keep it

@@ -1051,6 +1051,69 @@ plt.show()
 # says so, and a virtual machine shares them with its neighbours.
 
 # %% [markdown]
+# ### A benchmark that slowed the competitor it loaded
+#
+# To compare engines, this project once loaded them all into one process and timed them in turn. Its own decoder, with two
+# threads on two cores, lost most of its speed there, while no other engine had anything to do. A thread that waits for work
+# may **spin**: it starts sooner than one that sleeps, and holds a core all the while. Each engine had brought its own
+# threads, and those of the idle ones spun.
+#
+# Here is the same in small. Three processes time one product in NumPy with a thread for each core. Two have nothing else in
+# them. In the third, PyTorch has computed something once and is idle since; its threads are told to spin, as
+# some engines' threads do without being told. Whoever is not asked is *stopped* (`SIGSTOP`), so that the three cannot disturb one another.
+# **Predict:** by how much does the idle engine slow the third?
+
+# %%
+import signal
+import sys
+
+from labutils.course.bench.child import Child, environment
+
+PROGRAM = """
+import sys, time
+import numpy as np
+if sys.argv[1] == "two engines":
+    import torch
+    torch.ones(512, 512) @ torch.ones(512, 512)  # starts its threads
+weights, x = np.ones((4096, 1024), np.float32), np.ones((1024, 8), np.float32)
+print("ready", flush=True)
+for line in sys.stdin:
+    weights @ x
+    began = time.perf_counter()
+    for _ in range(20):
+        weights @ x
+    print(time.perf_counter() - began, flush=True)
+"""
+names = {"alone": "alone", "alone, another process": "alone", "beside an idle engine": "two engines"}
+settings = environment(available_cores()) | {"OMP_WAIT_POLICY": "ACTIVE"}
+spent = {name: [] for name in names}
+if hasattr(signal, "SIGSTOP"):
+    children = {n: Child([sys.executable, "-c", PROGRAM, kind], environment=settings) for n, kind in names.items()}
+    jobs = {name: (lambda name=name: spent[name].append(children[name].ask("go"))) for name in children}
+    measure_interleaved(jobs, repeats=9, warmup=1)
+    for child in children.values():
+        child.close()
+else:
+    print("this system cannot stop a process, so the three would disturb one another: not measured")
+
+# %%
+if spent["alone"]:
+    seconds = {name: its[1:] for name, its in spent.items()}  # without the warm-up
+    again, idle = (paired_ratio(seconds[name], seconds["alone"]) for name in list(names)[1:])
+    figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
+    for index, (name, its) in enumerate(seconds.items()):
+        axes.plot([50 * s for s in its], [name] * len(its), linestyle="", alpha=0.6, **series_style(index))
+    said = "no difference seen: {}" if idle.low <= 1 <= idle.high else "{} of the time alone"
+    axes.set(xlabel="ms a product, nine rounds", title=f"Beside an idle engine, {said.format(idle)}", xlim=(0, None))
+    plt.show()
+    print(f"the same program in two processes: {again}; on {available_cores()} cores")
+
+# %% [markdown]
+# **Explain.** The two equal processes show how far equal things differ here: a difference as small as theirs says nothing. On one core there
+# is no second thread, and so nothing to see. `python -m labutils bench quantization` gives each engine a process of its own and
+# stops it while another is timed; it, too, times one engine in two processes before it believes a difference.
+
+# %% [markdown]
 # ## 12 · A kernel of your own
 #
 # Where no library has the kernel you need, you write it. In **Triton** you write what *one program* does with *a block* of
