@@ -223,5 +223,5 @@ def test_vllm_loads_it_with_our_logits(symmetric, tmp_path):
     with torch.no_grad():
         ours, in_half = (m(ids).logits[0, -1].float().log_softmax(-1) for m in (model, copy.deepcopy(model).half()))
     print(f"largest difference: vLLM {(theirs - ours).abs().max():.4f}, PyTorch {(in_half - ours).abs().max():.4f}")
-    assert (theirs - ours).abs().max() < 2 * (in_half - ours).abs().max() < 0.03
+    assert (theirs - ours).abs().max() < 2 * (in_half - ours).abs().max() < 0.06
     assert theirs.argmax() == ours.argmax()
