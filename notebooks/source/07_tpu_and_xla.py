@@ -10,7 +10,7 @@
 # | Time | 4 hours for you; all cells run in one to two minutes on one core (measured: 71 and 78 s, the core shared) |
 # | Memory, download | 1.6 GB at the peak (measured); JAX, about 130 MB, is installed by the first cell |
 # | Hardware | any computer; a Colab TPU is used where there is one |
-# | Exercises | 11, each checked in the cell below it |
+# | Exercises | 11, each checked in the cell below it; those marked *core* fit into one session of two hours |
 
 # %% [markdown]
 # **What is real here: compiled for TPU, executed on CPU.** Nothing in the outputs you see ran on a TPU: no TPU was at
@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from jax.experimental import pallas as pl
 
+from labutils.course.predictions import calibration, predict
 from labutils.lab.models.load import load_model
 from labutils.lab.plots.style import series_style
 
@@ -88,7 +89,7 @@ except jax.errors.TracerBoolConversionError as error:
 print("jnp.where:   ", jax.jit(lambda x: jnp.where(x > 10, x / 2, x))(jnp.float32(12.0)))
 
 # %% [markdown]
-# ## Exercise 7.1: programs
+# ## Exercise 7.1: programs (core)
 #
 # `jit` keeps a program for each *key*: above all the arguments' shapes and dtypes, and the values of arguments declared static.
 # (Also in the key, and left out of this exercise: whether a number came from Python, a *weak type*, the nesting of tuples and
@@ -171,7 +172,7 @@ shares = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
 print("shares:", shares, "  mixed:", shares @ values)
 
 # %% [markdown]
-# ## Exercise 7.2: cached_attention
+# ## Exercise 7.2: cached_attention (core)
 #
 # Write `cached_attention(query, keys, values, position)` for one head in `jnp`: query (head_dim,), keys and values
 # (max_length, head_dim), `position` the query's own, a traced number. Slots after it contain arbitrary finite numbers. The check runs it
@@ -274,7 +275,7 @@ with jax.default_matmul_precision("highest"):  # a TPU would round float32 produ
 # **Tiny numbers:** prompts of 5, 16 and 17 tokens, buckets 16 and 32: two programs instead of three, and
 # 16 + 16 + 32 = 64 positions computed for 38 tokens, 41% padding.
 #
-# ## Exercise 7.3: bucket_for
+# ## Exercise 7.3: bucket_for (core)
 #
 # Write `bucket_for(length, buckets)`: the smallest bucket that holds `length` tokens; the buckets may come in any order. No
 # such bucket: raise `ValueError`. 4 lines, 5 minutes, difficulty 1 of 3.
@@ -404,7 +405,7 @@ total, sums = jax.lax.scan(lambda carry, x: (carry + x, carry + x), 0, jnp.array
 print("carry at the end:", total, "  stacked:", sums)
 
 # %% [markdown]
-# ## Exercise 7.4: decode_scan
+# ## Exercise 7.4: decode_scan (core)
 #
 # Write `decode_scan(step, cache, token, position, new_tokens)`: greedy decoding as one scan. `step(token, cache, position)`
 # returns (logits, cache). `token` is the first to be fed; return the `new_tokens` chosen tokens, an int32 array. The check
@@ -471,6 +472,9 @@ ch07.break_even_tokens(break_even_tokens)
 # which takes a minute.)
 
 # %%
+my_gain = predict("tokens/s of the whole loop as one program over eager torch", None, unit="times")
+
+# %%
 from labutils.generation.decode import generate_static
 from labutils.generation.fast_llama import FastLlama
 
@@ -510,6 +514,7 @@ for run in runs.values():
     ratio = paired_ratio(runs["eager torch"].samples_s, run.samples_s)
     print(run)
     print(f"    {NEW_TOKENS / run.median_s:.0f} tokens/s, {ratio} as fast as eager torch")
+my_gain.compare(ratio.value)  # the last one's, the scanned loop's
 
 # %%
 from labutils.xla import hlo
@@ -684,7 +689,7 @@ print(
 )
 
 # %% [markdown]
-# ## Exercise 7.7: mxu_utilisation
+# ## Exercise 7.7: mxu_utilisation (core)
 #
 # Write `mxu_utilisation(rows, inner, columns, size)`: the formula above for a size × size array. A multiply-and-add counts
 # as one. 3 lines, 6 minutes, difficulty 1 of 3.
@@ -715,6 +720,9 @@ ch07_device.mxu_utilisation(mxu_utilisation)
 # lines are the formula, the crosses a simulation that moves every number cell by cycle.
 
 # %%
+my_share = predict("share of a matrix unit that one row keeps busy", None, unit="%")
+
+# %%
 inputs, runs_of_q = np.random.default_rng(0), {}
 for rows in (1, 16, 64):
     x, w = inputs.integers(-128, 128, (rows, 256)), inputs.integers(-128, 128, (256, 256))
@@ -742,6 +750,7 @@ axes.set_title(f"One row keeps {least:.1%} of the array busy, 4096 rows {most:.0
 axes.grid(alpha=0.25, which="both")
 axes.legend()
 plt.show()
+my_share.compare(100 * least)
 
 # %% [markdown]
 # *Computed and simulated, not measured on a TPU: the share of a 128 × 128 array's work that was asked for.*
@@ -759,6 +768,9 @@ plt.show()
 #
 # Peak in bfloat16 and HBM bandwidth of four generations, as Google documents them (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x): v5e 197 TFLOP/s and
 # 819 GB/s, v5p 459 and 2765, v6e 918 and 1638, TPU7x (Ironwood) 2307 and 7380. **Predict:** how many rows does each need until memory is no longer the limit?
+
+# %%
+my_rows = predict("rows that a TPU v5e needs until memory is no longer the limit", None, unit="rows")
 
 # %%
 CHIPS = {"v5e": (197, 819), "v5p": (459, 2765), "v6e": (918, 1638), "TPU7x": (2307, 7380)}  # TFLOP/s, GB/s
@@ -779,6 +791,7 @@ axes.set_title(f"Decoding leaves the memory roof at {min(rows_needed):.0f} to {m
 axes.grid(alpha=0.25, which="both")
 axes.legend()
 plt.show()
+my_rows.compare(rows_needed[0])
 
 # %% [markdown]
 # *From the documented peaks and bandwidths, not measured: what memory and matrix units allow for products of B rows, weights in bfloat16. Slanted: waiting
@@ -1067,17 +1080,21 @@ for kernel in report["kernels"]:
 # rules. And VMEM overflows by exactly the bytes that exercise 7.10 predicts; halving the blocks cures it.
 #
 # Now its layouts, and its own estimate of cycles for a product (rows × 1024) · (1024 × 1024).
-# **Question:** which tile does it choose for one row, and which for 1024?
+# **Question:** which tile does it choose for one row, and which for 1024? Which unit does a row need?
 
 # %%
 SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "s8"}
-print(f"{'x':38} {'cycles estimated':>16} {'a row':>7} {'formula, 4 units':>17}")
-for product in (p for p in report["products"] if p["rows"] in (1, 8, 1024)):
+print(f"{'x':38} {'cycles estimated':>16} {'a row':>7} {'formula, 4 units':>17}  runs as, fetched apart")
+for product in (p for p in report["products"] if p["rows"] in (1, 2, 8, 1024)):
     wanted = f"{SHORT[product['dtype']]}[{product['rows']},1024]"
     layout = next(text for text in product["layouts"] if text.startswith(wanted))
     each = product["cycles"] / product["rows"]
     formula = systolic.array_cycles(product["rows"], 1024, 1024) / 4
-    print(f"{layout:38} {product['cycles']:16} {each:7.0f} {formula:17.0f}")
+    print(f"{layout:38} {product['cycles']:16} {each:7.0f} {formula:17.0f}", end="  ")
+    print(f"{product['operations']}, {product['fetched'] or 'nothing'}")
+print(
+    f"w in float32, {2**22 / 2**20:.0f} MiB, from v5e's memory: {1e6 * 2**22 / (CHIPS['v5e'][1] * 1e9):.1f} µs at best"
+)
 
 # %% [markdown]
 # `T(8,128)` is the tile; a second pair such as `(4,1)` says that four int8 rows share a 4-byte word. For one row the
@@ -1085,8 +1102,12 @@ for product in (p for p in report["products"] if p["rows"] in (1, 8, 1024)):
 # compiler's estimate, not a time. The formula counts one matrix unit, of which a v5e core has four (docs.cloud.google.com/tpu/docs/v5e), so it is divided
 # by four; and it loads each tile *before* the rows, which a real unit does meanwhile.
 #
-# Eight rows cost less *in all* than one, which no formula for one unit explains. A likely reason, which this output does not prove: a single row does not go
-# through the matrix unit, but is multiplied and added up on the **vector unit**, which has far fewer multipliers. The practical rule: pad a batch to eight.
+# Two rows cost less *in all* than one, which no formula for one unit explains. The last column does. For one row the compiled program holds no matrix
+# product: it is a `multiply` and a `reduce`, work for the **vector unit**, and hardly cheaper with narrower weights. From two rows on it is a
+# `convolution`, which is how this compiler writes a product for the **matrix unit**. So a batch of one is the only one that misses the matrix unit.
+#
+# What the column does not contain: the programs of two rows and more fetch w, or the larger x, in an operation of its own (`copy-start`), for which
+# the compiler gives no estimate. By section 7's bandwidth that alone takes the time in the last line, whichever unit multiplies.
 
 # %% [markdown]
 # ## 10 · One artefact, two platforms
@@ -1319,3 +1340,4 @@ speed_quality_widget(records)
 from labutils.course.progress import progress
 
 progress()
+calibration()
