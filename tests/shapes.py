@@ -45,7 +45,12 @@ def checked(function):
 
     @functools.cache
     def hints():  # at the first call: names may be defined further down
-        found = {name: hint for name, hint in typing.get_type_hints(function).items() if names_array(hint)}
+        found = {}
+        for name, text in inspect.unwrap(function).__annotations__.items():
+            one = type("One", (), {"__annotations__": {name: text}})
+            with contextlib.suppress(NameError):  # imported for type checkers alone: no array of ours
+                hint = typing.get_type_hints(one, inspect.unwrap(function).__globals__)[name]
+                found |= {name: hint} if names_array(hint) else {}
         if inspect.isgeneratorfunction(function):
             found.pop("return", None)
         return {n: h for n, h in found.items() if n == "return" or not is_variadic(signature.parameters[n])}
