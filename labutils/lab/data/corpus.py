@@ -3,6 +3,7 @@
 It is real code and real English, it is present wherever Python is, and nothing of it is copied into this repository.
 """
 
+import functools
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -100,6 +101,12 @@ def stdlib_documents(split: str) -> list[Document]:
     if split != "train":
         names = VALIDATION_MODULES if split == "validation" else TEST_MODULES
         return [Document(name, read_source(folder / name) or "") for name in names]
+    return list(_training_modules(folder))
+
+
+@functools.cache
+def _training_modules(folder: Path) -> list[Document]:
+    """Read once a process: a chapter asks for calibration text again and again, and each time takes two seconds."""
     held_out = held_out_documents()
     names = {document.name for document in held_out}
     candidates = (d for d in _documents_below(folder, skip=("site-packages", "dist-packages")) if d.name not in names)
@@ -149,9 +156,7 @@ def _documents_below(folder: Path, skip: tuple[str, ...]) -> list[Document]:
     documents = []
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()
-        if any(part in skip for part in name.split("/")):
-            continue
-        text = read_source(path)
+        text = None if any(part in skip for part in name.split("/")) else read_source(path)
         if text and text.strip():
             documents.append(Document(name, text))
     return documents
