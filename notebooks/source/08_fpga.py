@@ -10,7 +10,7 @@
 # | Time | 4 hours for you; all cells run in two to four minutes (measured: 111 and 212 s, the core shared); the first run ever, one to two more |
 # | Memory, download | 0.9 GB at the peak (measured); 60 MB of tools, 240 MB of disk |
 # | Hardware | any computer; no FPGA: all is simulated or estimated |
-# | Exercises | 12, each checked in the cell below it |
+# | Exercises | 12, each checked in the cell below it; those marked *core* fit into one session of two hours |
 
 # %%
 from labutils.course.extras import install_extra
@@ -31,6 +31,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from labutils.course.predictions import calibration, predict
 from labutils.fpga.tools import warm_up
 from labutils.lab.paths import DATA
 from labutils.lab.plots import fpga as plots
@@ -77,7 +78,7 @@ for cycle, (now, later) in enumerate(simulate(m, [(x, [1, 2, -3, 0])], [wire, re
 # **Tiny numbers:** w = 7, x = 2, sum_in = 10: one cycle later sum_out = 24.
 
 # %% [markdown]
-# ## Exercise 8.1: processing_element
+# ## Exercise 8.1: processing_element (core)
 #
 # Write `processing_element(p)`: `p` has the signals `load`, `w_in`, `x_in`, `sum_in`, `w_out`, `x_out`, `sum_out`. `w_out` *is*
 # the kept weight: it takes `w_in` at the edge while `load` is 1. `x_out` and `sum_out` are registers. Return the Module. The
@@ -119,7 +120,7 @@ ch08.processing_element(processing_element)
 # `load`, does reach every element here.)
 
 # %% [markdown]
-# ## Exercise 8.2: systolic_array
+# ## Exercise 8.2: systolic_array (core)
 #
 # Write `systolic_array(a, add_element)`. `a` has `load` and, as lists of N signals, `w_in[j]` and `sum_in[j]` (top of column j),
 # `x_in[k]` (left of row k) and `sum_out[j]` (bottom of column j). `add_element(m, k, j)` puts element (k, j) into m and returns
@@ -242,7 +243,7 @@ print(f"{signs.spec!s:<26} equal to numpy: {(run_array(signs, x, w) == x @ w).al
 #
 # A layer larger than the array is cut into N × N tiles. **Tiny numbers:** 4 rows on 3 × 3: 3 + 4 + 4 = 11.
 #
-# ## Exercise 8.4: layer_cycles
+# ## Exercise 8.4: layer_cycles (core)
 #
 # Write `layer_cycles(rows, features, outputs, n)`: cycles of a layer with `features` inputs and `outputs` outputs, tile after
 # tile; n divides both. 1 line, 4 minutes, difficulty 1 of 3.
@@ -269,6 +270,9 @@ ch08.layer_cycles(layer_cycles)
 # = 1)? When it reads a prompt of 1024?
 
 # %%
+my_share = predict("cycles in which an element of an 8 x 8 array multiplies, one row", None, unit="%")
+
+# %%
 from labutils.fpga.simulate import total_cycles
 
 appeared = np.diff(frames.sums[:, -1, -1]).nonzero()[0][-1] + 1
@@ -276,6 +280,7 @@ print(f"section 2's last sum appeared in cycle {appeared}; the formula: {total_c
 for n in (8, 256):
     shares = {rows: rows / total_cycles(n, rows) for rows in (1, 16, 128, 1024)}
     print(f"N = {n:>3}: " + ", ".join(f"{rows} rows {share:.1%}" for rows, share in shares.items()))
+my_share.compare(100 / total_cycles(8, 1))
 
 # %% [markdown]
 # **Explain.** A single row makes poor use of the array, which loads N² weights and uses each only once. This is chapter 01's decode again,
@@ -291,7 +296,7 @@ for n in (8, 256):
 #
 # **Tiny numbers:** one product of 2-bit codes: (−2)² = 4 needs 4 bits (−8 … 7); 3 bits end at 3.
 #
-# ## Exercise 8.5: accumulator_bits
+# ## Exercise 8.5: accumulator_bits (core)
 #
 # Write `accumulator_bits(bits, terms)`: the smallest n that holds every sum of `terms` products of two `bits`-bit codes. LabLM's
 # longest sum has 768 terms. 2 lines, 6 minutes, difficulty 2 of 3.
@@ -330,7 +335,7 @@ for name, (low, high) in {"1 to 9": (1, 10), "-9 to 9": (-9, 10), "-128 to 127":
     print(f"random codes {name:<12} find {found}")
 
 # %% [markdown]
-# ## Exercise 8.6: telling_inputs
+# ## Exercise 8.6: telling_inputs (core)
 #
 # Write `telling_inputs()`: return x (1 to 16 rows, 3 columns) and w (3 × 3), int8 codes, on which *every* broken array differs
 # from `x @ w`. One pair for all four. 3 lines, 8 minutes, difficulty 2 of 3.
@@ -686,6 +691,9 @@ for row in saved["rows"]:
 # a batch has many, so there is a column for each. **Predict:** how many 8 × 8 int8 arrays does one core equal in each?
 
 # %%
+my_arrays = predict("8 x 8 int8 arrays, never loaded, that one core equals at 64 rows", None, unit="arrays")
+
+# %%
 from labutils.measurement.threads import thread_count
 from labutils.measurement.timing import measure_interleaved
 from labutils.quantization.packed import PackedLinear
@@ -718,6 +726,7 @@ arrays = {r["design"]: (ArraySpec(**r["spec"]), r["gmac_per_s"]) for r in saved[
 for name, (spec, bound) in arrays.items():
     loaded = {rows: best[rows] / with_loading(spec, bound, rows) for rows in best}
     print(f"{name:<40}{best[64] / bound:>15.0f}{loaded[64]:>10.0f}{loaded[1]:>8.0f}")
+my_arrays.compare(best[64] / arrays["8x8 int8, acc25, pipelined, LUT"][1])
 
 # %% [markdown]
 # **Explain.** The first column compares the CPU with an array that is never loaded and never drained. The other two let the array load,
@@ -899,6 +908,9 @@ ch08_area.product_tables(product_tables)
 # where the general 4-bit multiplier took the number of section 5?
 
 # %%
+my_tables = predict("LUT4s of a product by a fixed 4-bit weight", None, unit="LUT4")
+
+# %%
 from labutils.fpga.netlist import constant_products
 
 weights, places = range(-8, 8), np.arange(16)
@@ -910,6 +922,7 @@ print(f"all {words.size} products right: {(by_hand == np.outer(weights, codes)).
 area, _ = synthesize(to_rtlil(*constant_products(weights)), carry=False)
 each = area.lut4 / len(weights)
 print(f"Yosys: {area.lut4} LUT4 for {len(weights)} weights, {each:.1f} each; any 4-bit weight: {tables[4][0]}")
+my_tables.compare(each)
 print(
     f"all {per_token * 1e3:.1f} million weights of LabLM: {per_token * 1e9 * each / 24_288:.0f} chips like ours, adders left out"
 )
@@ -938,3 +951,4 @@ print(
 from labutils.course.progress import progress
 
 progress()
+calibration()

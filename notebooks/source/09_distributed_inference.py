@@ -10,7 +10,7 @@
 # | Time | 3 hours for you; all cells run in three to four minutes on two cores (measured: 192 and 236 s, the cores shared with other work) |
 # | Memory, download | 2 GB at the peak, all processes together; where Dask is missing, as on Colab, the first cell installs it |
 # | Hardware | any computer: devices are processes here, and they talk through gloo. NCCL was not run |
-# | Exercises | 12, each checked in the cell below it |
+# | Exercises | 12, each checked in the cell below it; those marked *core* fit into one session of two hours |
 
 # %%
 from labutils.course.extras import install_extra
@@ -32,6 +32,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from labutils.course.predictions import calibration, predict
 from labutils.distributed.launch import RankError, launch
 from labutils.lab.models.load import load_model
 from labutils.lab.plots import distributed as plots
@@ -148,7 +149,7 @@ except RankError as error:
 # keeps a stable **id**, its place in the list, so that answers find their way home.
 
 # %% [markdown]
-# ## Exercise 9.2: partition
+# ## Exercise 9.2: partition (core)
 #
 # Write `partition(lengths, max_tokens)`: go through the ids by length (the smaller id first where lengths are equal) and put each into the
 # open batch if, padded, the batch stays within `max_tokens` positions; else open a new one. Return a list of lists of ids. No request is
@@ -204,8 +205,11 @@ for name, batches in {"in order of arrival": arrival, "by length": by_length}.it
 #
 # **Predict:** how long does static need?
 
+# %%
+my_static = predict("120 requests dealt out in turn to nodes of 20, 40 and 160 ms", None, unit="s")
+
 # %% [markdown]
-# ## Exercise 9.3: weighted_shares
+# ## Exercise 9.3: weighted_shares (core)
 #
 # Write `weighted_shares(count, rates)`: integers that add up to `count`. Round each exact share down; what is left goes one each to the
 # nodes with the largest fractions (no two are equal here where it matters; else the first node). 6 lines, 10 minutes, difficulty 2 of 3.
@@ -232,7 +236,7 @@ def weighted_shares(count, rates):
 ch09.weighted_shares(weighted_shares)
 
 # %% [markdown]
-# ## Exercise 9.4: pull_finish_s
+# ## Exercise 9.4: pull_finish_s (core)
 #
 # Write `pull_finish_s(count, delays_s)`: when is the last request answered, if each node takes the next one as soon as it is free (the
 # first node, where several are)? All start free at 0. 6 lines, 10 minutes, difficulty 2 of 3.
@@ -275,6 +279,7 @@ delays = list(DELAYS_S.values())
 print(f"by formula: static {parts.shares_finish_s([40, 40, 40], delays):.2f} s,", end=" ")
 print(f"weighted {parts.shares_finish_s(parts.weighted_shares(120, [1 / d for d in delays]), delays):.2f} s,", end=" ")
 print(f"pull {parts.pull_finish_s(120, delays):.2f} s")
+my_static.compare(next(p for p in policies if p.policy == "static").samples_s[0])
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
@@ -298,7 +303,7 @@ plt.show()
 # (**at-least-once** execution). Some never come. All three must be noticed.
 
 # %% [markdown]
-# ## Exercise 9.5: merge
+# ## Exercise 9.5: merge (core)
 #
 # Write `merge(count, pairs)`: pairs are (id, answer) in order of arrival, ids in 0 … count − 1. Return three lists: the answers by id, with
 # `None` where one is missing; the missing ids, in order; and the ids of the duplicates, in order, one entry for each time that an id came again
@@ -339,6 +344,9 @@ ch09.merge(merge)
 #
 # **Predict:** of 60 requests, one raises and one kills its node. How many nodes are lost, and how many answers?
 
+# %%
+my_lost = predict("nodes that one killing request costs", None, unit="nodes")
+
 
 # %%
 def careless(batch):
@@ -355,6 +363,7 @@ report = Report()
 answers = list(dispatch(range(60), careless, engine, Settings(max_requests=4), report=report))
 print(report)
 print("equal to the single process:", all(a.value == a.id**2 for a in answers if not a.error))
+my_lost.compare(report.lost_nodes)
 print(*[f"request {a.id}: {a.error}" for a in answers if a.error], sep="\n")
 
 # %% [markdown]
@@ -403,6 +412,7 @@ print(*[f"{name}: {words}" for name, words in faults.items()], sep="\n")
 # Memory is bounded too, in number and in bytes: requests may come from a generator, which is read only `window` requests and about
 # `window_bytes` bytes ahead of the oldest unanswered one (the test suite passes a million through). This is **backpressure**: a slow
 # cluster slows the reader instead of filling the memory. (The stopped node cost the most time above: for `timeout_s` nobody can tell it from a slow one.)
+# A user who waits is served by one more setting, `deadline_s`: a request that has not ended so long after it was read ends with an error that says so.
 # Two single points of failure remain: this notebook and the cluster's scheduler.
 #
 # Real answers, live: which node does most of the work on LabLM's queries, and is every answer what a single process says? The box
@@ -576,7 +586,7 @@ print(f"loopback counter {measured / 1e6:.1f} MB, formula {predicted / 1e6:.1f} 
 # **Tiny numbers:** 4 stages and 1 micro-batch: 3/4 idle; with 4: 3/7.
 
 # %% [markdown]
-# ## Exercise 9.9: pipeline_s
+# ## Exercise 9.9: pipeline_s (core)
 #
 # Write `pipeline_s(stage_s, micro_batches)`: the total time of a forward pass, where stage k takes `stage_s[k]` seconds for each
 # micro-batch and messages take none. Stages need not be equal. 1 line, 8 minutes, difficulty 2 of 3.
@@ -657,6 +667,9 @@ for way, times in per_token.items():
 # **Predict:** at 5 ms latency, how long is a token in each?
 
 # %%
+my_token = predict("a token of LabLM by tensor parallelism over a link of 5 ms and 10 MB/s", None, unit="ms")
+
+# %%
 print(
     f"{'link (all simulated except the first)':<38}{'tensor':>9}{'pipeline':>10}   ms a token, 4 requests, medians of 5"
 )
@@ -668,6 +681,7 @@ slowest = list(LINKS)[-1]
 ratio = paired_ratio(*(two[0]["over"]["seconds"][way, slowest] for way in ("tensor", "pipeline")))
 axes.set_title(f"On the slowest link tensor parallelism takes {ratio} the pipeline's time")
 plt.show()
+my_token.compare(per_token["tensor"][slowest])
 
 # %% [markdown]
 # *Milliseconds a token of LabLM over two ranks, by link (medians of 5). The first is this machine's loopback; the others are **simulated**: every
@@ -702,7 +716,7 @@ else:
 # $$L = \log(e^{L_a} + e^{L_b}), \qquad o = e^{L_a - L}\, o_a + e^{L_b - L}\, o_b$$
 
 # %% [markdown]
-# ## Exercise 9.10: merge_attention
+# ## Exercise 9.10: merge_attention (core)
 #
 # Write `merge_attention(output, log_sum, other, other_log_sum)`: outputs (heads, queries, head_dim), log sums (heads, queries); return the merged
 # output. 3 lines, 8 minutes, difficulty 2 of 3.
@@ -854,6 +868,9 @@ ch09_models.break_even_bytes_per_s(break_even_bytes_per_s)
 # **Predict:** how many bytes does the cache have in float32, and over which of these links does sending it win?
 
 # %%
+my_cache = predict("LabLM's cache of 512 tokens in float32", None, unit="MB")
+
+# %%
 PROMPT = torch.arange(512)[None] % 4000 + 50
 APART = {
     "loopback": None,
@@ -866,6 +883,7 @@ _, apart = launch("labutils.course.bench.ranks:prefill_apart", 2, wanted, timeou
 config = model.config
 predicted = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PROMPT.shape[1] * 4 + 8
 print(f"sent for one answer: {apart['sent']} bytes, predicted {predicted}")
+my_cache.compare(apart["sent"] / 1e6)
 print(
     "the same tokens every way:", all(torch.equal(apart["tokens"]["alone"], text) for text in apart["tokens"].values())
 )
@@ -992,3 +1010,4 @@ print(*[f"  {link:<28} tensor {t:7.1f}   pipeline {p:7.1f}" for link, (t, p) in 
 from labutils.course.progress import progress
 
 progress()
+calibration()
