@@ -1,4 +1,4 @@
-"""A real JupyterLab in a headless Chromium, on the learner's chapter 00: wrong answer, hint, right answer, widgets.
+"""A real JupyterLab in a headless Chromium: chapter 00's first hour, a Chinese hint, each widget of 01 to 03, figures.
 
 Set LABUTILS_CHROMIUM to a browser that is not on PATH. Screenshots go to ``artifacts/``.
 """
@@ -167,13 +167,13 @@ def test_a_learner_s_first_hour(lab, page):
     page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
     page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
     progress = cell(page, "progress()").locator(".jp-OutputArea")
-    progress.get_by_text("0 of 6 exercises passed").first.wait_for()  # the blanks have stopped nothing
+    progress.get_by_text("0 of 7 exercises passed").first.wait_for()  # the blanks have stopped nothing
     check = cell(page, "# CHECK tokens_per_second").locator(".jp-OutputArea")
     assert "still blank" in check.inner_text()
     see_the_plot(page)
     move_the_slider(page)
     answer_wrongly_then_rightly(page, check)
-    progress.get_by_text("1 of 6 exercises passed").wait_for()
+    progress.get_by_text("1 of 7 exercises passed").wait_for()
     bar = progress.locator(".jupyter-widgets .progress-bar")
     bar.wait_for()
     shot(page, progress, "browser-progress.png")
@@ -199,6 +199,81 @@ def test_a_chinese_hint(lab, page):
         check.get_by_text(words).wait_for()
         shot(page, check, f"browser-zh-{'wrong' if operation == '*' else 'right'}.png")
         assert ("应为" in check.inner_text()) == (operation == "*") and "Traceback" not in check.inner_text()
+
+
+RECORDS = """=
+from labutils.measurement import ledger
+from labutils.lab.widgets.speed_quality import speed_quality_widget
+common = {"device": "cpu", "dtype": "float32", "threads": 1, "prompt_tokens": 1, "output_tokens": 1}
+common |= {"technique": "x", "samples": [1] * 5, "bits_per_byte": 1}
+records = [ledger.Record(model=name, **common) for name in ("first", "second")]"""
+FOCUS = {"slider": ".noUi-handle", "dropdown": "select", "button": ".jupyter-button"}  # what has it, in each control
+NEEDED = {  # words of the cells that a chapter's widgets need
+    "01_how_generation_works": [
+        *("import statistics\nimport time", "CHARACTERS =", "from labutils.generation.cache import KVCache"),
+        *("def full(", "MODELS =", "def memory_table(", RECORDS),
+    ],
+    "02_quantization_formulas": ["from labutils.lab.layers.linears"],
+    "03_quantizing_a_language_model": [
+        *("import copy\nimport math", "statistics = input_statistics(", "=look = lambda *_: None", "def scheme_of("),
+        *("three_bits_model =", "inverse_factor"),
+    ],
+}
+WIDGETS = {  # words of a widget's cell, a control in it, a key
+    "01_how_generation_works": [
+        ("slider = ", "slider", "ArrowRight"),
+        ("speed_quality_widget(records)", "dropdown", "ArrowDown"),
+    ],
+    "02_quantization_formulas": [
+        ('picture_slider("cut"', "slider", "ArrowRight"),
+        ("quantization_widget(weight)", "slider", "ArrowRight"),
+        ("quantization_widget(weight)", "dropdown", "ArrowDown"),
+        ("bits_widget()", "button", "Space"),
+        ("bits_widget()", "dropdown", "ArrowDown"),
+    ],
+    "03_quantizing_a_language_model": [
+        ('picture_slider("tokens"', "slider", "ArrowRight"),
+        ('picture_slider("columns"', "slider", "ArrowRight"),
+        ('picture_slider("degrees"', "slider", "ArrowRight"),
+    ],
+}
+
+
+def cells_with(chapter, words):
+    """The first code cell with some words, for each of them; what begins with = is a cell itself."""
+    code = [cell for cell in chapter["cells"] if cell["cell_type"] == "code"]
+    blank = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None, "id": "own"}
+    return [
+        {**blank, "source": each[1:]} if each[0] == "=" else next(c for c in code if each in "".join(c["source"]))
+        for each in words
+    ]
+
+
+@pytest.mark.parametrize("stem", WIDGETS)
+def test_each_widget_answers_a_key(lab, page, stem):
+    """Its control takes the focus, a key changes it, and the picture or text beside it follows."""
+    root, address = lab
+    chapter = json.loads((root / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"))
+    wanted = ["# SETUP", *NEEDED[stem], *dict.fromkeys(words for words, _, _ in WIDGETS[stem])]
+    chapter["cells"] = cells_with(chapter, wanted)
+    path = root / "widgets" / f"{stem}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(chapter), encoding="utf-8")
+    open_notebook(page, address, f"widgets/{path.name}")
+    page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
+    page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
+    for index, (words, control, key) in enumerate(WIDGETS[stem]):
+        outputs = page.locator(".jp-CodeCell").nth(wanted.index(words)).locator(".jp-OutputArea").first
+        outputs.locator(FOCUS[control]).first.wait_for()
+        before = outputs.evaluate(SEEN)
+        outputs.locator(FOCUS[control]).first.focus()
+        page.keyboard.press(key)
+        page.wait_for_function(f"([node, old]) => ({SEEN})(node) !== old", arg=[outputs.element_handle(), before])
+        shot(page, outputs, f"browser-{stem[:2]}-widget-{index}.png")
+
+
+SEEN = """node => [...node.querySelectorAll(".widget-html-content, .jupyter-widgets > .widget-label, img")]
+    .map(each => each.src || each.innerText).join()"""  # what a learner sees of a widget: its texts and pictures
 
 
 @pytest.mark.parametrize("stem", ["12_applications", "13_capstone"])

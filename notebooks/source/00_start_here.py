@@ -7,10 +7,10 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | Python, a little PyTorch |
-# | Time | 75 minutes for you; all cells run in about a minute on one core (measured: 51 and 62 s, the core shared) |
+# | Time | 90 minutes for you; all cells run in about a minute on one core (measured: 51 and 62 s, the core shared) |
 # | Memory, download | 1.6 GB at the peak (measured); nothing is downloaded |
 # | Hardware | any computer; a GPU is used where there is one |
-# | Exercises | 6, each checked in the cell below it |
+# | Exercises | 7, each checked in the cell below it |
 
 # %% [markdown]
 # ## 1 · The model speaks
@@ -574,6 +574,89 @@ cycles = operations / (a100_flops_per_s / a100_clock_hz)
 print(f"{operations:.1e} operations: about {cycles:,.0f} cycles even at peak, which no program reaches")
 
 # %% [markdown]
+# ## 9 · Break the benchmark
+#
+# If you can measure, you can also deceive, and most often yourself. Here is a benchmark that looks reasonable; you choose its settings.
+# **Predict:** the same model runs twice on this machine, and each run writes 16 tokens. By how many times can the settings alone make the
+# second look faster than the first?
+
+
+# %%
+import time
+
+my_lie = predict("how many times as fast as itself careless settings make LabLM look", None, unit="times")
+NEW = 16
+
+
+def careless_rate(generate, prompt_tokens, warmup, runs, statistic, clock=time.perf_counter):
+    """Tokens per second, as some reports count them."""
+    for _ in range(warmup):
+        generate(prompt_tokens)
+    seconds = []
+    for _ in range(runs):
+        start = clock()
+        generate(prompt_tokens)  # reads the prompt and writes 16 tokens
+        seconds.append(clock() - start)
+    return (prompt_tokens + NEW) / statistic(seconds)
+
+
+# %% [markdown]
+# ## Exercise 0.7: lying_settings
+#
+# Write `lying_settings()`: two dictionaries of settings for `careless_rate`, *theirs* and *ours*, in this order. Allowed are `prompt_tokens` from 16
+# to 512, `warmup` from 0 to 3, `runs` from 1 to 9, and as `statistic` the functions `statistics.mean`, `statistics.median` and `min`. Both measure
+# one program, and ours must look at least twice as fast, on each of three simulated machines: one sets itself up during the first call,
+# one reads a prompt much faster than it writes, and one is disturbed in every third call.
+# 3 lines, 10 minutes, difficulty 2 of 3.
+#
+# <details><summary>Hint 1</summary>For each machine look for one setting that hides, or shows, what is special about it. What does the last line of the benchmark count?</details>
+# <details><summary>Hint 2</summary>Calls of 1, 1 and 5 seconds have the mean 2.3 and the minimum 1. And if the first of three calls takes a setup of 6 seconds more?</details>
+# <details><summary>Hint 3</summary>Theirs: a short prompt, no warm-up, and the mean of just enough runs to meet a disturbed call. Ours: the opposite of each.</details>
+
+
+# %%
+# EXERCISE lying_settings
+def lying_settings():
+    """Settings that make one program look slow, and settings that make it look fast."""
+    ### BEGIN SOLUTION
+    theirs = {"prompt_tokens": 16, "warmup": 0, "runs": 3, "statistic": statistics.mean}
+    ours = {"prompt_tokens": 512, "warmup": 1, "runs": 9, "statistic": min}
+    return theirs, ours
+    ### END SOLUTION
+
+
+# %%
+# CHECK lying_settings
+ch00.lying_settings(lying_settings, careless_rate)
+
+# %% [markdown]
+# Now on this machine, with LabLM. It is warm already, so one of the three lies may have nothing to work on.
+
+# %%
+long_ids = tokenizer(stdlib_documents("test")[0].text[:8000], return_tensors="pt")["input_ids"].to(device)
+
+
+def write(prompt_tokens):
+    generate_cached(model, long_ids[:, :prompt_tokens], NEW)
+
+
+slow = careless_rate(write, prompt_tokens=16, warmup=0, runs=3, statistic=statistics.mean)
+fast = careless_rate(write, prompt_tokens=512, warmup=1, runs=9, statistic=min)
+fair = measure(lambda: write(16), name="16 new tokens", device=device)
+print(f"LabLM looks {fast / slow:.1f} times as fast as LabLM: {fast:.0f} against {slow:.0f} 'tokens/s'")
+print(f"new tokens alone, median of {len(fair.samples_s)} runs after a warm-up: {NEW / fair.median_s:.0f} tokens/s")
+my_lie.compare(fast / slow)
+
+# %% [markdown]
+# <details><summary>How does one read such a report?</summary>
+#
+# Ask what a token is: one that was *read* costs far less than one that was *written*, and servers' "total throughput" counts both. Ask what happened
+# before the clock started. Ask which of the runs is shown. Then ask whether both sides had the same settings. This course prints new tokens, the
+# median, its interval and the settings with each rate; chapter 01 repairs a benchmark that breaks these rules.
+#
+# </details>
+
+# %% [markdown]
 # ## Words
 #
 # | word | meaning |
@@ -590,7 +673,7 @@ print(f"{operations:.1e} operations: about {cycles:,.0f} cycles even at peak, wh
 # ## What you have
 #
 # - a model that speaks, and a point on the plot that anyone can repeat;
-# - two habits: *median of repeats, warm-up dropped* and *no speed without quality*;
+# - three habits: *median of repeats, warm-up dropped*, *no speed without quality*, and *the same settings for both*;
 # - the ceiling of your machine, and which claims it refutes;
 # - a first score of your guesses, which the next cell prints.
 #

@@ -10,8 +10,8 @@
 # | Time | 3 hours for you; all cells run in one to two minutes on one core (measured: 69 and 124 s, the core shared) |
 # | Memory, download | 0.6 GB at the peak (measured); nothing is downloaded |
 # | Hardware | any computer; no GPU is needed |
-# | Exercises | 12, each checked in the cell below it; three repair a published article |
-# | Words | a **code** is the integer that stands for a number; a **step** or **scale** is the distance between two codes; **dB** counts powers by tens (section 4) |
+# | Exercises | 12, each checked in the cell below it; three repair a published article; those marked *core* fit into one session of two hours |
+# | Words | a **code** is the integer that stands for a number; a **step** or **scale** is the distance between two codes; a table at the end has the others |
 
 # %%
 import math
@@ -19,6 +19,7 @@ import math
 import matplotlib.pyplot as plt
 import torch
 
+from labutils.course.predictions import calibration, predict
 from labutils.lab.layers.linears import linear_layers, set_weight_, weight_of
 from labutils.lab.models.load import load_model
 from labutils.lab.plots.style import series_style
@@ -33,13 +34,33 @@ print(f"the layer of our examples: {tuple(weight.shape)}, from {weight.min():.3f
 # %% [markdown]
 # ## 1 · A formula, as printed
 #
+# To quantize is to keep few of many values. Here is a shaded ball, with all its greys and with 16, 8 and 4 of them. How few would you accept?
+
+# %%
+y, x = torch.meshgrid(torch.linspace(-1, 1, 200), torch.linspace(-1, 1, 200), indexing="ij")
+inside = 1 - x**2 - y**2
+ball = torch.where(inside > 0, 0.1 + 0.9 * (0.7 * inside.clamp(min=0).sqrt() - 0.5 * x - 0.5 * y).clamp(0, 1), 0.0)
+figure, panels = plt.subplots(1, 4, figsize=(11, 3), layout="constrained")
+for axes, bits in zip(panels, (8, 4, 3, 2), strict=True):
+    steps = 2**bits - 1
+    axes.imshow((ball * steps).round() / steps, cmap="gray", vmin=0, vmax=1)
+    axes.set(title=f"{bits} bits: {2**bits} greys", xticks=[], yticks=[])
+plt.show()
+
+# %% [markdown]
+# *The same picture in 8, 4, 3 and 2 bits: bands appear where neighbours share a level. Weights are no picture, and what they may lose is what this
+# chapter measures.*
+#
 # When a large model decodes, it waits for its weights to come out of memory (chapter 01). With half the bits it waits half as long,
 # and that is why we quantize. The article from which this course began («秒推时代：LLM极速推理引领新风潮») gives this formula, with
 # `scale = 1` and `quant_bit = 2^8 = 256`:
 #
 # $$x_{\text{quant}} = \operatorname{round}\left(\frac{x_{\text{float}} \cdot \text{scale}}{\text{quant\_bit}}\right)$$
 #
-# and says that 0.5 becomes 1. Our weights lie between −1 and 1. **Predict:** which codes will they get?
+# and says that 0.5 becomes 1. Our weights lie between −1 and 1. **Predict:** which codes will they get? How many different ones?
+
+# %%
+my_codes = predict("different codes that the article's formula gives a layer of LabLM", None)
 
 
 # %%
@@ -51,7 +72,9 @@ numbers = torch.tensor([-0.9, 0.0, 0.5, 1.0, 100.0, 127.0, 129.0, 1e6])
 print("numbers       ", numbers.tolist())
 print("as printed    ", article_quantize(numbers).tolist())
 print("its own 0.5   ", article_quantize(torch.tensor(0.5), scale=256).item(), "with 256 where the scale was: a tie")
-print("LabLM's layer ", article_quantize(weight).unique().tolist(), "are all the codes it gets")
+found = article_quantize(weight).unique().tolist()
+print("LabLM's layer ", found, "are all the codes it gets")
+my_codes.compare(len(found))
 
 # %% [markdown]
 # Everything up to 128 rounds to 0, and a million overflows 8 bits. (0.5 would become 1 if 256 took the place of the scale and
@@ -65,13 +88,14 @@ print("LabLM's layer ", article_quantize(weight).unique().tolist(), "are all the
 # codes −8 … 7. Then 1.2 → round(2.4) + 1 = 3 → 0.5 · (3 − 1) = 1.0, and 9 → 19 → 7 → 3.0.
 
 # %% [markdown]
-# ## Exercise 2.1: affine_codes
+# ## Exercise 2.1: affine_codes (core)
 #
 # **Fix the article.** Write `affine_codes(x, scale, zero_point, qmin, qmax)`: `x` is a tensor of any shape, the rest are
 # numbers; return int32 codes of the same shape. Ties go to the even neighbour. 2 lines, 5 minutes, difficulty 1 of 3.
 #
 # <details><summary>Hint 1</summary>How many steps of width <code>scale</code> is x away from 0?</details>
-# <details><summary>Hint 2</summary><code>torch.round</code>, add the zero point, <code>.clamp(qmin, qmax)</code>, <code>.to(torch.int32)</code>, in this order.</details>
+# <details><summary>Hint 2</summary>With scale 0.5 and zero point 1, 9.0 is 18 steps away from 0. Which code would it get, and which one must it get if the codes end at 7?</details>
+# <details><summary>Hint 3</summary><code>torch.round</code>, add the zero point, <code>.clamp(qmin, qmax)</code>, <code>.to(torch.int32)</code>, in this order.</details>
 
 
 # %%
@@ -121,13 +145,14 @@ print("a weight of -0.4:", quantize(torch.tensor([-0.4]), bytes_of_article).toli
 # weights, is simpler: S = max|x| / q_max and Z = 0, with codes −7 … 7.
 
 # %% [markdown]
-# ## Exercise 2.2: affine_qparams
+# ## Exercise 2.2: affine_qparams (core)
 #
 # **Fix the article.** Write `affine_qparams(x, qmin, qmax)`: return the tuple (scale, zero_point), a float and an int,
 # for the affine formula above. Not all of x is 0. 4 lines, 8 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>Which code must <code>low</code> get, and how many steps lie between the lowest and the highest code?</details>
-# <details><summary>Hint 2</summary><code>low = min(x.min().item(), 0.0)</code>; Python's <code>round</code> gives an int.</details>
+# <details><summary>Hint 2</summary>Numbers from −1 to 3 on codes −8 … 7: a range of 4 is spread over 15 steps. Which code does −1 get, and how many steps above it is 0?</details>
+# <details><summary>Hint 3</summary><code>low = min(x.min().item(), 0.0)</code>; Python's <code>round</code> gives an int.</details>
 
 
 # %%
@@ -187,13 +212,14 @@ for scheme in (Scheme(bits=4), Scheme(bits=4, granularity="group", group_size=2)
     print(f"codes {codes[0].tolist()}, back {rounded}")
 
 # %% [markdown]
-# ## Exercise 2.3: group_scales
+# ## Exercise 2.3: group_scales (core)
 #
 # Write `group_scales(weight, qmax, group_size)`: `weight` has shape (out_features, in_features); return symmetric scales,
 # shape (out_features, in_features / group_size): max|w| of each group over `qmax`. 2 lines, 8 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>Give the groups an axis of their own, then take the largest magnitude along it.</details>
-# <details><summary>Hint 2</summary><code>weight.unflatten(1, (-1, group_size))</code> has shape (out, groups, group_size); <code>.abs().amax(dim=-1)</code>.</details>
+# <details><summary>Hint 2</summary>A row of 6 numbers in groups of 2 is 3 groups: one more axis. Which shape has a whole weight then, and along which axis do neighbours lie?</details>
+# <details><summary>Hint 3</summary><code>weight.unflatten(1, (-1, group_size))</code> has shape (out, groups, group_size); <code>.abs().amax(dim=-1)</code>.</details>
 
 
 # %%
@@ -230,28 +256,33 @@ print(f"our layer: {weight.numel() * 4:,} bytes in float32, {codes.byte().numel(
 print(f"{pack(codes, bits=4).numel():,} packed, and {weight.shape[0] * 4} for its scales")
 
 # %% [markdown]
-# ## Exercise 2.4: stored_bits
+# ## Exercise 2.4: smallest_group
 #
-# Write `stored_bits(rows, columns, bits, group_size, scale_bits, zero_point_bits)`: what one weight of a rows × columns
-# matrix takes on average, when each group stores one scale and one zero point (0 bits where the scheme is symmetric).
-# 1 line, 5 minutes, difficulty 1 of 3.
+# Your memory allows `budget` bits for each weight, with everything that is stored. Write `smallest_group(columns, bits, scale_bits,
+# zero_point_bits, budget)`: the smallest group size, a power of two that divides the `columns` of a row, whose groups can each store a scale and
+# a zero point (0 bits where the scheme is symmetric) within that budget; None if no size can. 5 lines, 8 minutes, difficulty 2 of 3.
 #
-# <details><summary>Hint 1</summary>How many groups share the overhead? Do the rows matter?</details>
-# <details><summary>Hint 2</summary>A group's scale and zero point are shared by <code>group_size</code> weights.</details>
+# <details><summary>Hint 1</summary>What does one weight pay for its group's scale in a group of 16, and what in a group of 32? Do the rows matter?</details>
+# <details><summary>Hint 2</summary>A row of 96 can be cut into groups of 1, 2, 4, 8, 16 or 32. Which of these do you try first, if you want the smallest that is cheap enough?</details>
+# <details><summary>Hint 3</summary>A size fits if <code>bits + (scale_bits + zero_point_bits) / size &lt;= budget</code>; double it as long as <code>columns % size == 0</code>.</details>
 
 
 # %%
-# EXERCISE stored_bits
-def stored_bits(rows, columns, bits, group_size, scale_bits, zero_point_bits):
-    """Average bits for each weight, overhead included."""
+# EXERCISE smallest_group
+def smallest_group(columns, bits, scale_bits, zero_point_bits, budget):
+    """The smallest group size that the budget allows."""
     ### BEGIN SOLUTION
-    return bits + (scale_bits + zero_point_bits) / group_size
+    size = 1
+    while columns % size == 0:
+        if bits + (scale_bits + zero_point_bits) / size <= budget:
+            return size
+        size *= 2
     ### END SOLUTION
 
 
 # %%
-# CHECK stored_bits
-ch02.stored_bits(stored_bits)
+# CHECK smallest_group
+ch02.smallest_group(smallest_group)
 
 # %% [markdown]
 # How good is a layer? The **signal-to-quantization-noise ratio** compares powers, in decibels (10 dB: a tenth of the noise
@@ -259,7 +290,11 @@ ch02.stored_bits(stored_bits)
 #
 # $$\text{SQNR} = 10 \log_{10} \frac{\sum x^2}{\sum (x - \hat x)^2}$$
 #
-# **Predict:** on our layer with 4 bits, does it pay to spend bits on more scales, or on more codes?
+# **Predict:** on our layer with 4 bits, does it pay to spend bits on more scales, or on more codes? How many dB does one scale per
+# channel gain over one for the whole tensor?
+
+# %%
+my_gain = predict("dB that a scale per channel gains over one per tensor, at 4 bits", None, unit="dB")
 
 # %%
 from labutils.quantization.packing import bits_per_weight
@@ -281,6 +316,7 @@ for index, (name, (costs, ratios)) in enumerate(curves.items()):
 bound = [gaussian_bound_db(bits, weight.var(dim=1)) for bits in range(2, 9)]
 axes.plot(range(2, 9), bound, ":", color="0.3", label="no code can do better (normal numbers)")
 gain = curves["channel"][1][2] - curves["tensor"][1][2]
+my_gain.compare(gain)
 axes.set(xlabel="bits per weight, scales included", ylabel="SQNR (dB)")
 axes.set_title(f"At 4 bits, a scale per channel is worth {gain:.1f} dB over one per tensor")
 axes.grid(alpha=0.25)
@@ -334,14 +370,15 @@ print(f"one weight layer: nearest {sqnr_db(weight, nearest):.1f} dB, stochastic 
 # S = 0.43 it is 6.7.
 
 # %% [markdown]
-# ## Exercise 2.5: best_share
+# ## Exercise 2.5: best_share (core)
 #
 # Write `best_share(x, bits, shares)`: `x` is a tensor, `shares` a list of numbers up to 1. Quantize x symmetrically with
 # one scale, S = share · max|x| / qmax, codes −qmax … qmax, and return the share with the smallest sum of squared errors.
 # 6 lines, 10 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>A function of one share that returns the error; Python's <code>min</code> takes a <code>key</code>.</details>
-# <details><summary>Hint 2</summary><code>qmax = 2 ** (bits - 1) - 1</code>; back = <code>torch.round(x / scale).clamp(-qmax, qmax) * scale</code>.</details>
+# <details><summary>Hint 2</summary>Three numbers 0.4 and one 3.0 with codes −1 … 1 and share 1: the step is 3, all but one come back as 0, and the error is 0.48. Do the same for a share of 0.9.</details>
+# <details><summary>Hint 3</summary><code>qmax = 2 ** (bits - 1) - 1</code>; back = <code>torch.round(x / scale).clamp(-qmax, qmax) * scale</code>.</details>
 
 
 # %%
@@ -365,7 +402,10 @@ def best_share(x, bits, shares):
 ch02.best_share(best_share)
 
 # %% [markdown]
-# **Predict:** who gains more from clipping, 8 bits or 2?
+# **Predict:** who gains more from clipping, 8 bits or 2? And how many dB do 2 bits gain?
+
+# %%
+my_clipping = predict("dB that clipping gains at 2 bits, one scale for the tensor", None, unit="dB")
 
 # %%
 shares, best = torch.linspace(0.1, 1, 46).tolist(), {}
@@ -382,6 +422,7 @@ axes.grid(alpha=0.25)
 axes.legend()
 plt.show()
 print({bits: f"best share {share:.2f}, gain {gain:.1f} dB" for bits, (share, gain) in best.items()})
+my_clipping.compare(best[2][1])
 
 # %% [markdown]
 # *One LabLM layer with one scale for the whole tensor: SQNR against the share of max|w| at which it is
@@ -439,7 +480,7 @@ for clipping in ("min-max", "99th percentile", "least error"):
 # **Tiny numbers:** x = ±1, S = 0.1: 1 / (0.01/12) = 1200, that is 30.8 dB.
 
 # %% [markdown]
-# ## Exercise 2.6: bits_for
+# ## Exercise 2.6: bits_for (core)
 #
 # You design a converter. Write `bits_for(x, target_db)`: how few bits, from 2 to 16, does a tensor need if the *predicted* SQNR is
 # to reach `target_db`? Codes are symmetric with one scale for the tensor, as at the end of section 2. Quantize nothing.
@@ -469,7 +510,11 @@ ch02.bits_for(bits_for)
 
 # %% [markdown]
 # Four kinds of numbers: uniform; LabLM's layer; the same clipped at 30% of its maximum; and a ReLU-like tensor, of which
-# nine in ten are exactly 0. **Predict:** for which of them will the formula be too hopeful, and for which too gloomy?
+# nine in ten are exactly 0. **Predict:** for which of them will the formula be too hopeful, and for which too gloomy? By how many dB does it
+# miss the clipped layer at 8 bits?
+
+# %%
+my_miss = predict("dB by which the S²/12 formula misses a layer clipped at 30%, at 8 bits", None, unit="dB")
 
 # %%
 from labutils.quantization import theory
@@ -502,6 +547,7 @@ for index, (name, (x, limit)) in enumerate(KINDS.items()):
     left.plot(BITS, predicted, ":", color=series_style(index)["color"])
     right.plot(BITS, gaps[name], **series_style(index))
     print(f"{name:22} measured − predicted at 2, 4, 8 bits: {[f'{gaps[name][b - 2]:+.1f}' for b in (2, 4, 8)]} dB")
+my_miss.compare(abs(gaps["layer, clipped at 30%"][-1]))
 left.set(xlabel="bits", ylabel="SQNR (dB)", title="Measured (marks), predicted (dotted)")
 left.legend(fontsize="small")
 right.axhline(0, color="0.6")
@@ -578,7 +624,8 @@ print(
 # `POPCOUNT[b]` (b an int tensor of bytes) says how many bits are 1. 2 lines, 10 minutes, difficulty 3 of 3.
 #
 # <details><summary>Hint 1</summary>Every row meets every output: <code>x_bits[:, None]</code> and <code>weight_bits[None]</code>. Do padding bits differ?</details>
-# <details><summary>Hint 2</summary><code>POPCOUNT[(x_bits[:, None] ^ weight_bits[None]).int()].sum(dim=-1)</code> counts the different bits.</details>
+# <details><summary>Hint 2</summary>Two vectors of 8 signs that differ in 3 places: how many +1 and how many −1 does the sum of their products have?</details>
+# <details><summary>Hint 3</summary><code>POPCOUNT[(x_bits[:, None] ^ weight_bits[None]).int()].sum(dim=-1)</code> counts the different bits.</details>
 
 
 # %%
@@ -631,7 +678,8 @@ print(f"outputs, binary weights and inputs: {sqnr_db(x @ weight.T, beta * counte
 # 4 lines, 10 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary><code>code >> 7</code> is the sign; <code>code >> 3 & 15</code> the exponent field; <code>code & 7</code> the mantissa.</details>
-# <details><summary>Hint 2</summary>Exponent field 0: <code>mantissa / 8 * 2.0**-6</code>; else <code>(1 + mantissa / 8) * 2.0 ** (exponent - 7)</code>.</details>
+# <details><summary>Hint 2</summary>0 0111 000 is 1. Which bits would you change for 2, and which for 1.125? And what is different where the four bits in the middle are all 0?</details>
+# <details><summary>Hint 3</summary>Exponent field 0: <code>mantissa / 8 * 2.0**-6</code>; else <code>(1 + mantissa / 8) * 2.0 ** (exponent - 7)</code>.</details>
 
 
 # %%
@@ -700,7 +748,8 @@ from labutils.lab.widgets.quantization import bits_widget, spell_bits
 for form, bits in (("E4M3", "00111000"), ("E4M3", "01111000"), ("E4M3", "00111001"), ("int8", "10111000")):
     print(form, spell_bits(bits, form))
 bits_widget()
-#
+
+# %% [markdown]
 # A row of weights rarely spans five powers of ten, so there int8 may well be the better one: compare the two numbers printed above
 # the figure. Activations with outliers, and gradients, are where floats earn their bits.
 
@@ -751,7 +800,8 @@ plt.show()
 # nearest level for each entry of block / max|block|, an integer tensor. 2 lines, 6 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>All distances at once: shape (entries, 16).</details>
-# <details><summary>Hint 2</summary><code>(ratio[:, None] - levels).abs().argmin(dim=1)</code>.</details>
+# <details><summary>Hint 2</summary>Ratios 0.4 and −1 and levels −1, 0, 1: write the table of 2 × 3 distances. Where in each row is the least?</details>
+# <details><summary>Hint 3</summary><code>(ratio[:, None] - levels).abs().argmin(dim=1)</code>.</details>
 
 
 # %%
@@ -776,6 +826,9 @@ ch02_formats.nf4_codes(nf4_codes)
 # *down*: had the largest been 14 = 7 · 2, it would be cut to 12. **Predict:** in how many blocks of our layer does that happen?
 
 # %%
+my_cut = predict("% of the blocks whose largest weight MXFP4 cuts", None, unit="%")
+
+# %%
 from labutils.quantization.floats import mxfp4_dequantize, mxfp4_quantize
 
 codes, exponents = mxfp4_quantize(torch.tensor([[12.0, 1.0, 5.0, 7.0] + [0.0] * 28]))
@@ -794,6 +847,7 @@ axes.set_title(f"MXFP4 cuts the largest weight in {cut:.0%} of the blocks")
 axes.legend()
 plt.show()
 print(f"beyond 7, where more than half of the top step is lost: {far:.0%}")
+my_cut.compare(100 * cut)
 
 # %% [markdown]
 # *The largest weight of each block of 32, divided by the block's power of two. The rule puts it between 4 and 8, and what lies beyond
@@ -804,7 +858,7 @@ print(f"beyond 7, where more than half of the top step is lost: {far:.0%}")
 #
 # $$t = \frac{\max |x|}{6 \cdot 448}, \qquad s_b = \text{E4M3}\left(\frac{\max |x_b|}{6\,t}\right), \qquad q = \text{E2M1}\left(\frac{x}{s_b\,t}\right)$$
 #
-# ## Exercise 2.10: nvfp4_back
+# ## Exercise 2.10: nvfp4_back (core)
 #
 # Write `nvfp4_back(block, tensor_scale)`: `block` holds 16 numbers, `tensor_scale` is t. Return the 16 numbers that come back.
 # `encode(x, form)` and `decode(codes, form)` of section 9 turn tensors into codes of `E4M3` or `E2M1` and back.
@@ -885,10 +939,14 @@ for name, (back, bits) in four_bits.items():
 # the sum.
 
 # %%
+my_bias = predict("what the article's code for a bias of 0.6 adds to the sum", None)
+
+# %%
 x_scale, w_scale, bias = 0.02, 1 / 255, 0.6
 article_code = round(bias / w_scale)
 print(f"the article's code for a bias of {bias}: {article_code}")
 print(f"added to the sum, it means {article_code * x_scale * w_scale:.4f}")
+my_bias.compare(article_code * x_scale * w_scale)
 
 # %% [markdown]
 # ## Exercise 2.11: quantize_bias
@@ -897,7 +955,8 @@ print(f"added to the sum, it means {article_code * x_scale * w_scale:.4f}")
 # `bias` and `weight_scale` have one entry for each output, `x_scale` is a number; return int32. 1 line, 5 minutes, difficulty 1 of 3.
 #
 # <details><summary>Hint 1</summary>What is the unit of a product of an input code and a weight code?</details>
-# <details><summary>Hint 2</summary><code>torch.round(bias / …).to(torch.int32)</code>.</details>
+# <details><summary>Hint 2</summary>With x_scale 0.5 and weight_scale 0.1, a sum of 1 means 0.05. Which sum means 0.6?</details>
+# <details><summary>Hint 3</summary><code>torch.round(bias / …).to(torch.int32)</code>.</details>
 
 
 # %%
@@ -929,13 +988,14 @@ print(f"the code that means {bias} in the sum: {code}, more than 8 bits hold")
 # **Tiny numbers:** M = 0.75 = 1610612736 / 2³¹. For a sum of 3: (3 · 1610612736 + 2³⁰) >> 31 = 2, as 2.25 rounds to 2.
 
 # %% [markdown]
-# ## Exercise 2.12: requantize
+# ## Exercise 2.12: requantize (core)
 #
 # Write `requantize(sums, multiplier, shift, zero_point)`: `sums` is int32, the rest are ints; return int8 codes, clamped to
 # −128 … 127. Integers only: no division, no float. 2 lines, 10 minutes, difficulty 3 of 3.
 #
 # <details><summary>Hint 1</summary>An int32 times a 31-bit number does not fit int32.</details>
-# <details><summary>Hint 2</summary><code>(sums.long() * multiplier + (1 << (shift - 1))) >> shift</code>, then the zero point, then <code>clamp</code>.</details>
+# <details><summary>Hint 2</summary>With m = 3 and n = 2, a sum of 3 must become 2 (9/4 = 2.25). What does 9 &gt;&gt; 2 give, what does 11 &gt;&gt; 2, and what if you add 2 first?</details>
+# <details><summary>Hint 3</summary><code>(sums.long() * multiplier + (1 << (shift - 1))) >> shift</code>, then the zero point, then <code>clamp</code>.</details>
 
 
 # %%
@@ -1057,10 +1117,14 @@ WAYS = {
 # **Predict:** how many bits can go before it hurts? Where will one bit land: at the text's own 8 bits per byte, or below?
 
 # %%
+my_one_bit = predict("bits per byte of LabLM with one bit for each weight", None)
+
+# %%
 from labutils.lab.models.compare import bits_by_document, held_out_documents, paired_quality
 from labutils.lab.plots.quantization import BitsPoint, bits_quality_table, draw_bits_quality
 
-documents = held_out_documents(limit_bytes=1000)
+LIMIT_BYTES = 1000  # chapter 00 reads 2,000 characters of each module: a shorter beginning costs more a byte
+documents = held_out_documents(limit_bytes=LIMIT_BYTES)
 baseline = bits_by_document(model, tokenizer, documents)
 points = []
 for way_name, way in WAYS.items():
@@ -1073,8 +1137,10 @@ for way_name, way in WAYS.items():
     points.append(BitsPoint(way_name, spent / stored, paired_quality(measured, baseline), measured))
 for name, layer in linear_layers(model):
     set_weight_(layer, weights[name])
-print(f"float32: {points[0].quality.baseline_bits_per_byte:.4f} bits per byte on {len(documents)} documents")
+before = points[0].quality.baseline_bits_per_byte
+print(f"float32: {before:.4f} bits per byte on the first {LIMIT_BYTES:,} bytes of {len(documents)} held-out modules")
 print(bits_quality_table(points))
+my_one_bit.compare(points[-1].quality.bits_per_byte)
 
 # %%
 figure, (axes, near) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", width_ratios=(3, 2))
@@ -1093,6 +1159,28 @@ plt.show()
 # training for them*? (XNOR-Net and BitNet train with their codes.)
 
 # %% [markdown]
+# <details><summary>How to read it</summary>
+#
+# A way without a star is surely worse than another of as few bits. Where two intervals overlap, the table says nothing about the two: their
+# difference needs an interval of its own. SQNR weighs all weights of a layer alike, and the model does not, so the two rankings may differ.
+# </details>
+
+# %% [markdown]
+# ## Words
+#
+# | word | meaning |
+# | --- | --- |
+# | scale, zero point | the width of a step; the code of 0 |
+# | symmetric, affine | zero point 0; zero point from the data |
+# | per tensor, channel, group, token | which numbers share a scale |
+# | SQNR, dB | power of the numbers over power of their errors; 10 dB is a factor of ten |
+# | clipping | cutting the range, so that steps get smaller |
+# | subnormal | a float whose exponent field is 0: it has no hidden 1 |
+# | block, super-block | weights that share a scale; blocks whose scales share one |
+# | fake quantization | floats rounded to what codes can say, and multiplied as floats |
+# | requantize | from sums in int32 to codes in int8, by a multiplication and a shift |
+
+# %% [markdown]
 # ## What you have
 #
 # - one formula with its inverse, and three repairs of a published one;
@@ -1106,6 +1194,9 @@ plt.show()
 # What would you have to know about the inputs?
 #
 # Next: **03 · Quantizing a language model**.
+
+# %%
+calibration()
 
 # %%
 from labutils.course.progress import progress

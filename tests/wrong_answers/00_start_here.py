@@ -170,3 +170,43 @@ def clock_cycles(parameters, tokens, flops_per_s, clock_hz):
 # EXERCISE clock_cycles
 def clock_cycles(parameters, tokens, flops_per_s, clock_hz):
     return 2 * parameters * tokens / clock_hz
+
+
+# %% WRONG lying_settings | setup can hide
+# EXERCISE lying_settings
+def lying_settings():
+    theirs = {"prompt_tokens": 16, "warmup": 1, "runs": 3, "statistic": statistics.mean}
+    ours = {"prompt_tokens": 512, "warmup": 1, "runs": 9, "statistic": min}
+    return theirs, ours
+
+
+# %% WRONG lying_settings | as if they were written
+# EXERCISE lying_settings
+def lying_settings():
+    theirs = {"prompt_tokens": 16, "warmup": 0, "runs": 3, "statistic": statistics.mean}
+    ours = {"prompt_tokens": 16, "warmup": 1, "runs": 9, "statistic": min}
+    return theirs, ours
+
+
+# %% WRONG lying_settings | never the fastest run
+# EXERCISE lying_settings
+def lying_settings():
+    theirs = {"prompt_tokens": 16, "warmup": 0, "runs": 1, "statistic": statistics.mean}
+    ours = {"prompt_tokens": 512, "warmup": 1, "runs": 9, "statistic": min}
+    return theirs, ours
+
+
+# %% WRONG lying_settings | theirs comes first
+# EXERCISE lying_settings
+def lying_settings():
+    theirs = {"prompt_tokens": 16, "warmup": 0, "runs": 3, "statistic": statistics.mean}
+    ours = {"prompt_tokens": 512, "warmup": 1, "runs": 9, "statistic": min}
+    return ours, theirs
+
+
+# %% WRONG lying_settings | nobody objects
+# EXERCISE lying_settings
+def lying_settings():
+    theirs = {"prompt_tokens": 0, "warmup": 0, "runs": 3, "statistic": max}
+    ours = {"prompt_tokens": 100_000, "warmup": 1, "runs": 9, "statistic": min}
+    return theirs, ours

@@ -142,40 +142,51 @@ def group_scales(weight, qmax, group_size):
     return weight.unflatten(1, (-1, group_size)).abs().amax(dim=-1, keepdim=True) / qmax
 
 
-# %% WRONG stored_bits | the scales are missing
-# EXERCISE stored_bits
-def stored_bits(rows, columns, bits, group_size, scale_bits, zero_point_bits):
-    return bits
+# %% WRONG smallest_group | zero points are missing
+# EXERCISE smallest_group
+def smallest_group(columns, bits, scale_bits, zero_point_bits, budget):
+    size = 1
+    while columns % size == 0:
+        if bits + scale_bits / size <= budget:
+            return size
+        size *= 2
 
 
-# %% WRONG stored_bits | zero points are missing
-# EXERCISE stored_bits
-def stored_bits(rows, columns, bits, group_size, scale_bits, zero_point_bits):
-    return bits + scale_bits / group_size
+# %% WRONG smallest_group | in bytes
+# EXERCISE smallest_group
+def smallest_group(columns, bits, scale_bits, zero_point_bits, budget):
+    size = 1
+    while columns % size == 0:
+        if bits + (scale_bits + zero_point_bits) / 8 / size <= budget:
+            return size
+        size *= 2
 
 
-# %% WRONG stored_bits | one scale a row
-# EXERCISE stored_bits
-def stored_bits(rows, columns, bits, group_size, scale_bits, zero_point_bits):
-    return bits + (scale_bits + zero_point_bits) / columns
+# %% WRONG smallest_group | within it
+# EXERCISE smallest_group
+def smallest_group(columns, bits, scale_bits, zero_point_bits, budget):
+    size = 1
+    while columns % size == 0:
+        if bits + (scale_bits + zero_point_bits) / size < budget:
+            return size
+        size *= 2
 
 
-# %% WRONG stored_bits | in bytes
-# EXERCISE stored_bits
-def stored_bits(rows, columns, bits, group_size, scale_bits, zero_point_bits):
-    return bits + (scale_bits + zero_point_bits) / 8 / group_size
+# %% WRONG smallest_group | must divide columns
+# EXERCISE smallest_group
+def smallest_group(columns, bits, scale_bits, zero_point_bits, budget):
+    size = 1
+    while size <= columns:
+        if bits + (scale_bits + zero_point_bits) / size <= budget:
+            return size
+        size *= 2
 
 
-# %% WRONG stored_bits | shares its scale
-# EXERCISE stored_bits
-def stored_bits(rows, columns, bits, group_size, scale_bits, zero_point_bits):
-    return bits + scale_bits + zero_point_bits
-
-
-# %% WRONG stored_bits | the whole weight
-# EXERCISE stored_bits
-def stored_bits(rows, columns, bits, group_size, scale_bits, zero_point_bits):
-    return rows * columns * bits + rows * columns // group_size * (scale_bits + zero_point_bits)
+# %% WRONG smallest_group | most scales
+# EXERCISE smallest_group
+def smallest_group(columns, bits, scale_bits, zero_point_bits, budget):
+    size = columns & -columns
+    return size if bits + (scale_bits + zero_point_bits) / size <= budget else None
 
 
 # %% WRONG best_share | the worst share

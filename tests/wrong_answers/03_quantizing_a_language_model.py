@@ -515,3 +515,45 @@ def unpack_zero_points(packed, outputs):
 def unpack_zero_points(packed, outputs):
     codes = packed[:, None, :] >> 4 * np.arange(8)[:, None] & 15
     return codes.reshape(-1, packed.shape[1]) - 8
+
+
+# %% WRONG three_bits | for itself
+# EXERCISE three_bits
+def three_bits(name, weight, gram):
+    qparams = choose_qparams(weight, scheme)
+    return quantize(weight, qparams), qparams
+
+
+# %% WRONG three_bits | gives their codes
+# EXERCISE three_bits
+def three_bits(name, weight, gram):
+    qparams = choose_qparams(weight, scheme)
+    return gptq(weight, gram, qparams, act_order=True), qparams
+
+
+# %% WRONG three_bits | eight codes
+# EXERCISE three_bits
+def three_bits(name, weight, gram):
+    qparams = choose_qparams(weight, scheme_of(4))
+    return quantize(gptq(weight, gram, qparams), qparams), qparams
+
+
+# %% WRONG three_bits | make groups larger
+# EXERCISE three_bits
+def three_bits(name, weight, gram):
+    qparams = choose_qparams(weight, scheme_of(3, 32))
+    return quantize(gptq(weight, gram, qparams), qparams), qparams
+
+
+# %% WRONG three_bits | same qparams that you return
+# EXERCISE three_bits
+def three_bits(name, weight, gram):
+    qparams = choose_qparams(weight, scheme)
+    return quantize(weight, qparams), choose_qparams(weight.abs(), scheme)
+
+
+# %% WRONG three_bits | improve the grid
+# EXERCISE three_bits
+def three_bits(name, weight, gram):
+    qparams = choose_qparams(weight, scheme_of(3, None))
+    return quantize(weight, qparams), qparams

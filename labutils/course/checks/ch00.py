@@ -1,4 +1,4 @@
-"""Checks of chapter 00: rates, bits per byte, ceilings, what a ceiling refutes, and two repairs of the article."""
+"""Checks of chapter 00: rates, bits per byte, ceilings and what they refute, two repairs, and a benchmark to break."""
 
 import math
 import statistics
@@ -6,49 +6,55 @@ from functools import partial
 
 import torch
 
-from labutils.course.checks import exercise, expect_close, expect_function, expect_shape, expect_true, expect_type
+from labutils.course.checks import (
+    cases_of,
+    exercise,
+    expect_close,
+    expect_function,
+    expect_shape,
+    expect_true,
+    expect_type,
+)
+from labutils.course.checks.compare import describe
 
 TIMES_S = [0.80, 0.20, 0.10, 0.25, 0.40, 0.16]  # the first one is the warm-up
+
+
+def _rate(statistic=statistics.median, *, first=1, upside_down=False):
+    def tokens_per_second(new_tokens, seconds):
+        rate = new_tokens / statistic(seconds[first:])
+        return 1 / rate if upside_down else rate
+
+    return tokens_per_second
 
 
 @exercise("0.1")
 def tokens_per_second(answer):
     """Median rate without the warm-up."""
+    seconds = [TIMES_S, [5.0, 1.0, 2.0, 9.0], [5.0, 1.0, 2.0, 9.0, 4.0]]
     expect_function(
         answer,
-        lambda new_tokens, seconds: new_tokens / statistics.median(seconds[1:]),
-        cases=[
-            {"new_tokens": 32, "seconds": TIMES_S},
-            {"new_tokens": 10, "seconds": [5.0, 1.0, 2.0, 9.0]},
-            {"new_tokens": 10, "seconds": [5.0, 1.0, 2.0, 9.0, 4.0]},
-        ],
+        _rate(),
+        cases=cases_of("new_tokens seconds", *zip((32, 10, 10), seconds, strict=True)),
         mistakes=[
+            (_rate(upside_down=True), "upside down: that is seconds per token; divide tokens by seconds"),
+            (_rate(first=0), "the first run warms the caches up: leave seconds[0] out"),
+            (_rate(statistics.mean), "you took the mean: one disturbed run drags it along; take the median"),
+            (_rate(statistics.mean, first=0), "you averaged over all runs: leave the warm-up out and take the median"),
             (
-                lambda new_tokens, seconds: statistics.median(seconds[1:]) / new_tokens,
-                "upside down: that is seconds per token; divide tokens by seconds",
-            ),
-            (
-                lambda new_tokens, seconds: new_tokens / statistics.median(seconds),
-                "the first run warms the caches up: leave seconds[0] out",
-            ),
-            (
-                lambda new_tokens, seconds: new_tokens / statistics.mean(seconds[1:]),
-                "you took the mean: one disturbed run drags it along; take the median",
-            ),
-            (
-                lambda new_tokens, seconds: new_tokens / statistics.mean(seconds),
-                "you averaged over all runs: leave the warm-up out and take the median",
-            ),
-            (
-                lambda new_tokens, seconds: new_tokens / statistics.median_low(seconds[1:]),
+                _rate(statistics.median_low),
                 "of an even number of runs the median is the mean of the middle two: statistics.median",
             ),
-            (
-                lambda new_tokens, seconds: new_tokens / min(seconds),
-                "the fastest run is the luckiest: report the median",
-            ),
+            (_rate(min, first=0), "the fastest run is the luckiest: report the median"),
         ],
     )
+
+
+LN2 = math.log(2)
+
+
+def _bits(*, over=LN2, size=lambda nats, text: len(text.encode())):
+    return lambda nats, text: float(nats.sum()) / over / size(nats, text)
 
 
 @exercise("0.2")
@@ -57,58 +63,43 @@ def bits_per_byte(answer):
     nats = torch.tensor([2.0, 1.0, 3.0])
     expect_function(
         answer,
-        lambda nats, text: float(nats.sum()) / math.log(2) / len(text.encode()),
-        cases=[{"nats": nats, "text": "def f():"}, {"nats": nats, "text": "取消订单"}],
+        _bits(),
+        cases=cases_of("nats text", (nats, "def f():"), (nats, "取消订单")),
         mistakes=[
+            (_bits(over=1), "those are nats per byte: one bit is ln 2 nats, so divide by math.log(2)"),
+            (_bits(over=1 / LN2), "you multiplied by ln 2: a nat is more than a bit, so divide"),
             (
-                lambda nats, text: float(nats.sum()) / len(text.encode()),
-                "those are nats per byte: one bit is ln 2 nats, so divide by math.log(2)",
-            ),
-            (
-                lambda nats, text: float(nats.sum()) * math.log(2) / len(text.encode()),
-                "you multiplied by ln 2: a nat is more than a bit, so divide",
-            ),
-            (
-                lambda nats, text: float(nats.mean()) / math.log(2),
+                _bits(size=lambda nats, text: len(nats)),
                 "those are bits per token, which depend on the tokenizer: divide the sum by the bytes",
             ),
             (
-                lambda nats, text: float(nats.sum()) / math.log(2) / len(text),
+                _bits(size=lambda nats, text: len(text)),
                 "len(text) counts characters, and a Chinese one has three bytes: use text.encode()",
             ),
         ],
     )
 
 
+def _ceiling(*, size=lambda each: each, power=1):
+    def best_tokens_per_s(parameters, bytes_per_parameter, bandwidth_bytes_per_s):
+        return (bandwidth_bytes_per_s / (parameters * size(bytes_per_parameter))) ** power
+
+    return best_tokens_per_s
+
+
 @exercise("0.3")
 def best_tokens_per_s(answer):
     """What bandwidth allows one stream."""
+    names = "parameters bytes_per_parameter bandwidth_bytes_per_s"
+    counted = "you counted parameters, not bytes: each parameter has bytes_per_parameter of them"
     expect_function(
         answer,
-        lambda parameters, bytes_per_parameter, bandwidth_bytes_per_s: (
-            bandwidth_bytes_per_s / (parameters * bytes_per_parameter)
-        ),
-        cases=[
-            {"parameters": 7e9, "bytes_per_parameter": 2, "bandwidth_bytes_per_s": 2e12},
-            {"parameters": 5.8e6, "bytes_per_parameter": 4, "bandwidth_bytes_per_s": 1.5e10},
-        ],
+        _ceiling(),
+        cases=cases_of(names, (7e9, 2, 2e12), (5.8e6, 4, 1.5e10)),
         mistakes=[
-            (
-                lambda parameters, bytes_per_parameter, bandwidth_bytes_per_s: bandwidth_bytes_per_s / parameters,
-                "you counted parameters, not bytes: each parameter has bytes_per_parameter of them",
-            ),
-            (
-                lambda parameters, bytes_per_parameter, bandwidth_bytes_per_s: (
-                    parameters * bytes_per_parameter / bandwidth_bytes_per_s
-                ),
-                "upside down: those are the seconds for one token",
-            ),
-            (
-                lambda parameters, bytes_per_parameter, bandwidth_bytes_per_s: (
-                    bandwidth_bytes_per_s / (parameters * bytes_per_parameter * 8)
-                ),
-                "bandwidth is in bytes here, not in bits: leave the 8 out",
-            ),
+            (_ceiling(size=lambda each: 1), counted),
+            (_ceiling(power=-1), "upside down: those are the seconds for one token"),
+            (_ceiling(size=lambda each: 8 * each), "bandwidth is in bytes here, not in bits: leave the 8 out"),
         ],
     )
 
@@ -195,29 +186,72 @@ def refuted(answer):
     )
 
 
+def _cycles(*, each=2, whole=True, per_cycle=lambda flops_per_s, clock_hz: flops_per_s / clock_hz):
+    def clock_cycles(parameters, tokens, flops_per_s, clock_hz):
+        return each * parameters * (tokens if whole else 1) / per_cycle(flops_per_s, clock_hz)
+
+    return clock_cycles
+
+
 @exercise("0.6")
 def clock_cycles(answer):
     """2 · parameters · tokens operations at so many a cycle."""
+    several = "a GPU does more than one operation a cycle: it does flops_per_s / clock_hz of them"
     expect_function(
         answer,
-        lambda parameters, tokens, flops_per_s, clock_hz: 2 * parameters * tokens / (flops_per_s / clock_hz),
-        cases=[{"parameters": 85e6, "tokens": 128, "flops_per_s": 312e12, "clock_hz": 1.41e9}],
+        _cycles(),
+        cases=cases_of("parameters tokens flops_per_s clock_hz", (85e6, 128, 312e12, 1.41e9)),
         mistakes=[
-            (
-                lambda parameters, tokens, flops_per_s, clock_hz: parameters * tokens / (flops_per_s / clock_hz),
-                "a factor of 2 is missing: each parameter multiplies and adds",
-            ),
-            (
-                lambda parameters, tokens, flops_per_s, clock_hz: 2 * parameters / (flops_per_s / clock_hz),
-                "that is one token: every one of the 128 passes through the network",
-            ),
-            (
-                lambda parameters, tokens, flops_per_s, clock_hz: 2 * parameters * tokens / flops_per_s,
-                "those are seconds: multiply by the clock's rate",
-            ),
-            (
-                lambda parameters, tokens, flops_per_s, clock_hz: 2 * parameters * tokens / clock_hz,
-                "a GPU does more than one operation a cycle: it does flops_per_s / clock_hz of them",
-            ),
+            (_cycles(each=1), "a factor of 2 is missing: each parameter multiplies and adds"),
+            (_cycles(whole=False), "that is one token: every one of the 128 passes through the network"),
+            (_cycles(per_cycle=lambda flops, clock: flops), "those are seconds: multiply by the clock's rate"),
+            (_cycles(per_cycle=lambda flops, clock: clock), several),
         ],
     )
+
+
+RANGES = {"prompt_tokens": range(16, 513), "warmup": range(4), "runs": range(1, 10)}
+ALLOWED = RANGES | {"statistic": (statistics.mean, statistics.median, min)}
+MACHINES = {  # seconds of the first call's setup, of a token read, of each third call; then the lie that it calls for
+    "a machine that sets itself up for 2 s during its first call": (
+        (2.0, 0.01, 0.0),
+        "the setup can hide in the warm-up of ours and count in the mean of theirs, unless many runs dilute it",
+    ),
+    "a machine that reads a token a hundred times as fast as it writes one": (
+        (0.0, 0.0001, 0.0),
+        "tokens of the prompt count as if they were written: give ours many of them, and theirs few",
+    ),
+    "a machine that is disturbed for 1.3 s in every third call": (
+        (0.0, 0.01, 1.3),
+        "a disturbed call moves the mean of few runs and never the fastest run: choose the statistic for each side",
+    ),
+}
+
+
+def _looks(careless_rate, settings, setup_s, read_s, disturbed_s):
+    """The rate that the benchmark finds where 16 tokens take 10 ms each, on a clock that only the calls move."""
+    calls, now = 0, 0.0
+
+    def generate(prompt_tokens):
+        nonlocal calls, now
+        calls += 1
+        now += 0.16 + prompt_tokens * read_s + setup_s * (calls == 1) + disturbed_s * (calls % 3 == 0)
+
+    return careless_rate(generate, **settings, clock=lambda: now)
+
+
+@exercise("0.7")
+def lying_settings(answer, careless_rate):
+    """Two settings of one benchmark that make a program look twice as fast as itself."""
+    both = answer()
+    is_pair = isinstance(both, tuple | list) and len(both) == 2 and all(isinstance(each, dict) for each in both)
+    expect_true(is_pair, "the settings are not two dictionaries", hint="return two dictionaries, theirs and ours")
+    for settings in both:
+        legal = settings.keys() == ALLOWED.keys() and all(settings[key] in ALLOWED[key] for key in ALLOWED)
+        hint = "a lie needs settings that nobody objects to: keep to those that the text allows"
+        expect_true(legal, "a setting is missing, or not allowed", actual=describe(settings), hint=hint)
+    for given, (costs, hint) in MACHINES.items():
+        theirs, ours = (_looks(careless_rate, settings, *costs) for settings in both)
+        hint = "ours looks the slower one: theirs comes first" if ours < 0.99 * theirs else hint
+        problem, actual = "ours does not look twice as fast", describe(ours / theirs)
+        expect_true(ours >= 2 * theirs, problem, given=given, expected="at least 2.0", actual=actual, hint=hint)

@@ -4,10 +4,9 @@ import statistics
 from functools import partial
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from labutils.course.checks import cases_of, exercise, expect_close, expect_function, expect_true
-from labutils.course.checks.passes import generation_cases, watched
+from labutils.course.checks.passes import Watch, generation_cases, watched
 from labutils.generation.cache import KVCache
 from labutils.generation.decode import decode_one_token, forward_logits, generate_cached, prefill
 from labutils.lab.language import translated
@@ -85,23 +84,14 @@ def causal_attention(answer):
             (partial(_attention, diagonal=0), "a token must see itself: mask from the first diagonal above, triu(1)"),
         ],
     )
-    with _Watch() as watch:
+    own = torch.nn.functional.scaled_dot_product_attention
+    with Watch(lambda function, _: function is own) as watch:
         answer(**cases[0])
     expect_true(
         not watch.called,
         "the answer calls PyTorch's own attention",
         hint="write the steps yourself: scores, scale, mask, softmax, values",
     )
-
-
-class _Watch(TorchFunctionMode):
-    """Notes whether PyTorch's own attention is called inside a `with` block, under whatever name."""
-
-    called = False
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.called = self.called or func is torch.nn.functional.scaled_dot_product_attention
-        return func(*args, **(kwargs or {}))
 
 
 def _transformers(model, token_ids, new_tokens):

@@ -85,6 +85,10 @@ def _range(*, levels=0, with_zero=True, zero=lambda low, scale, qmin: qmin - rou
     return choose_qparams
 
 
+def _in_float(low, scale, qmin):
+    return float(qmin - round(low / scale))
+
+
 @exercise("2.2")
 def affine_qparams(answer):
     """Scale and zero point of a range that holds 0."""
@@ -102,10 +106,7 @@ def affine_qparams(answer):
             (_range(zero=lambda low, scale, qmin: -round(low / scale)), "low must land on qmin: Z = qmin - low / S"),
             (_range(zero=lambda low, scale, qmin: qmin + round(low / scale)), "a sign is wrong: Z = qmin - low / S"),
             (_range(zero=lambda low, scale, qmin: qmin - low / scale), "the zero point is a code: round it to an int"),
-            (
-                _range(zero=lambda low, scale, qmin: float(qmin - round(low / scale))),
-                "a code is an int: Python's round of a number gives one, torch.round a float",
-            ),
+            (_range(zero=_in_float), "a code is an int: Python's round of a number gives one, torch.round a float"),
         ],
         dtype=True,
     )
@@ -157,38 +158,42 @@ def group_scales(answer):
     )
 
 
-def _bits(*, groups=lambda n, g: n // g, scale=True, zero=True, per=1):
-    def bits_per_weight(rows, columns, bits, group_size, scale_bits, zero_point_bits):
-        each = scale_bits * scale + zero_point_bits * zero
-        return bits + groups(columns, group_size) * per * each / columns
+def _smallest(*, zero=1, per=1, strict=False, pick=min, divides=True):
+    """A search over the powers of two, with one thing at a time gone wrong."""
 
-    return bits_per_weight
+    def smallest_group(columns, bits, scale_bits, zero_point_bits, budget):
+        left = budget - bits - 1e-9 * strict
+        sizes = [2**k for k in range(columns.bit_length()) if columns % 2**k == 0 or not divides]
+        return pick((g for g in sizes if (scale_bits + zero * zero_point_bits) / per / g <= left), default=None)
+
+    return smallest_group
 
 
-def _true_bits(rows, columns, bits, group_size, scale_bits, zero_point_bits):
+def _reference_group(columns, bits, scale_bits, zero_point_bits, budget):
+    """By the library's own count of bits, zero points as wide as the codes."""
     kind = {16: torch.float16, 32: torch.float32}[scale_bits]
-    size = {"symmetric": zero_point_bits == 0, "granularity": "group", "group_size": group_size, "scale_dtype": kind}
-    return packing.bits_per_weight((rows, columns), affine.Scheme(bits=bits, **size))
+    fields = {"bits": bits, "symmetric": zero_point_bits == 0, "granularity": "group", "scale_dtype": kind}
+    for size in (2**power for power in range(columns.bit_length()) if columns % 2**power == 0):
+        if packing.bits_per_weight((8, columns), affine.Scheme(group_size=size, **fields)) <= budget:
+            return size
+    return None
 
 
 @exercise("2.4")
-def stored_bits(answer):
-    """Codes and each group's overhead."""
-    names = "rows columns bits group_size scale_bits zero_point_bits"
+def smallest_group(answer):
+    """The finest groups that a budget of bits allows."""
+    cases = [(256, 4, 16, 0, 4.25), (768, 3, 16, 3, 3.6), (96, 4, 16, 4, 4.5), (128, 8, 32, 8, 8.5)]
     expect_function(
         answer,
-        _true_bits,
-        cases=cases_of(names, (256, 256, 4, 64, 16, 0), (128, 768, 3, 32, 16, 3), (2, 24, 8, 8, 32, 8)),
+        _reference_group,
+        cases=cases_of("columns bits scale_bits zero_point_bits budget", *cases),
         mistakes=[
-            (_bits(scale=False, zero=False), "the scales are missing: every group stores one"),
-            (_bits(zero=False), "the zero points are missing: an affine scheme stores one a group"),
-            (_bits(groups=lambda n, g: 1), "that is one scale a row: a row has columns / group_size groups"),
-            (_bits(per=1 / 8), "that counts the overhead in bytes: everything is in bits"),
-            (_bits(groups=lambda n, g: n), "the group shares its scale: divide by group_size"),
-            (
-                lambda rows, columns, **rest: _true_bits(rows, columns, **rest) * rows * columns,
-                "that is the whole weight: divide by rows times columns",
-            ),
+            (_smallest(zero=0), "the zero points are missing: an affine scheme stores one a group"),
+            (_smallest(per=8), "that counts the overhead in bytes: everything is in bits"),
+            (_smallest(strict=True), "what takes exactly the budget is within it: use <="),
+            (_smallest(pick=max), "that is the largest size that fits: the smallest has the most scales"),
+            (_smallest(divides=False), "groups of that size do not fill a row: the size must divide columns"),
+            (_smallest(per=1e9), "nothing was compared with the budget"),
         ],
     )
 

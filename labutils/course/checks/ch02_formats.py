@@ -1,9 +1,9 @@
 """Checks of chapter 02, second half: signs, small floats, NF4, and arithmetic in integers."""
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from labutils.course.checks import exercise, expect_function, expect_true
+from labutils.course.checks.passes import Watch
 from labutils.quantization import binary, floats, integer, nf4
 
 
@@ -71,22 +71,11 @@ def decode_e4m3(answer):
             (_float_of(signed=False), "the highest bit is the sign"),
         ],
     )
-    with _Watch() as watch:
+    with Watch(lambda _, result: getattr(result, "dtype", None) == torch.float8_e4m3fn) as watch:
         answer(codes[0])
     expect_true(
         not watch.called, "PyTorch's own E4M3 did the work", hint="by hand: shift and mask the bits of the code"
     )
-
-
-class _Watch(TorchFunctionMode):
-    """Notes whether a tensor becomes one of PyTorch's own E4M3 inside a `with` block."""
-
-    called = False
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.called = self.called or getattr(result, "dtype", None) == torch.float8_e4m3fn
-        return result
 
 
 def _nearest(*, absmax=True, levels=None, scale_by=None, direction=1):

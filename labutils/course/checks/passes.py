@@ -1,6 +1,20 @@
 """What a check of a generation loop needs: models on which mistakes show, and what each pass of a model read."""
 
 import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Watch(TorchFunctionMode):
+    """Notes whether a call of PyTorch inside a `with` block is one that `found(function, result)` looks for."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found, self.called = found, False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.called = self.called or self.found(func, result)
+        return result
 
 
 def generation_cases(model, token_ids, *, new_tokens: int) -> list:
