@@ -64,7 +64,7 @@ def bits_per_byte(answer):
     expect_function(
         answer,
         _bits(),
-        cases=cases_of("nats text", (nats, "def f():"), (nats, "取消订单")),
+        cases=[{"nats": nats, "text": "def f():"}, {"nats": nats, "text": "取消订单"}],
         mistakes=[
             (_bits(over=1), "those are nats per byte: one bit is ln 2 nats, so divide by math.log(2)"),
             (_bits(over=1 / LN2), "you multiplied by ln 2: a nat is more than a bit, so divide"),
@@ -91,13 +91,15 @@ def _ceiling(*, size=lambda each: each, power=1):
 def best_tokens_per_s(answer):
     """What bandwidth allows one stream."""
     names = "parameters bytes_per_parameter bandwidth_bytes_per_s"
-    counted = "you counted parameters, not bytes: each parameter has bytes_per_parameter of them"
     expect_function(
         answer,
         _ceiling(),
         cases=cases_of(names, (7e9, 2, 2e12), (5.8e6, 4, 1.5e10)),
         mistakes=[
-            (_ceiling(size=lambda each: 1), counted),
+            (
+                _ceiling(size=lambda each: 1),
+                "you counted parameters, not bytes: each parameter has bytes_per_parameter of them",
+            ),
             (_ceiling(power=-1), "upside down: those are the seconds for one token"),
             (_ceiling(size=lambda each: 8 * each), "bandwidth is in bytes here, not in bits: leave the 8 out"),
         ],
@@ -196,7 +198,6 @@ def _cycles(*, each=2, whole=True, per_cycle=lambda flops_per_s, clock_hz: flops
 @exercise("0.6")
 def clock_cycles(answer):
     """2 · parameters · tokens operations at so many a cycle."""
-    several = "a GPU does more than one operation a cycle: it does flops_per_s / clock_hz of them"
     expect_function(
         answer,
         _cycles(),
@@ -205,7 +206,10 @@ def clock_cycles(answer):
             (_cycles(each=1), "a factor of 2 is missing: each parameter multiplies and adds"),
             (_cycles(whole=False), "that is one token: every one of the 128 passes through the network"),
             (_cycles(per_cycle=lambda flops, clock: flops), "those are seconds: multiply by the clock's rate"),
-            (_cycles(per_cycle=lambda flops, clock: clock), several),
+            (
+                _cycles(per_cycle=lambda flops, clock: clock),
+                "a GPU does more than one operation a cycle: it does flops_per_s / clock_hz of them",
+            ),
         ],
     )
 
@@ -253,5 +257,11 @@ def lying_settings(answer, careless_rate):
     for given, (costs, hint) in MACHINES.items():
         theirs, ours = (_looks(careless_rate, settings, *costs) for settings in both)
         hint = "ours looks the slower one: theirs comes first" if ours < 0.99 * theirs else hint
-        problem, actual = "ours does not look twice as fast", describe(ours / theirs)
-        expect_true(ours >= 2 * theirs, problem, given=given, expected="at least 2.0", actual=actual, hint=hint)
+        expect_true(
+            ours >= 2 * theirs,
+            "ours does not look twice as fast",
+            given=given,
+            expected="at least 2.0",
+            actual=describe(ours / theirs),
+            hint=hint,
+        )
