@@ -1109,6 +1109,9 @@ if spent["alone"]:
     print(f"the same program in two processes: {again}; on {available_cores()} cores")
 
 # %% [markdown]
+# *Milliseconds of a product in each of the three processes; a point is a round. The title compares the third process with the first,
+# round by round.*
+#
 # **Explain.** The two equal processes show how far equal things differ here: a difference as small as theirs says nothing. On one core there
 # is no second thread, and so nothing to see. `python -m labutils bench quantization` gives each engine a process of its own and
 # stops it while another is timed; it, too, times one engine in two processes before it believes a difference.
