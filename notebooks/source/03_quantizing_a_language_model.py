@@ -1737,7 +1737,8 @@ if kernels:
 # ### A whole model
 #
 # A token is more than its matrices: normalising, attention and gates, a dozen small steps a layer. NumPy and PyTorch take some time for
-# each, *whatever the weights*, and the faster the matrices, the more that counts. `steps.c` does them in C. Below, a model of random
+# each, *whatever the weights*, and the faster the matrices, the more that counts. `steps.c` does them in C, and `token.c` joins them to
+# a whole token, from its id to the logits, so that Python is asked once a token or, decoding greedily, once for many. Below, a model of random
 # weights is decoded by `FastLlama`, a decoder for one stream without PyTorch between the steps, in one interleaved run.
 #
 # What does int8 gain by its bytes, and what by C? For that each of the two must change alone: float32 and int8, each with NumPy and with
