@@ -7,7 +7,7 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapters 01 and 02; 03 helps |
-# | Time | 3.5 hours for you; all cells run in about 5 minutes on one core (measured: 275 s, the build included) |
+# | Time | 3.5 hours for you; all cells run in about 6 minutes on one core (measured: 374 s, the core shared, the build included) |
 # | Memory, download | 3 GB at the peak, in section 9; nothing is downloaded |
 # | Hardware | any computer; a C compiler for the sparse kernels of section 9 |
 # | Exercises | 9, each checked in the cell below it; those marked *core* fit into one session of two hours |
