@@ -537,11 +537,9 @@ ch03.best_alpha(best_alpha)
 # own error *sparse*: a power p = 0.7 below 1 counts many small errors more than a few large ones. A second unknown E takes over the large
 # ones (a *half-quadratic* split), so that z fits the rest:
 #
-# $$\begin{aligned}
-# &\min_z \sum \lvert W - S\,(Q - z) \rvert^{p}, \qquad Q = \operatorname{clamp}(\operatorname{round}(W / S + z)) \\
+# $$\begin{aligned} &\min_z \sum \lvert W - S\,(Q - z) \rvert^{p}, \qquad Q = \operatorname{clamp}(\operatorname{round}(W / S + z)) \\
 # E &\leftarrow \operatorname{shrink}\big(W - S\,(Q - z)\big), \qquad \operatorname{shrink}(x) = \operatorname{sign}(x)\, \max\big(|x| - |x|^{p-1} / \beta,\, 0\big) \\
-# z &\leftarrow \operatorname{mean}\big(Q - (W - E) / S\big), \qquad \beta \leftarrow 1.01\,\beta
-# \end{aligned}$$
+# z &\leftarrow \operatorname{mean}\big(Q - (W - E) / S\big), \qquad \beta \leftarrow 1.01\,\beta \end{aligned}$$
 #
 # The mean goes over a group. After at most 20 such steps the best z stays. **Tiny numbers:** with p = 0.5 and β = 1, shrink(4) = 4 − 1/2 = 3.5 and
 # shrink(0.01) = 0: the small error is z's to mend, the large one is not. A real z takes 16 bits where an integer took 3.
