@@ -207,6 +207,7 @@ from labutils.lab.widgets.speed_quality import speed_quality_widget
 common = {"device": "cpu", "dtype": "float32", "threads": 1, "prompt_tokens": 1, "output_tokens": 1}
 common |= {"technique": "x", "samples": [1] * 5, "bits_per_byte": 1}
 records = [ledger.Record(model=name, **common) for name in ("first", "second")]"""
+# A dropdown takes End, since JupyterLab keeps ArrowDown for itself in command mode.
 FOCUS = {"slider": ".noUi-handle", "dropdown": "select", "button": ".jupyter-button"}  # what has it, in each control
 NEEDED = {  # words of the cells that a chapter's widgets need
     "01_how_generation_works": [
@@ -222,14 +223,14 @@ NEEDED = {  # words of the cells that a chapter's widgets need
 WIDGETS = {  # words of a widget's cell, a control in it, a key
     "01_how_generation_works": [
         ("slider = ", "slider", "ArrowRight"),
-        ("speed_quality_widget(records)", "dropdown", "ArrowDown"),
+        ("speed_quality_widget(records)", "dropdown", "End"),
     ],
     "02_quantization_formulas": [
         ('picture_slider("cut"', "slider", "ArrowRight"),
         ("quantization_widget(weight)", "slider", "ArrowRight"),
-        ("quantization_widget(weight)", "dropdown", "ArrowDown"),
+        ("quantization_widget(weight)", "dropdown", "End"),
         ("bits_widget()", "button", "Space"),
-        ("bits_widget()", "dropdown", "ArrowDown"),
+        ("bits_widget()", "dropdown", "End"),
     ],
     "03_quantizing_a_language_model": [
         ('picture_slider("tokens"', "slider", "ArrowRight"),
