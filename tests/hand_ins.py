@@ -186,12 +186,13 @@ def mixed_chapter_00(root: Path) -> tuple[dict, tuple[str, ...]]:
         "predict_all": "def predict_all(model, batches)\n    return 0",
         "refuted": "right",
         "clock_cycles": "right",
+        "lying_settings": "right",
     }
     notebook = of_chapter_00(root, **answers)
     cell_of(notebook, "CHECK", "bits_per_byte")["source"] = ["# CHECK bits_per_byte\n", "print('✓ 0.2 bits_per_byte')"]
     notebook["cells"].remove(cell_of(notebook, "EXERCISE", "refuted"))
     notebook["cells"].append(cell_of(notebook, "EXERCISE", "clock_cycles"))
-    return notebook, ("right", "wrong", "blank", "syntax error", "missing", "doubled")
+    return notebook, ("right", "wrong", "blank", "syntax error", "missing", "doubled", "right")
 
 
 def unusable(folder: Path) -> list[Path]:

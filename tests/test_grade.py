@@ -105,14 +105,15 @@ def test_grade_a_class_of_thirty(root, tmp_path, capsys):
 def test_grade_the_real_chapter_00(tmp_path, capsys):
     """All right as Colab saves it; one verdict of each kind; an answer that kills the kernel."""
     names = ("tokens_per_second", "bits_per_byte", "best_tokens_per_s", "predict_all", "refuted", "clock_cycles")
+    names += ("lying_settings",)
     exits = "def predict_all(model, batches):\n    import os\n    os._exit(0)"
     right, mixed = dict.fromkeys(names, "right"), mixed_chapter_00(ROOT)
     hand_ins = {
-        "a.ipynb": (as_saved_by_colab(of_chapter_00(ROOT, **right)), ("right",) * 6),
+        "a.ipynb": (as_saved_by_colab(of_chapter_00(ROOT, **right)), ("right",) * 7),
         "b.ipynb": mixed,
         "c.ipynb": (
             of_chapter_00(ROOT, **right | {"predict_all": exits}),
-            ("right",) * 3 + ("killed kernel",) + ("right",) * 2,
+            ("right",) * 3 + ("killed kernel",) + ("right",) * 3,
         ),
     }
     for name, (notebook, _) in hand_ins.items():

@@ -100,7 +100,7 @@ def test_the_kit_of_chapter_00_checks_in_a_fresh_copy_by_itself(tmp_path):
     command = [sys.executable, "-m", "labutils", "check", "--timeout", "300", str(path)]
     done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 1, done.stderr
-    assert "1 of 6 exercises right" in done.stdout
+    assert "2 of 7 exercises right" in done.stdout
     found = re.findall(r"[✓✗] 0\.\d \w+: (.+)", done.stdout)
     assert tuple(found) == expected
     assert "those are nats per byte" in done.stdout and "was deleted or changed" in done.stdout
