@@ -27,12 +27,12 @@ class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(name, self) if today(name) else None
 
     def create_module(self, spec):  # noqa: D102
-        self.module = importlib.import_module(today(spec.name))
-        self.spec = self.module.__spec__
-        return self.module
+        module = importlib.import_module(today(spec.name))
+        spec.loader_state = module.__spec__
+        return module
 
     def exec_module(self, module):  # noqa: D102
-        module.__spec__ = self.spec  # which the import system has just replaced by the one of the former name
+        module.__spec__ = module.__spec__.loader_state  # its own: the import system has just put the former name's here
 
 
 def keep_old_names() -> None:
