@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+from waiting import PATIENCE_S, said, wait_until
 
 pytest.importorskip("distributed", reason="Dask distributed is not installed")
 
@@ -17,7 +18,6 @@ from labutils.distributed.dask_engine import connect, local_cluster, make_certif
 from labutils.distributed.dispatch import Report, Settings, dispatch
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
-PATIENCE_S = 120
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +31,6 @@ def engine(cluster):
     """The cluster with all its nodes back."""
     wait_until(lambda: len(cluster.nodes()) == 3, "the nodes did not come back")
     return cluster
-
-
-def said(path):
-    """A file's text so far; it may be in the middle of being written."""
-    return path.read_text().strip() if path.exists() else ""
-
-
-def wait_until(condition, problem):
-    limit = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < limit, problem
-        time.sleep(0.1)
 
 
 def doubled(batch):

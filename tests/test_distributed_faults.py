@@ -13,12 +13,13 @@ import time
 import pytest
 from aside import install_aside
 from plain_processes import local_processes
+from waiting import PATIENCE_S, said, wait_until
 
 from labutils.distributed.dispatch import Report, Settings, dispatch
 from labutils.distributed.work import current_node
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
-PATIENCE_S, TIMEOUT_S, COUNT = 120, 3.0, 60
+TIMEOUT_S, COUNT = 3.0, 60
 FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "slow": None}
 RATES = {"node-0": 1, "node-1": 2, "node-2": 3}
 SILENT = "NoNodes: ConnectionError: the scheduler does not answer"
@@ -96,18 +97,6 @@ def nodes(cluster):
     for pid in pids.values():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-
-
-def said(path):
-    """A file's text so far; it may be in the middle of being written."""
-    return path.read_text().strip() if path.exists() else ""
-
-
-def wait_until(condition, problem):
-    limit = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < limit, problem
-        time.sleep(0.1)
 
 
 def doubled(batch):

@@ -6,18 +6,17 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import psutil
 import pytest
 import torch
+from waiting import PATIENCE_S, wait_until
 
 from labutils.distributed import launch as module
 from labutils.distributed.launch import RankError, Tail, end, environment, launch, require_address, results
 from labutils.distributed.rank import resolve
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
-PATIENCE_S = 120
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +31,6 @@ def ranks():
     for process in psutil.process_iter(["pid", "cmdline", "status"]):
         if "labutils.distributed.rank" in (process.info["cmdline"] or ()) and process.info["status"] != "zombie":
             yield process.pid
-
-
-def wait_until(condition, problem):
-    limit = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < limit, problem
-        time.sleep(0.1)
 
 
 def test_launch_returns_results_in_rank_order_and_whole_lines_of_what_ranks_print(capsys, monkeypatch):

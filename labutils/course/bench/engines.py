@@ -37,7 +37,10 @@ def timed(engine, prompts: list[list[int]], count: int, threads: int | None = No
 
 
 def memory(name: str) -> int | None:
-    """An entry of Linux's `/proc/self/status` in bytes: VmRSS is the memory in use, VmHWM the most there was."""
+    """An entry of Linux's `/proc/self/status` in bytes: VmRSS is the memory in use, VmHWM the most there was.
+
+    `measurement.resources` reads it, too, but brings PyTorch along, which a peer's process is to be without.
+    """
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
