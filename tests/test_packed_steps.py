@@ -128,6 +128,25 @@ def test_blocks_fill_the_cache_and_then_refuse():
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-untied-bias"])
+@pytest.mark.parametrize("wrong", [-1, 97, 10**6])
+def test_an_id_that_is_no_token_s_is_refused_before_c_reads_its_row(name, wrong):
+    decoder = MAKERS["int8"](tiny_model(name), max_length=24)
+    decoder.prefill(random_ids(3))
+    one = torch.tensor([wrong])
+    for feed in (
+        lambda: decoder.decode_one_token(one),
+        lambda: decoder.extend([1, wrong]),
+        lambda: next(decoder.blocks(wrong, 4)),
+    ):
+        with pytest.raises(IndexError, match=f"token ids must be 0 to 96; got {wrong}"):
+            feed()
+        assert decoder.length == 3
+    with pytest.raises(ValueError, match="at least 1 token; got 0"):
+        next(decoder.blocks(1, 4, size=0))
+
+
+@needs_kernels
 @settings(deadline=None, max_examples=30)
 @given(seed=seeds, distinct=st.integers(1, 4), bad=st.sampled_from([None, np.nan, np.inf, -np.inf]))
 def test_the_choice_in_c_is_pytorchs_on_ties_and_without_numbers(seed, distinct, bad):

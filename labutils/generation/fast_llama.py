@@ -217,8 +217,11 @@ class FastLlama:
         Greedy tokens of a decoder with `few_tokens` cost one call for a block; all others one for each.
 
         Raises:
-            ValueError: If there is no room for them.
+            IndexError: For an id that is no token's.
+            ValueError: If there is no room for them, or a block holds none.
         """
+        if size < 1:
+            raise ValueError(f"a block must hold at least 1 token; got {size}")
         while count > 0:
             made = self._block(token, min(size, count), choose, stop)
             yield made

@@ -151,6 +151,7 @@ class FewTokens:
         overwrites.
 
         Raises:
+            IndexError: for an id that is no token's.
             MemoryError: when there is no room for the tokens' codes.
         """
         if len(token_ids) > self.chunk:
@@ -158,6 +159,7 @@ class FewTokens:
             before = self.read(token_ids[:cut], position, max(rows - self.chunk, 0))
             last = self.read(token_ids[cut:], position + cut, min(rows, self.chunk))
             return np.concatenate([before[0], last[0]]), torch.cat([before[1], last[1]])
+        self._require_tokens(token_ids)
         self.tokens[: len(token_ids)] = token_ids
         self._place(len(token_ids), position)
         logits = self.logits if rows == 1 else torch.empty(rows, self.logits.shape[1])
@@ -173,8 +175,10 @@ class FewTokens:
         Returns what the head read last, and the tokens: those of `read` and an argmax, one by one.
 
         Raises:
+            IndexError: for an id that is no token's.
             MemoryError: when there is no room for the tokens' codes.
         """
+        self._require_tokens([token])
         tokens, stops = np.full(count + 1, token), np.array(list(stop), np.int64)
         self._place(1, position)
         addresses = tokens.ctypes.data, count, self.rows.ctypes.data, stops.ctypes.data
@@ -218,6 +222,13 @@ class FewTokens:
         for start in range(0, len(hidden), self.chunk):  # a sequence's tokens ascend: earlier ones are stored
             part = slice(start, start + self.chunk)
             self._run(hidden[part], cos[part], sin[part], rows[part])
+
+    def _require_tokens(self, token_ids: Sequence[int]) -> None:
+        """C would read another array's memory in place of a row that the embedding does not have."""
+        vocab = self.logits.shape[1]
+        if min(token_ids) < 0 or max(token_ids) >= vocab:
+            wrong = next(each for each in token_ids if not 0 <= each < vocab)
+            raise IndexError(f"token ids must be 0 to {vocab - 1}; got {int(wrong)}")
 
     def _place(self, count: int, position: int) -> None:
         """One stream: a single block, and tokens side by side."""
