@@ -10,6 +10,8 @@ from labutils.decoding.verify import acceptance_probs, residual
 from labutils.generation.decode import generate_cached
 from labutils.generation.fast_llama import FastLlama
 from labutils.generation.sampling import Sampler, greedy
+from labutils.lab.models.quantized import fast_float_llama
+from labutils.quantization.kernels import find_kernels
 
 KEPT = torch.tensor([0, 3, 5, 40, 41, 42, 96])
 
@@ -50,6 +52,18 @@ def test_trimmed_target_is_silent_about_all_other_tokens():
     rows = target.extend([1, 2])
     target.rewind(2)
     assert rows.shape == (2, 97) and target.length == 9
+
+
+@pytest.mark.skipif(find_kernels()[0] is None, reason=find_kernels()[1] or "")
+def test_a_trimmed_decoder_reads_tokens_that_it_never_answers_with():
+    model, ids = tiny_model("llama-gqa-tied"), random_ids(9)
+    trimmed = trim_head(model, KEPT)
+    assert ids.max() >= len(KEPT)
+    decoders = [fast_float_llama(trimmed, max_length=16), FastLlama(trimmed, max_length=16, matvec="numpy")]
+    ours, expected = (decoder.prefill(ids) for decoder in decoders)
+    torch.testing.assert_close(ours, expected)
+    with pytest.raises(IndexError, match="token ids must be 0 to 96; got 97"):
+        decoders[0].extend([97])
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 3])

@@ -132,6 +132,7 @@ class FewTokens:
         if not decoder.tied:
             self.table = decoder.embedding.weight.detach().float().numpy()  # kept: C knows its address only
             embedding = float_weight(self.table)
+        self.vocab = embedding.out_features  # of the input: a trimmed head scores fewer tokens than it may read
         self.tokens, self.logits = np.zeros(max_tokens, np.int64), torch.empty(1, head.out_features)
         self.hidden, self.normed = np.zeros((2, max_tokens, head.in_features), np.float32)
         arrays = (decoder.final_gain, decoder.cos, decoder.sin, self.hidden, self.normed)
@@ -225,10 +226,9 @@ class FewTokens:
 
     def _require_tokens(self, token_ids: Sequence[int]) -> None:
         """C would read another array's memory in place of a row that the embedding does not have."""
-        vocab = self.logits.shape[1]
-        if min(token_ids) < 0 or max(token_ids) >= vocab:
-            wrong = next(each for each in token_ids if not 0 <= each < vocab)
-            raise IndexError(f"token ids must be 0 to {vocab - 1}; got {int(wrong)}")
+        if min(token_ids) < 0 or max(token_ids) >= self.vocab:
+            wrong = next(each for each in token_ids if not 0 <= each < self.vocab)
+            raise IndexError(f"token ids must be 0 to {self.vocab - 1}; got {int(wrong)}")
 
     def _place(self, count: int, position: int) -> None:
         """One stream: a single block, and tokens side by side."""

@@ -40,7 +40,8 @@ class Child:
     def ask(self, question: object) -> object:
         """Wakes the child, asks, and stops it when it has answered."""
         self._signal(signal.SIGCONT)
-        print(json.dumps(question), file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, which the next line tells
+            print(json.dumps(question), file=self.process.stdin, flush=True)
         answer = json.loads(self._line())
         self._stop()
         return answer
