@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from argparse import ArgumentParser
 
 import pytest
@@ -358,3 +360,12 @@ def test_tidy_drops_colour_codes_and_control_characters():
 def test_names_of_the_demo(root):
     cells = read_hand_in(root / "notebooks" / "90_demo.ipynb")
     assert tuple(e.name for e in find_reference(root, cells, "").exercises) == NAMES
+
+
+def test_a_notebook_is_read_without_the_grammar_that_takes_seconds():
+    code = "import sys, labutils.course.{} as module; print('rfc3987_syntax' in sys.modules, 'nbformat' in sys.modules)"
+    for name in ("quick_nbformat", "nbval_report"):
+        done = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["False", "True"]
+    plugins = [word for word in _command(1.0) if word in ("nbval.plugin", "labutils.course.nbval_report")]
+    assert plugins == ["labutils.course.nbval_report", "nbval.plugin"]

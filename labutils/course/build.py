@@ -61,11 +61,11 @@ def place(stem: str, folder: str = "", language: str = ENGLISH) -> str:
 
 def _notebook(cells: list, stem: str, slug: str, folder: str, edition: Edition | None):
     """A notebook of nbformat 4.5 with the badge, the set-up cell and ids that follow the English content."""
-    from nbformat import v4
+    from labutils.course.quick_nbformat import nbformat
 
     first_code = next((i for i, cell in enumerate(cells) if cell.cell_type == "code"), len(cells))
     language = edition.language if edition else ENGLISH
-    cells.insert(first_code, v4.new_code_cell(setup_source(stem, slug, language)))
+    cells.insert(first_code, nbformat.v4.new_code_cell(setup_source(stem, slug, language)))
     seen: Counter = Counter()
     for cell in cells:
         cell["id"] = _cell_id(cell, seen)
@@ -77,7 +77,7 @@ def _notebook(cells: list, stem: str, slug: str, folder: str, edition: Edition |
     said = [*_unfinished(edition), *([in_language(language, SHARED_OUTPUTS)] if folder and edition else [])]
     line = "\n\n".join([badge(slug, place(stem, folder, language), language), *said])
     cells[0].source = _with_badge(cells[0].source, line)  # after the ids, which know no repository
-    notebook = v4.new_notebook(cells=cells, metadata=copy.deepcopy(METADATA))
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=copy.deepcopy(METADATA))
     notebook.metadata["labutils"] = {"chapter": stem} | ({"language": language} if edition else {})
     return notebook
 
@@ -111,7 +111,7 @@ def _cell_id(cell, seen: Counter) -> str:
 
 def text_of(notebook) -> str:
     """A notebook as its file's text, the same on every machine."""
-    import nbformat
+    from labutils.course.quick_nbformat import nbformat
 
     return nbformat.writes(notebook, version=nbformat.NO_CONVERT) + "\n"
 
@@ -151,7 +151,7 @@ def _code(cell) -> str:
 
 def read_notebook(path: Path):
     """A notebook from its file, or None where there is none that can be read."""
-    import nbformat
+    from labutils.course.quick_nbformat import nbformat
 
     try:
         return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)

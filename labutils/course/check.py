@@ -173,9 +173,9 @@ class _Checking:
 
 def prepared(cells: list, exercises: list[Exercise]) -> dict:
     """The temporary notebook: no outputs but the lines that the checks must print, no tags on exercises."""
-    from nbformat import v4
+    from labutils.course.quick_nbformat import nbformat
 
-    result = []
+    v4, result = nbformat.v4, []
     lines = {exercise.check: f"✓ {exercise.title}\n" for exercise in exercises}
     marked = {exercise.cell for exercise in exercises} | lines.keys()
     for index, cell in enumerate(copy.deepcopy(cells)):
@@ -202,7 +202,7 @@ def run_cells(
         The records by number of code cell, the cell left running (pytest never stops in one by itself, but a limit
         or an answer may end it there), and the limit that ended it.
     """
-    import nbformat
+    from labutils.course.quick_nbformat import nbformat
 
     with tempfile.TemporaryDirectory(prefix="labutils-check-", ignore_cleanup_errors=True) as name:
         folder = Path(name).resolve()
@@ -222,7 +222,7 @@ def run_cells(
 
 
 def _command(timeout_s: float) -> list[str]:
-    plugins = ["-p", "nbval.plugin", "-p", "labutils.course.nbval_report", "-p", "no:cacheprovider"]
+    plugins = ["-p", "labutils.course.nbval_report", "-p", "nbval.plugin", "-p", "no:cacheprovider"]
     options = [
         "--nbval-lax",
         "--nbval-current-env",

@@ -3,7 +3,7 @@
 nbval waits out the whole cell timeout when a kernel has died, and goes on after an endless loop in a
 kernel that may still be busy. Here both end the run at once; `labutils.course.check` then starts again
 without the cell that did it. Records go to ``$LABUTILS_REPORT``, one JSON object a line, so that what is
-known survives whatever happens to this process.
+known survives whatever happens to this process. pytest loads this plugin first, so that nbval finds nbformat imported.
 """
 
 import json
@@ -12,6 +12,8 @@ import queue
 import time
 
 import pytest
+
+from labutils.course import quick_nbformat  # noqa: F401  # two seconds a check
 
 LIMIT = 4000  # characters of any one text in a record
 POLL_S = 0.5
