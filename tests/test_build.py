@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -239,6 +240,14 @@ def test_clean_drops_what_belongs_to_one_machine(tmp_path):
 
 def test_clean_text_keeps_longer_names(tmp_path):
     assert clean_text(f"{tmp_path}-other", tmp_path) == clean_text(f"{tmp_path}-other", tmp_path / "elsewhere")
+
+
+def test_clean_text_of_one_long_word_takes_no_time(tmp_path):
+    begun = time.process_time()
+    assert clean_text("A" * 200_000, tmp_path) == "A" * 200_000
+    assert time.process_time() - begun < 3
+    place = "/tmp/ipykernel_1/2.py"
+    assert clean_text(f"File {place}:3, '{place}' ({place})", tmp_path) == "File <cell>:3, '<cell>' (<cell>)"
 
 
 def test_stored_notebooks_of_the_course_are_clean_and_those_of_their_sources():

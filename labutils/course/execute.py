@@ -112,7 +112,8 @@ def clean_text(text: str, root: Path) -> str:
     for place, word in sorted(places.items(), key=lambda item: -len(item[0])):
         if len(place) > 1:
             text = re.sub(re.escape(place) + r"(?![\w-])", lambda _, w=word: w, text)
-    text = re.sub(r"[^\s'\"(]*ipykernel_\d+[/\\]\d+\.py", "<cell>", text)
+    # From a word's beginning only: sound in a page is one word of megabytes, where each letter would be tried.
+    text = re.sub(r"(?<![^\s'\"(])[^\s'\"(]*ipykernel_\d+[/\\]\d+\.py", "<cell>", text)
     text = re.sub(re.escape(tempfile.gettempdir()) + r"(?![\w-])", "<tmp>", text)
     text = re.sub(r"\bat 0x[0-9a-fA-F]{6,}", "at 0x...", text)
     host = socket.gethostname()
