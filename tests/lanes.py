@@ -7,8 +7,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from smaller import smaller
+
 from labutils.course.checks import CheckFailed
-from labutils.course.exercises import Exercise, blank, marker
+from labutils.course.exercises import Exercise, blank
 from labutils.course.isolation import Isolation
 from labutils.course.source import Chapter, read_chapter
 
@@ -55,19 +57,21 @@ def run_lanes(source: Path, wrong_answers: Path) -> list[str]:
     failures = [f"no exercise is called {w.exercise!r} in {source.name}" for w in wrong if w.exercise not in names]
     namespace: dict = {"__name__": "__main__"}
     by_cell = {exercise.cell: exercise for exercise in chapter.exercises}
-    isolation = Isolation(namespace, {e.name: chapter.cells[e.cell].source for e in chapter.exercises}, True)
-    for index, cell in enumerate(chapter.cells):
-        if cell.cell_type != "code":
-            continue
+    marked = {index for exercise in chapter.exercises for index in (exercise.cell, exercise.check)}
+    code = {index: cell.source for index, cell in enumerate(chapter.cells) if cell.cell_type == "code"}
+    lessons, unknown = smaller(chapter.stem, {index: text for index, text in code.items() if index not in marked})
+    failures += [f"{source.name} has no {size!r}, which tests/smaller.py makes smaller" for size in unknown]
+    isolation = Isolation(namespace, {e.name: code[e.cell] for e in chapter.exercises}, True)
+    checks = {exercise.check for exercise in chapter.exercises}
+    for index, text in (code | lessons).items():
         if index in by_cell:
             failures += _lanes_of(chapter, by_cell[index], namespace, wrong)
-        isolation.before_cell(cell.source)
-        is_check = marker(cell) is not None and marker(cell)[0] == "CHECK"
-        if not is_check:
-            _execute(cell.source, namespace, f"{source.name}, cell {index}")
-        else:  # the solution's own check has run among the lanes; its imports are needed below
-            _attempt(cell.source, namespace, f"{source.name}, cell {index}")
-        isolation.after_cell(cell.source)
+        isolation.before_cell(text)
+        if index in checks:  # the solution's own check has run among the lanes; its imports are needed below
+            _attempt(text, namespace, f"{source.name}, cell {index}")
+        else:
+            _execute(text, namespace, f"{source.name}, cell {index}")
+        isolation.after_cell(text)
     return failures
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hand_ins import DEMO
 from lanes import read_wrong_answers, run_lanes
+from smaller import SMALLER
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "notebooks" / "source").glob("[0-9][0-9]_*.py"))
@@ -108,6 +109,17 @@ def test_lanes_see_two_mistakes_with_one_hint(tmp_path):
 def test_lanes_ask_for_three_wrong_answers(tmp_path):
     failures = lanes(tmp_path, wrong=("# %% WRONG weight_bytes | divided by 8 twice", "# %% REMARK"))
     assert failures == ["90.3 weight_bytes: at least three wrong answers; got 2"]
+
+
+def test_lanes_make_lessons_smaller_and_nothing_else(tmp_path, monkeypatch):
+    printed = []
+    monkeypatch.setitem(SMALLER, "90_demo", {"measure(1)": "measure(2)", "tokens / seconds": "0.0"})
+    text = ("import os\n", "import os\n\n# %%\nsaid(measure(1), measure(rounds=9, calls_per_sample=20))\n")
+    monkeypatch.setattr("builtins.said", lambda *numbers: printed.extend(numbers), raising=False)
+    monkeypatch.setattr("builtins.measure", lambda *count, **few: count or tuple(few.values()), raising=False)
+    failures = lanes(tmp_path, source=text)
+    assert failures == ["90_demo.py has no 'tokens / seconds', which tests/smaller.py makes smaller"]
+    assert printed == [(2,), (5, 1)]
 
 
 def test_lanes_see_a_name_that_no_exercise_has(tmp_path):
