@@ -16,7 +16,7 @@ from labutils.course.bench.decode import Settings
 from labutils.course.bench.engines import answered, made, memory, timed
 from labutils.course.bench.llama_cpp import FORKS, Parameters
 from labutils.course.bench.quantization import Load, bench_quantization, loads
-from labutils.course.bench.quantization_rows import EngineRow, as_markdown, as_table, judge, read_rows
+from labutils.course.bench.quantization_rows import LONG, EngineRow, as_markdown, as_table, judge, read_rows
 from labutils.course.bench.subject import Subject, speed_subject
 from labutils.course.bench.torch_engines import Modules, Ours
 from labutils.course.cli import bench
@@ -28,11 +28,11 @@ from labutils.quantization.kernels import find_kernels
 from labutils.quantization.packed import pack_model_
 
 needs_kernels = pytest.mark.skipif(find_kernels()[0] is None, reason="no C compiler here")
-SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 96, "num_attention_heads": 8}
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 96, "num_attention_heads": 2}
 
 
 def subject():
-    return speed_subject(num_key_value_heads=4, **SIZES)
+    return speed_subject(num_key_value_heads=1, **SIZES)
 
 
 def row(engine, *samples, form="int8", load="decode", model="big", **settings):
@@ -83,14 +83,16 @@ def test_memory_loading_bandwidth_and_the_pair_have_bars():
         "big, 1 thread, decode: ours int4 loads in at most 0.2 s: 0.21 s, False",
         "big, 1 thread, decode: ours int8 in two processes within 3%: 0.97x [0.97, 0.97], False",
     ]
+    long = row("ours int8", *[10] * 5, load=LONG, bandwidth_share=0.8)
+    assert judged(long) == [f"big, 1 thread, {LONG}: at most 1.3 times its bytes' time: 1.25x, True"]
     assert judged(first, row("ours int8, again", *[29.5] * 5))[-1].endswith("1.02x [1.02, 1.02], True")
 
 
 def test_the_rate_is_of_new_tokens_or_of_the_prompt():
     assert Load("8 at once", 8, 16, 3).rate([0.0, 5.0, 6.0, 7.0]) == 8.0
     assert Load("prefill of 512", 1, 512, 1).rate([1.0, 3.0]) == 256.0
-    assert [load.count for load in loads(32, small=False)] == [33, 1, 17, 17]
-    assert [load.count for load in loads(32, small=True)] == [129, 1, 65, 65]
+    assert [load.count for load in loads(32, small=False)] == [33, 1, 17, 17, 1]
+    assert [load.count for load in loads(32, small=True)] == [129, 1, 65, 65, 1]
 
 
 def test_tables_show_what_ran_and_why_something_did_not(tmp_path):
@@ -136,7 +138,7 @@ def test_our_engines_write_the_decoders_tokens_for_one_and_for_many(tmp_path):
 class InProcess:
     """An engine without a process of its own: a test has nothing to time."""
 
-    def __init__(self, engine, told, threads, stack):
+    def __init__(self, engine, told, threads, stack, python=""):
         self.engine, self.load_s, _ = made(engine, told)
 
     def ask(self, job):
@@ -148,17 +150,20 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Ours alone; a second call measures only what is missing."""
     monkeypatch.setattr(quantization, "start", InProcess)
     path, said, settings = tmp_path / "rows.json", [], Settings(2, 5, peers=False)
-    few = [Load("decode", 1, 4, 3), Load("8 at once", 8, 4, 3)]
+    few = [Load("decode", 1, 4, 3), Load("8 at once", 8, 4, 3), Load(LONG, 1, 130, 1)]
     monkeypatch.setattr(quantization, "loads", lambda count, small: few)
     rows = bench_quantization([subject], settings, threads=[1], say=said.append, path=path)
+    *rows, long = rows
     assert [r.engine for r in rows] == ["ours float32", "ours int8", "ours int8, again", "ours int4"] * 2
     assert all(len(r.samples) == 5 and r.load_s > 0 and not r.note for r in rows)
+    assert (long.engine, long.load, len(long.samples)) == ("ours int8", LONG, 5)
+    assert long.cache_bytes == 130 * 2 * (32 + 4)  # keys and values of a head: 32 codes and a scale
     assert rows[3].file_bytes < rows[1].file_bytes < rows[0].file_bytes and rows[1].profile and not rows[2].profile
     assert any("in two processes within 3%" in line for line in said)
     stored = json.loads(path.read_text())
     path.write_text(json.dumps([each for each in stored if each["load"] == "decode"]))
     again = bench_quantization([subject], settings, threads=[1], say=said.append, path=path)
-    assert again[:4] == rows[:4] and [r.load for r in again[4:]] == ["8 at once"] * 4
+    assert again[:4] == rows[:4] and [r.load for r in again[4:]] == ["8 at once"] * 4 + [LONG]
     started = len(said)
     assert bench_quantization([subject], settings, threads=[1], say=said.append, path=path) == again
     assert len(said) == started
@@ -181,8 +186,9 @@ def test_what_is_not_installed_is_left_out_with_a_sentence(tmp_path, monkeypatch
     found = quantization.contenders(subject(), Settings(threads=1), tmp_path)
     missing = {each.name: each.missing for each in found if each.missing}
     assert missing["torchao int8, eager"] == "not installed: pip install torchao"
+    assert missing["vLLM"] == "name a Python that has it with --vllm"
     assert missing["llama.cpp Q4_0, repacked"] == "not installed: pip install xllamacpp==2026.10.11549"
-    assert sum(name.startswith("ik_llama.cpp") for name in missing) == 5 and len(missing) == 11
+    assert sum(name.startswith("ik_llama.cpp") for name in missing) == 5 and len(missing) == 12
 
 
 def test_an_unknown_build_is_refused():
@@ -259,3 +265,17 @@ def test_the_readme_is_written_from_the_stored_run(monkeypatch, tmp_path):
 def test_the_readme_shows_the_stored_run():
     readme = quantization_rows.README.read_text(encoding="utf-8")
     assert quantization_rows.BEGIN + as_markdown(read_rows()) + quantization_rows.END in readme
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("LABUTILS_VLLM"), reason="LABUTILS_VLLM names no Python that has vLLM")
+def test_vllm_writes_our_tokens_for_one_and_for_many(tmp_path):
+    model, count = subject().model, 6  # with heads of 32, which it can
+    prompts = torch.randint(96, (3, 9), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = [generate_cached(model, torch.tensor([p]), count)[0, 9:].tolist() for p in prompts]
+    model.save_pretrained(tmp_path)
+    with ExitStack() as stack:
+        child = start("vllm", {"folder": str(tmp_path), "positions": 64}, 1, stack, python=os.environ["LABUTILS_VLLM"])
+        for asked in (prompts[:1], prompts):
+            answer = child.ask({"do": "timed", "prompts": asked, "count": count})
+            assert answer["tokens"] == expected[: len(asked)] and len(answer["ticks"]) == count + 1

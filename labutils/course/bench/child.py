@@ -87,9 +87,9 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
-def start(engine: str, told: dict, threads: int, stack: ExitStack) -> Child:
-    """An engine in a process of its own, ended with the stack."""
-    command = [sys.executable, "-m", "labutils.course.bench.engines", json.dumps([engine, told])]
+def start(engine: str, told: dict, threads: int, stack: ExitStack, *, python: str = "") -> Child:
+    """An engine in a process of its own, ended with the stack; `python` is that of another environment."""
+    command = [python or sys.executable, "-m", "labutils.course.bench.engines", json.dumps([engine, told])]
     child = Child(command, environment=environment(threads))
     stack.callback(child.close)
     return child

@@ -73,13 +73,14 @@ class Technique:
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to measure."""
+    """How much to measure, and a Python that has vLLM."""
 
     new_tokens: int = 32
     rounds: int = 5
     threads: int | None = None
     compile: bool = True
     peers: bool = True
+    vllm: str = ""
 
 
 def bench_decode(subject: Subject, settings: Settings = Settings(), *, say: Callable[[str], None] = print) -> list[Row]:

@@ -15,6 +15,7 @@ ENGINES = {
     "llama": ("labutils.course.bench.llama_cpp", "Llama"),
     "ours": ("labutils.course.bench.torch_engines", "Ours"),
     "torch": ("labutils.course.bench.torch_engines", "Modules"),
+    "vllm": ("labutils.course.bench.vllm_engine", "Vllm"),
     "bandwidth": ("labutils.course.bench.torch_engines", "Bandwidth"),
 }
 WARM_TOKENS = 4

@@ -26,7 +26,9 @@ from labutils.course.bench.quantization_rows import (
     AGAIN,
     BATCHES,
     DECODE,
+    LONG,
     OURS,
+    POSITIONS,
     PREFILL,
     REPACKED,
     EngineRow,
@@ -79,6 +81,7 @@ class Contender:
     form: str
     file: Path
     missing: str = ""
+    python: str = ""
 
     @property
     def read(self) -> int:
@@ -90,7 +93,7 @@ def loads(new_tokens: int, *, small: bool) -> list[Load]:
     """All loads; a model in the cache decodes more tokens, since it needs so little time for each."""
     many = new_tokens * (IN_CACHE if small else 1)
     batches = [Load(name, int(name.split()[0]), PROMPT_TOKENS, many // 2 + 1) for name in BATCHES]
-    return [Load(DECODE, 1, PROMPT_TOKENS, many + 1), Load(PREFILL, 1, 512, 1), *batches]
+    return [Load(DECODE, 1, PROMPT_TOKENS, many + 1), Load(PREFILL, 1, 512, 1), *batches, Load(LONG, 1, POSITIONS, 1)]
 
 
 def bench_quantization(
@@ -147,14 +150,18 @@ class Bench:
             try:
                 if each.missing:
                     raise RuntimeError(each.missing)
-                self.children[each.name] = start(each.engine, each.settings, settings.threads, stack)
-            except RuntimeError as error:
+                self.children[each.name] = start(
+                    each.engine, each.settings, settings.threads, stack, python=each.python
+                )
+            except (RuntimeError, OSError) as error:
                 self.missing[each.name] = str(error)
                 say(f"  {each.name} is left out: {error}")
         self.probe = start("bandwidth", {"threads": settings.threads}, settings.threads, stack)
 
     def measure(self, load: Load) -> list[EngineRow]:
-        """A row for each engine."""
+        """A row for each engine; attention is that of our int8 alone."""
+        if load.name == LONG:
+            return [self._attention(load)]
         generator = torch.Generator().manual_seed(load.rows)
         vocab = self.subject.model.config.vocab_size
         prompts = torch.randint(vocab, (load.rows, load.prompt), generator=generator).tolist()
@@ -167,6 +174,27 @@ class Bench:
         functions |= {str(size): partial(self._ask_probe, size, found) for size, found in rates.items()}
         measure_interleaved(functions, repeats=self.settings.rounds, warmup=1)
         return [self._row(each, load, answers.get(each.name, [])[1:], rates) for each in self.contenders]
+
+    def _attention(self, load: Load) -> EngineRow:
+        its, answers, rates = next(c for c in self.contenders if c.form == "int8"), [], []
+        row = EngineRow(
+            engine=its.name, model=self.subject.name, load=load.name, threads=self.settings.threads, form="int8"
+        )
+        if its.name in self.missing:
+            return replace(row, note=self.missing[its.name])
+        job = {"do": "attention", "positions": load.prompt}
+        try:
+            size = self.children[its.name].ask(job)["bytes"]
+        except RuntimeError as error:  # heads that an int8 cache does not fit
+            return replace(row, note=str(error))
+        functions = {
+            its.name: partial(self._run, its.name, job, answers),
+            "probe": partial(self._ask_probe, size, rates),
+        }
+        measure_interleaved(functions, repeats=self.settings.rounds, warmup=1)
+        seconds = [answer["seconds"] for answer in answers[1:]]
+        share = median(size / s / rate for s, rate in zip(seconds, rates[1:], strict=True))
+        return replace(row, samples=tuple(load.prompt / s for s in seconds), cache_bytes=size, bandwidth_share=share)
 
     def _run(self, name: str, job: dict, answers: list[dict]) -> None:
         answers.append(self.children[name].ask(job))
@@ -229,6 +257,9 @@ def contenders(subject: Subject, settings: Settings, folder: Path) -> list[Conte
                 told = threads | {"path": str(path), "fork": fork, "repack": repack}
                 label = f"{fork} {name}" + REPACKED * repack
                 found.append(Contender(label, "llama", told, form, path, not_installed(fork)))
+    absent = "" if settings.vllm else "name a Python that has it with --vllm"
+    told = {"folder": str(plain)}
+    found.append(Contender("vLLM", "vllm", told, "float32", weights, absent, settings.vllm))
     absent = "" if find_spec("torchao") else "not installed: pip install torchao"
     for name, kind, missing in (("torch dynamic int8", "dynamic", ""), ("torchao int8, eager", "torchao", absent)):
         told = threads | {"folder": str(plain), "kind": kind}

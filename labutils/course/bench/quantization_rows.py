@@ -17,19 +17,20 @@ from labutils.measurement.timing import bootstrap_interval, paired_ratio
 
 STORED, README = DATA / "results" / "engines.json", ROOT / "README.md"
 BEGIN, END = "<!-- engines -->\n", "<!-- /engines -->\n"
-INTRO = """The same weights in our engines, in llama.cpp and ik_llama.cpp ({wheels}) with flash attention on, and in
-PyTorch's int8 (`python -m labutils bench quantization --json FILE`; every sample is in
+INTRO = """The same weights in our engines, in llama.cpp and ik_llama.cpp ({wheels}) with flash attention on, in
+vLLM on the CPU (float32, eager) and in PyTorch's int8 (`python -m labutils bench quantization --json FILE`; every sample is in
 [engines.json](data/results/engines.json)). Each engine is a process of its own that is stopped while another is
 timed, since engines that share one slow each other ([chapter 06](notebooks/solutions/06_gpu_acceleration.ipynb)
 shows it), and no server stands between us and llama.cpp. Tokens/s with 95% intervals over {rounds} rounds in
 turn: decoding after 16 tokens, reading 512, decoding for 8 and 32 prompts together. `r` marks weights reordered
 for the CPU, where that was faster; memory is the most used while loading and decoding, beyond what the process
-had before.
+had before; vLLM reserves 2 GB of it for its cache.
 """
 OURS, AGAIN, REPACKED = "ours", "again", ", repacked"
 DECODE, PREFILL, BATCHES = "decode", "prefill of 512", ("8 at once", "32 at once")
 LOADS = (DECODE, PREFILL, *BATCHES)
-SAME, SHARE, LOAD_S, MEMORY = 0.03, 0.85, 0.2, 1.15  # bars that are no ratio to a peer
+POSITIONS, LONG = 2048, "attention over an int8 cache of 2,048"
+SAME, SHARE, LOAD_S, MEMORY, CACHE = 0.03, 0.85, 0.2, 1.15, 1.3  # bars that are no ratio to a peer
 SMALL, LARGE = {"float32": 1.05, "int8": 1.6, "int4": 1.4}, {"float32": 1.05, "int8": 1.5, "int4": 1.8}
 
 
@@ -39,11 +40,11 @@ class EngineRow:
 
     Attributes:
         form: float32, int8 or int4; peers are met at equal bits.
-        samples: tokens/s of each round; of a prompt's tokens where the load is to read it.
+        samples: tokens/s of each round; of a prompt's tokens where the load is to read it, of positions for `LONG`.
         file_bytes: Of the weights as stored.
         cache_bytes: Of the keys and values of this load, as our engine stores them.
         bandwidth_share: Bytes read per second, as a share of what the best probe read of as many in the same round; the
-            median over rounds. None where they fit into the cache.
+            median over rounds. None where they fit into the cache. Of the cache's bytes for `LONG`.
         load_s: From the file to an engine that is ready, without imports.
         peak_bytes: The most memory in use so far, beyond what the process had before it loaded.
         profile: Shares of a step's time.
@@ -140,6 +141,9 @@ def _against_others(ours: EngineRow, here: Sequence[EngineRow]) -> Iterator[Bar]
 
 
 def _alone(ours: EngineRow) -> Iterator[Bar]:
+    if ours.load == LONG:
+        ratio = 1 / ours.bandwidth_share
+        yield Bar(f"{_place(ours)}: at most {CACHE} times its bytes' time", f"{ratio:.2f}x", ratio <= CACHE)
     if ours.load != DECODE:
         return
     if ours.bandwidth_share is not None:
@@ -178,7 +182,7 @@ def as_table(rows: Sequence[EngineRow]) -> str:
     lines = [f"| {rows[0].host['cpu']}, tokens/s | {' | '.join(LOADS)} | memory, MB | to load, s |", "| --- " * 7 + "|"]
     for key in dict.fromkeys((row.model, row.threads) for row in rows):
         cells: dict[str, dict[str, EngineRow]] = {}
-        for row in sorted((row for row in rows if row.samples), key=lambda row: row.tokens_per_s):
+        for row in sorted((row for row in rows if row.samples and row.load in LOADS), key=lambda row: row.tokens_per_s):
             if (row.model, row.threads) == key and AGAIN not in row.engine:
                 cells.setdefault(row.engine.removesuffix(REPACKED), {})[row.load] = row
         firsts = {name: next(row[load] for load in LOADS if load in row) for name, row in cells.items()}

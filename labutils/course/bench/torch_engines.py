@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from labutils.course.bench.bandwidth import BandwidthMeter, Probes
 from labutils.course.bench.decode import Clock
+from labutils.course.bench.engines import WARM_TOKENS
 from labutils.course.bench.serving_profile import matrices_s
 from labutils.generation.decode import generate_static
 from labutils.generation.fast_llama import FastLlama
@@ -39,7 +40,7 @@ class Ours:
         torch.set_num_threads(threads)
         self.packed = packed
         self.model = load_quantized(Path(folder)).model if packed else load_float(folder)
-        self.decoder = self._decoder(512)
+        self.decoder, self.long = self._decoder(512), None
 
     def generate(self, prompts: list[list[int]], count: int) -> Ticks:
         """See `Llama.generate`; one prompt's tokens come in blocks, and the clock is read after each."""
@@ -65,6 +66,21 @@ class Ours:
             head(x, self.decoder.matvec)
             samples.append(time.perf_counter() - began)
         return {"matrices": matrices_s(self.decoder, rows), "head": sorted(samples)[2]}
+
+    def attention(self, positions: int) -> dict:
+        """Seconds that reading an int8 cache of so many positions adds to a token, and the bytes of that cache."""
+        if self.long is None:
+            self.long = fast_packed_llama(self.model, max_length=positions + WARM_TOKENS, int8_cache=True)
+            self.long.prefill(torch.randint(self.model.config.vocab_size, (1, positions), generator=torch.Generator()))
+        spent = {}
+        for length in (1, positions):
+            self.long.length = length  # what lies behind stays, and is overwritten alike
+            began = time.perf_counter()
+            for _ in range(WARM_TOKENS):
+                self.long.decode_one_token(torch.tensor([1]))
+            spent[length] = (time.perf_counter() - began) / WARM_TOKENS
+        caches = sum(array.nbytes for array in self.long.few_tokens.caches) * positions
+        return {"seconds": spent[positions] - spent[1], "bytes": caches // self.long.few_tokens.shape.max_length}
 
     def size(self) -> dict:
         """Bytes of the weights that a token reads."""

