@@ -1,6 +1,7 @@
 """The ladder: fall-back rung by rung, plans, and every rung's logits held against float32 on the same weights."""
 
 import copy
+import re
 import warnings
 from dataclasses import replace
 
@@ -209,13 +210,18 @@ def test_accelerate_warns_once_with_every_reason(model):
 
 
 @pytest.mark.slow
-def test_compiled_rung_equals_its_twin(model):
+def test_compiled_rung_equals_its_twin_and_copies_no_cache(model):
+    from torch._inductor.utils import run_and_get_code
+
     accelerated = accelerate(model, "compile", warn=False)
     if "compile" in accelerated.skipped:
         pytest.skip(accelerated.skipped["compile"])
     with unchecked():  # the checker's own Python would be compiled along
-        equality = check_equal(accelerated, random_ids(12), prompt=5)
+        equality, programs = run_and_get_code(check_equal, accelerated, random_ids(12), prompt=5)
     assert equality.holds, str(equality)
+    sizes = re.findall(r"empty_strided_cpu\(\(([^)]*)\)", "".join(programs))
+    cache = accelerated.cache(positions=12)
+    assert "1, 32" in sizes and ", ".join(map(str, cache.keys[0].shape)) not in sizes, "a step copies its cache"
 
 
 @pytest.mark.gpu

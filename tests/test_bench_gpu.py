@@ -1,6 +1,5 @@
 """`bench gpu`: a row for every rung and peer, measured or with its reason, and records that the ledger takes."""
 
-import gc
 import sys
 import weakref
 from dataclasses import replace
@@ -10,6 +9,8 @@ import torch
 from tiny_models import random_ids, tiny_model
 
 from labutils.acceleration.ladder import NAMES, Device, climb
+from labutils.acceleration.linears import fits_fp8, fits_sparse
+from labutils.acceleration.memory import Need, usable
 from labutils.acceleration.triton_ops import relative_error
 from labutils.course.bench import bandwidth, gpu, gpu_peers
 from labutils.course.bench.gpu import (
@@ -22,7 +23,7 @@ from labutils.course.bench.gpu import (
     ladder_files,
     read_ladders,
 )
-from labutils.course.bench.subject import Subject
+from labutils.course.bench.subject import SIZES_8B, Subject, speed_subject
 from labutils.course.bench.table import as_table, write_json
 from labutils.lab.layers.linears import linear_layers, weight_of
 from labutils.lab.models.ladder import accelerate, check_equal
@@ -72,20 +73,22 @@ def test_bench_gpu_has_a_row_for_every_rung_and_peer(subject, tmp_path):
 
 
 def test_groups_are_timed_beside_a_base_of_their_own_and_let_go(subject, monkeypatch, tmp_path):
-    alive, most = weakref.WeakSet(), []
+    alive, twins, most = weakref.WeakSet(), weakref.WeakSet(), []
 
     def watched(*args, **kwargs):
         rung = accelerate(*args, **kwargs)
         alive.add(rung.model)
-        gc.collect()
-        most.append(len(alive))
+        twins.add(rung.twin)
+        most.append((len(alive), len(twins - {subject.model})))
         return rung
 
     monkeypatch.setattr(gpu, "accelerate", watched)
     rows = bench_gpu(subject, replace(QUICK, peers=False, at_once=2), say=lambda line: None)
     names = [row.technique for row in rows]
     assert names.count(BASE) == 6 and names[::3] == [BASE] * 6 and set(names) == set(NAMES)
-    assert max(most) <= 3 and len(most) > 6
+    models, copies = zip(*most, strict=True)
+    assert max(models) <= 3 and len(most) > 6
+    assert max(copies) == 1  # of weights that a rung rounds: the one that is being checked
     bases = [row for row in rows if row.technique == BASE]
     assert len({row.samples for row in bases}) == 6
     write_json(rows, tmp_path / "h200.jsonl")
@@ -178,6 +181,27 @@ def test_steps_on_a_gpu_are_timed_twenty_at_a_time(monkeypatch):
     assert bandwidth._rate(lambda: None, 10, "cuda") == 20.0
     gpu._times(3, lambda: calls.append(1))()
     assert len(calls) == 3
+
+
+def test_the_shape_of_8b_fits_two_rungs_at_a_time_and_into_every_format():
+    """The sizes alone, without memory; an H200 has 139 GiB and its machine 128, an A100 at most 80 GB."""
+    with torch.device("meta"):
+        subject = speed_subject(**SIZES_8B)
+    assert subject.name.startswith("7.5B Llama") and subject.token_ids.device.type == "cpu"
+    weights = [weight_of(layer) for _, layer in linear_layers(subject.model, with_head=True)]
+    assert len(weights) == 7 * 32 + 1 and all(fits_fp8(w) and fits_sparse(w) for w in weights)
+    assert max(w.numel() for w in weights) < 2**31  # a kernel counts in 32 bits from the first weight on
+    whole = Need.of(subject.model, positions=17).total_bytes
+    h200 = Device("cuda", "H200", (9, 0))
+
+    def on_device(names):
+        sizes = [whole * climb(name, h200)[0].dtype.itemsize / 4 for name in names]  # int8 and int4: at most 16 bits
+        return sum(sizes) + sum(set(map(bandwidth.probe_bytes, sizes)))
+
+    assert max(map(on_device, gpu.groups(NAMES, 2))) < usable(139 * 2**30) < on_device(NAMES)
+    assert max(map(on_device, gpu.groups(NAMES, 1))) < usable(80e9)
+    assert 3 * whole < usable(128 * 2**30)  # on the host: the model, a twin, and the copy that becomes the rung
+    assert bandwidth.probe_bytes(whole) / 4 / 2 < 2**31  # a dot product's numbers
 
 
 @pytest.mark.gpu

@@ -101,7 +101,7 @@ def test_a_counter_attribute_compiles_each_time_and_a_tensor_once(calls, graphs)
 
 def test_our_compiled_decoder_counts_in_tensors():
     cache = CompiledKVCache(tiny_model("llama-gqa-tied").config, max_length=16)
-    keys = torch.ones(1, cache.keys.shape[2], 1, cache.keys.shape[4])
+    keys = torch.ones(1, cache.keys[0].shape[1], 1, cache.keys[0].shape[3])
     steps = [(keys, keys, 0)] * 6
     assert compilations(cache.update, steps) == 1
 

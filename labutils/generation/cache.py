@@ -121,8 +121,8 @@ class StaticKVCache:
         sizes = {(layer.keys, layer.values) for layer in layers}
         if len(sizes) != 1:
             raise ValueError(f"every layer must keep keys and values of one size; got {sorted(sizes)}")
-        self.keys, self.values = (
-            torch.zeros(len(layers), batch, heads, max_length, dim, dtype=dtype, device=device)
+        self.keys, self.values = (  # a tensor for each layer: a compiler would copy all of one that it writes in parts
+            [torch.zeros(batch, heads, max_length, dim, dtype=dtype, device=device) for _ in layers]
             for heads, dim in sizes.pop()
         )
         self.max_length = max_length
@@ -175,7 +175,7 @@ class StaticKVCache:
     @property
     def resident_bytes(self) -> int:
         """Bytes of the buffers, full or not."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
 
 
 class CompiledKVCache(StaticKVCache):
@@ -189,7 +189,7 @@ class CompiledKVCache(StaticKVCache):
 
     def __init__(self, config, **settings) -> None:
         super().__init__(config, **settings)
-        self.lengths = torch.zeros(len(self.lengths), dtype=torch.long, device=self.keys.device)
+        self.lengths = torch.zeros(len(self.lengths), dtype=torch.long, device=self.keys[0].device)
 
     def update(self, keys: Keys, values: Values, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Writes at the positions a tensor names and returns the whole buffers."""

@@ -33,7 +33,7 @@ def awq_scale(mean_abs: Float[Tensor, " n"], alpha: float) -> Float[Tensor, " n"
 def scale_losses(
     weights: Sequence[Float[Tensor, "out n"]], mean_abs: Float[Tensor, " n"], gram: Float[Tensor, "n n"], scheme: Scheme
 ) -> dict[float, float]:
-    """For each α the loss Σ ||(W − Q(W·s)/s) X||² / ||W X||² over the layers that read X.
+    """For each α the loss Σ ||X (W − Q(W·s)/s)ᵀ||² / ||X Wᵀ||² over the layers that read X.
 
     α = 0 is plain rounding, so the least loss is never above RTN's on the calibration text.
     """

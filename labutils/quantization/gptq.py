@@ -1,6 +1,7 @@
 """GPTQ: round a weight column by column, and let the columns not yet rounded make up for each error.
 
-Frantar et al. 2022 (arXiv:2210.17323). Minimises ||(W − Ŵ) X||² for a layer's calibration inputs X, row by row.
+Frantar et al. 2022 (arXiv:2210.17323). Minimises ||X (W − Ŵ)ᵀ||², row by row of W; X has one
+calibration input a row.
 """
 
 import torch

@@ -193,7 +193,7 @@ for i in (0, 2, 5):
 # 4 lines, 8 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>A threshold is a trap at 0% and 100%. Rank the weights and take the first so many.</details>
-# <details><summary>Hint 2</summary><code>weight.abs().flatten().argsort()</code> begins with the smallest; set those places of a mask of ones to False, then <code>view_as(weight)</code>.</details>
+# <details><summary>Hint 2</summary><code>argsort</code> of the flattened sizes begins with the smallest. Start from a flat mask of ones; it gets the weight's shape at the end.</details>
 
 
 # %%
@@ -248,7 +248,7 @@ ch04.wanda_mask(wanda_mask)
 # neighbours of a row. No two scores are equal. 3 lines, 8 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>Reshape to (…, 4): each line then holds one group.</details>
-# <details><summary>Hint 2</summary><code>topk(2, dim=-1).indices</code>, then <code>scatter_</code> True into zeros, then back to the first shape.</details>
+# <details><summary>Hint 2</summary><code>topk</code> finds indices, and <code>scatter_</code> writes at indices; the mask goes back to the first shape.</details>
 
 
 # %%
@@ -307,7 +307,7 @@ plt.show()
 # row with weights[index] exactly 0. Do not change the input. 3 lines, 8 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>One line of the inverse tells in which proportion the others move.</details>
-# <details><summary>Hint 2</summary><code>weights - weights[index] / inverse[index, index] * inverse[index]</code>; rounding may leave 1e-9 there: set it to 0.</details>
+# <details><summary>Hint 2</summary>Subtract a multiple of <code>inverse[index]</code>: which multiple leaves 0 at the index? Rounding may leave 1e-9 there: set it to 0.</details>
 
 
 # %%
@@ -675,7 +675,7 @@ ch04_removal.smaller_mlp(smaller_mlp)
 # Write `influence(before, after)`: both (positions, hidden); return a float. 2 lines, 5 minutes, difficulty 1 of 3.
 #
 # <details><summary>Hint 1</summary>One cosine a position, then the mean, then 1 minus it.</details>
-# <details><summary>Hint 2</summary><code>torch.cosine_similarity(before, after, dim=-1)</code>.</details>
+# <details><summary>Hint 2</summary><code>torch.cosine_similarity</code> divides by both norms: along which axis?</details>
 
 
 # %%

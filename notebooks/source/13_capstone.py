@@ -1274,7 +1274,7 @@ for name in names:
 # %% [markdown]
 # ### A repair: what calibration reads
 #
-# GPTQ chooses codes that keep the outputs on its calibration text, $\min \lVert (W - \hat W) X \rVert^2$, and sees that text only as $X^\top X$, a sum over tokens. Texts are therefore mixed by
+# GPTQ chooses codes that keep the outputs on its calibration text, $\min \lVert X (W - \hat W)^\top \rVert^2$, and sees that text only as $X^\top X$, a sum over tokens. Texts are therefore mixed by
 # mixing sums. Suppose someone calibrated int3 on English alone, as is usual. The repair: half of the tokens in Chinese. The control: half of the tokens *other* English
 # text, so that more or fresher text is not what helps.
 #

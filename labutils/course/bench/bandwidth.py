@@ -17,6 +17,7 @@ from labutils.measurement.timing import quantile, sample_seconds
 
 Probes = dict[str, tuple[Callable[[], object], int]]  # name: what to run, and the bytes that it moves
 SMALLEST_BYTES = 2**26  # less may lie in a core's own cache
+LARGEST_BYTES = 2**32  # more tells no more, and a dot product of CUDA takes 2^31 numbers at most
 
 
 def calls_on(device: str | torch.device) -> int:
@@ -28,12 +29,12 @@ def probe_bytes(weight_bytes: float) -> int:
     """How much a probe reads that stands beside these weights; 0 where they are too few to speak of memory.
 
     A size that the cache is said to have tells little on a shared machine, so the probe reads as much as the technique
-    does: the next power of the root of 2 below, since less is read at least as fast.
+    does: the next power of the root of 2 below, since less is read at least as fast, and 4 GiB at most.
 
-    >>> probe_bytes(820e6) / 2**20, probe_bytes(23e6)
-    (724.0, 0)
+    >>> probe_bytes(820e6) / 2**20, probe_bytes(23e6), probe_bytes(30e9) / 2**30
+    (724.0, 0, 4.0)
     """
-    size = int(2 ** (math.floor(2 * math.log2(max(weight_bytes, 1))) / 2))
+    size = min(int(2 ** (math.floor(2 * math.log2(max(weight_bytes, 1))) / 2)), 2**60)
     return size // 2**20 * 2**20 if size >= SMALLEST_BYTES else 0
 
 

@@ -6,6 +6,7 @@ transformers and torchao. The CUDA half was not run on a GPU.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -85,7 +86,8 @@ def bench_gpu(subject: Subject, settings: Settings = Settings(), *, say: Callabl
                 else Row(technique=name, model=subject.name, threads=threads, note=found.skipped[name])
                 for name in group
             ]
-            del found, meter  # the models, before the next ones are made
+            del found, meter
+            gc.collect()  # the models, before the next ones are made
         say(prefill_share(subject, abilities, settings))
     return rows
 
@@ -264,7 +266,8 @@ def _checked(make: Callable[[], Accelerated], subject: Subject, device: str) -> 
     need = Need.of(subject.model, positions=ids.shape[1], batch=len(ids))
     with memory_guard(lambda: what_fits(need, memory_bytes(device)), device=device):
         rung = make()
-        return rung, check_equal(rung, ids, prompt=ids.shape[1] // 2)
+        equality = check_equal(rung, ids, prompt=ids.shape[1] // 2)
+    return rung, equality
 
 
 def _measure(found: _Field, subject: Subject, settings: Settings) -> tuple[dict[str, Timing], BandwidthMeter]:

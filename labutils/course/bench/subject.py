@@ -54,5 +54,6 @@ def speed_subject(*, prompt_tokens: int = 16, seed: int = 0, **sizes: int) -> Su
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     count = sum(p.numel() for p in model.parameters())
-    ids = torch.randint(config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(seed))
+    coin = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config.vocab_size, (1, prompt_tokens), generator=coin, device="cpu")
     return Subject(f"{count / 1e9:.2g}B Llama, random weights", model, None, ids)

@@ -43,7 +43,7 @@ def output_error(answer):
         mistakes=[
             (of_weights, "that is the weight's own error: the Gram matrix says how much each input counts"),
             (of_diagonal, "only the diagonal of the Gram matrix was used: errors of two inputs may cancel or add up"),
-            (lambda **case: part(**case)[0], "that error depends on the layer's size: divide by ||W X||²"),
+            (lambda **case: part(**case)[0], "that error depends on the layer's size: divide by ||X Wᵀ||²"),
             (lambda **case: part(**case)[1] / part(**case)[0], "upside down: the error goes above the fraction bar"),
             (lambda **case: (part(**case)[0] / part(**case)[1]) ** 0.5, "no root: the ratio of the squares is asked"),
         ],

@@ -108,7 +108,7 @@ def input_statistics(
 
 
 def layer_error(weight: Float[Tensor, "out n"], changed: Float[Tensor, "out n"], gram: Float[Tensor, "n n"]) -> float:
-    """||(W − Ŵ) X||² / ||W X||², from X^T X alone: what a changed weight does to the layer's outputs.
+    """||X (W − Ŵ)ᵀ||² / ||X Wᵀ||², from XᵀX alone: what a changed weight does to the layer's outputs.
 
     >>> layer_error(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.eye(2))
     0.25

@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
 from labutils.lab.models.compare import PairedQuality
-from labutils.lab.plots.style import PALETTE, series_style
+from labutils.lab.plots.style import PALETTE, label_points, series_style
 
 Curve = Sequence[tuple[float, PairedQuality]]
 # WikiText-2 perplexity of Llama-2-7B (dense 5.12), read in Wanda's repository: 50%, 4:8, 2:4.
@@ -45,18 +45,17 @@ def plain_log_axis(ax: Axes, ticks: Sequence[float]) -> None:
 
 def draw_structure(ax: Axes, smaller: Mapping[str, tuple[int, PairedQuality]], *, dense: int) -> None:
     """Smaller models as points: millions of parameters stored, and bits per byte lost with the paired 95% interval."""
-    for index, (name, (count, quality)) in enumerate(smaller.items()):
+    for index, (count, quality) in enumerate(smaller.values()):
         bars = [[b[0]] for b in _bars([quality])]
-        ax.errorbar(
-            [count / 1e6], [quality.difference], yerr=bars, capsize=3, ls="none", label=name, **series_style(index)
-        )
+        ax.errorbar([count / 1e6], [quality.difference], yerr=bars, capsize=3, ls="none", **series_style(index))
     cost = {name: q.difference / (dense - count) for name, (count, q) in smaller.items() if count < dense}
     ax.axvline(dense / 1e6, color="0.4", linestyle=":")
     ax.set(xlabel="parameters stored (millions; dotted: dense)", ylabel="bits per byte lost")
     ax.set_title(f"Least lost per parameter removed: {min(cost, key=cost.get)}")
     plain_log_axis(ax, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1))
+    ax.margins(x=0.12)
     ax.grid(alpha=0.25)
-    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
+    label_points(ax, [(name, count / 1e6, quality.difference) for name, (count, quality) in smaller.items()])
 
 
 def draw_groups(ax: Axes, shares: Mapping[str, Sequence[float]], groups: Mapping[str, int]) -> None:
