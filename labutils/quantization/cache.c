@@ -75,7 +75,7 @@ static void attend_codes(const float *q, const uint8_t *keys, const float *key_s
     for (int64_t h = 0; h < heads; h++)
         quantize_token(q + h * dim, dim, part, codes + h * dim, xscales + h * parts, sums + h * parts);
     Weight k = {keys, key_scales, NULL, NULL, dim, length, dim, part, part, 8};
-    for (int64_t tile = 0; tile * ROWS < length; tile++) tile_times_all(&k, &x, scores, tile, heads, 8);
+    for (int64_t tile = 0; tile * ROWS < length; tile++) tile_times_all(&k, &x, scores, tile, heads, 8, 0);
     for (int64_t h = 0; h < heads; h++) {
         float *its = scores + h * length, largest = largest_of(its, length);
         f32x8 eight = {0};
@@ -98,7 +98,7 @@ static void attend_codes(const float *q, const uint8_t *keys, const float *key_s
                 split_weights(w, codes + 2 * h * SPAN, xscales + 2 * h, sums + 2 * h);
             }
             Weight v = {values + start * dim + b * part * SPAN, ones, NULL, NULL, SPAN, part, SPAN, SPAN, SPAN, 8};
-            for (int64_t tile = 0; tile * ROWS < part; tile++) tile_times_all(&v, &x, y, tile, 2 * heads, 8);
+            for (int64_t tile = 0; tile * ROWS < part; tile++) tile_times_all(&v, &x, y, tile, 2 * heads, 8, 0);
             for (int64_t h = 0; h < heads; h++)
                 for (int64_t c = 0; c < part; c++)
                     out[h * dim + b * part + c] += y[2 * h * part + c] + y[(2 * h + 1) * part + c];

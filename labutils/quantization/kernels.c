@@ -46,6 +46,7 @@ const char *const instruction_set =
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 #define DPBUSD _mm256_dpbusd_epi32
     "AVX2 with VNNI";
+#define WIDE
 #elif defined(__AVXVNNI__)
 #define DPBUSD _mm256_dpbusd_avx_epi32
     "AVX2 with VNNI";
@@ -161,8 +162,26 @@ static inline __attribute__((always_inline)) void chunk(
 #ifndef CENTRED
 #define CENTRED 0
 #endif
+#ifdef WIDE
+enum { TWO_TILES = 1 };
+#else
+enum { TWO_TILES = 0 };
+#endif
 
 // ---- a tile: 8 rows times 1 to 8 tokens -------------------------------------------------------------------------
+
+// Every `step`-th of `sum` is a token's.
+static inline __attribute__((always_inline)) void store_rows(
+    const Weight *w, const f32x8 *sum, int step, float *y, int64_t tile, int64_t token, const int tokens) {
+    const int64_t first = tile * ROWS, rows = w->out - first;
+    f32x8 bias = {0};
+    for (int64_t r = 0; w->bias && r < ROWS && r < rows; r++) bias[r] = w->bias[first + r];
+    for (int t = 0; t < tokens; t++) {
+        f32x8 made = sum[t * step] + bias;
+        if (rows >= ROWS) memcpy(y + (token + t) * w->out + first, &made, sizeof made);
+        else memcpy(y + (token + t) * w->out + first, &made, rows * sizeof(float));
+    }
+}
 
 static inline __attribute__((always_inline)) void tile_times_tokens(
     const Weight *w, const Activations *x, float *y, int64_t tile, int64_t token, const int tokens, const int bits) {
@@ -187,28 +206,86 @@ static inline __attribute__((always_inline)) void tile_times_tokens(
                         * (__builtin_convertvector(dot[t], f32x8) - zero * xsums[t * blocks + b]);
         }
     }
-    const int64_t first = tile * ROWS, rows = w->out - first;
-    f32x8 bias = {0};
-    for (int64_t r = 0; w->bias && r < ROWS && r < rows; r++) bias[r] = w->bias[first + r];
-    for (int t = 0; t < tokens; t++) {
-        f32x8 made = sum[t] + bias;
-        if (rows >= ROWS) memcpy(y + (token + t) * w->out + first, &made, sizeof made);
-        else memcpy(y + (token + t) * w->out + first, &made, rows * sizeof(float));
+    store_rows(w, sum, 1, y, tile, token, tokens);
+}
+
+// ---- two tiles: 16 rows times 1 to 8 tokens, where a register holds 64 bytes ------------------------------------------
+
+#ifdef WIDE
+typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
+
+static inline __m512i pair(const void *one, const void *other) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(one)), _mm256_loadu_si256(other), 1);
+}
+
+static inline __m512i repeat16(const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+}
+
+// Half the instructions of two tiles, each after the other. Tile i goes with tile i + half: both are read front to back.
+static inline __attribute__((always_inline)) void pair_times_tokens(
+    const Weight *w, const Activations *x, float *y, int64_t tile, int64_t token, const int tokens, const int bits) {
+    const int64_t blocks = w->padded / w->block, groups = (w->padded + w->group - 1) / w->group;
+    const int64_t tiles = (w->out + ROWS - 1) / ROWS, half = (tiles + 1) / 2, apart = tile + half < tiles ? half : 0;
+    const uint8_t *codes = w->codes + tile * w->padded * bits, *others = codes + apart * w->padded * bits;
+    const int8_t *xcodes = x->codes + token * w->padded;
+    const float *xscales = x->scales + token * blocks, *xsums = x->sums + token * blocks;
+    const __m512i low_half = _mm512_set1_epi8(15);
+    f32x16 sum[TOKENS] = {0};
+    for (int64_t g = 0, b = 0; g < groups; g++) {
+        const int64_t at = (tile * groups + g) * ROWS, there = at + apart * groups * ROWS;
+        f32x16 scale = (f32x16)pair(w->scales + at, w->scales + there);
+        f32x16 zero = (f32x16){0} + (bits == 8 ? 128.0f : 8.0f);
+        if (w->zeros) zero = (f32x16)pair(w->zeros + at, w->zeros + there);
+        for (; b < blocks && b * w->block < (g + 1) * w->group; b++) {
+            __m512i dot[TOKENS] = {0};
+            for (int64_t k = 0; k < w->block; k += CHUNK, codes += CHUNK * bits, others += CHUNK * bits) {
+                const int8_t *near = xcodes + b * w->block + k;
+                for (int line = 0; line < CHUNK * bits; line += 64) __builtin_prefetch(codes + AHEAD + line);
+                for (int line = 0; line < CHUNK * bits; line += 64) __builtin_prefetch(others + AHEAD + line);
+                for (int i = 0; i < bits; i++) {
+                    __m512i v = pair(codes + 32 * i, others + 32 * i), low = bits == 8 ? v : _mm512_and_si512(v, low_half);
+                    __m512i high = _mm512_and_si512(_mm512_srli_epi16(v, 4), low_half);
+                    for (int t = 0; t < tokens; t++)
+                        dot[t] = _mm512_dpbusd_epi32(dot[t], low, repeat16(near + t * w->padded + 4 * i));
+                    for (int t = 0; t < tokens && bits == 4; t++)
+                        dot[t] = _mm512_dpbusd_epi32(dot[t], high, repeat16(near + t * w->padded + 4 * i + 16));
+                }
+            }
+            for (int t = 0; t < tokens; t++)
+                sum[t] += (scale * xscales[t * blocks + b])
+                        * ((f32x16)_mm512_cvtepi32_ps(dot[t]) - zero * xsums[t * blocks + b]);
+        }
     }
+    store_rows(w, (const f32x8 *)sum, 2, y, tile, token, tokens);
+    if (apart) store_rows(w, (const f32x8 *)sum + 1, 2, y, tile + apart, token, tokens);
+}
+#endif
+
+static inline __attribute__((always_inline)) void rows_times_tokens(
+    const Weight *w, const Activations *x, float *y, int64_t tile, int64_t token, const int tokens, const int bits,
+    const int wide) {
+#ifdef WIDE
+    if (wide) pair_times_tokens(w, x, y, tile, token, tokens, bits);
+    else
+#endif
+        tile_times_tokens(w, x, y, tile, token, tokens, bits);
 }
 
 static inline __attribute__((always_inline)) void tile_times_all(
-    const Weight *w, const Activations *x, float *y, int64_t tile, int64_t tokens, const int bits) {
+    const Weight *w, const Activations *x, float *y, int64_t tile, int64_t tokens, const int bits, const int wide) {
     int64_t t = 0;
-    for (; t + TOKENS <= tokens; t += TOKENS) tile_times_tokens(w, x, y, tile, t, TOKENS, bits);
+    for (; t + TOKENS <= tokens; t += TOKENS) rows_times_tokens(w, x, y, tile, t, TOKENS, bits, wide);
     switch (tokens - t) {  // each count compiled apart, so that the rest shares one pass over the weights as well
-        case 1: tile_times_tokens(w, x, y, tile, t, 1, bits); break;
-        case 2: tile_times_tokens(w, x, y, tile, t, 2, bits); break;
-        case 3: tile_times_tokens(w, x, y, tile, t, 3, bits); break;
-        case 4: tile_times_tokens(w, x, y, tile, t, 4, bits); break;
-        case 5: tile_times_tokens(w, x, y, tile, t, 5, bits); break;
-        case 6: tile_times_tokens(w, x, y, tile, t, 6, bits); break;
-        case 7: tile_times_tokens(w, x, y, tile, t, 7, bits); break;
+        case 1: rows_times_tokens(w, x, y, tile, t, 1, bits, wide); break;
+        case 2: rows_times_tokens(w, x, y, tile, t, 2, bits, wide); break;
+        case 3: rows_times_tokens(w, x, y, tile, t, 3, bits, wide); break;
+        case 4: rows_times_tokens(w, x, y, tile, t, 4, bits, wide); break;
+        case 5: rows_times_tokens(w, x, y, tile, t, 5, bits, wide); break;
+        case 6: rows_times_tokens(w, x, y, tile, t, 6, bits, wide); break;
+        case 7: rows_times_tokens(w, x, y, tile, t, 7, bits, wide); break;
     }
 }
 
@@ -269,6 +346,7 @@ int64_t packed_linear(const Weight *w, const float *x, float *y, int64_t tokens,
         return 0;
     }
     int64_t blocks = w->padded / w->block, tiles = (w->out + ROWS - 1) / ROWS;
+    int64_t wide = TWO_TILES && tokens > 1, steps = wide ? (tiles + 1) / 2 : tiles;
     float *memory = malloc(tokens * (2 * blocks * sizeof(float) + w->padded) + 1);  // never malloc(0)
     if (!memory) return -1;
     Activations q = {(int8_t *)(memory + 2 * tokens * blocks), memory, memory + tokens * blocks};
@@ -279,9 +357,11 @@ int64_t packed_linear(const Weight *w, const float *x, float *y, int64_t tokens,
             quantize_token(x + t * w->in, w->in, w->block, q.codes + t * w->padded, q.scales + t * blocks,
                            q.sums + t * blocks);
 #pragma omp for
-        for (int64_t tile = 0; tile < tiles; tile++)
-            if (w->bits == 8) tile_times_all(w, &q, y, tile, tokens, 8);
-            else tile_times_all(w, &q, y, tile, tokens, 4);
+        for (int64_t tile = 0; tile < steps; tile++)
+            if (wide && w->bits == 8) tile_times_all(w, &q, y, tile, tokens, 8, 1);
+            else if (wide) tile_times_all(w, &q, y, tile, tokens, 4, 1);
+            else if (w->bits == 8) tile_times_all(w, &q, y, tile, tokens, 8, 0);
+            else tile_times_all(w, &q, y, tile, tokens, 4, 0);
     }
     free(memory);
     return 0;
