@@ -34,17 +34,6 @@ static void store_rounded(const float *key, const float *value, const Layer *lay
     store_codes(value, (uint8_t *)layer->values + at, layer->value_scales + scales, p, s, 1);
 }
 
-static float largest_of(const float *x, int64_t n) {  // NaN does not count
-    f32x8 eight = (f32x8){0} - INFINITY;
-    for (int64_t i = 0; i < n; i += 8) {
-        f32x8 v = load8(x + i, n - i, -INFINITY);
-        i32x8 larger = v > eight;
-        eight = (f32x8)(((i32x8)v & larger) | ((i32x8)eight & ~larger));
-    }
-    for (int i = 1; i < 8; i++) eight[0] = eight[i] > eight[0] ? eight[i] : eight[0];
-    return eight[0];
-}
-
 // w = scale (128 high + low), scale = largest / (127 * 128); codes: (high, low), each SPAN.
 static void split_weights(const float *w, int8_t *codes, float *scales, float *sums) {
     union { float f; int32_t i; } largest = {0}, v;  // as integers, infinity and NaN sort on top

@@ -18,6 +18,7 @@ from labutils.quantization.kernels import Layer, Model, Shape, Weight, float_wei
 from labutils.quantization.packed import CHUNK, MAX_BLOCK, ROWS, PackedLinear, PackedWeight
 
 HUGE_PAGE_BYTES = 2**21
+TOKENS_A_CALL = 64
 
 
 class Arena:
@@ -91,26 +92,26 @@ def arena_bytes(layers: list[PackedLinear]) -> int:
 
 
 class FewTokens:
-    """A `FastLlama` for 1 to `max_tokens` tokens: one call into C.
+    """A `FastLlama` for 1 to `max_tokens` tokens: one call into C for each `TOKENS_A_CALL` of them.
 
     Args:
         library: the kernels.
         decoder: a `FastLlama` whose matrices are `FusedPacked` or `FloatMatrix`.
-        max_tokens: how many tokens share a call.
+        max_tokens: how many go through C, by default all that there is room for.
         int8_cache: keys and values rounded to int8, a scale for each 64 numbers (32 where that does not divide a head),
-            in place of the decoder's own. Any number of tokens then goes through C, for one stream.
+            in place of the decoder's own, for one stream.
 
     Raises:
         ValueError: where layers differ in their schemes or heads are no multiple of 8 numbers (int8 cache: 32).
     """
 
     def __init__(
-        self, library: ctypes.CDLL, decoder: object, *, max_tokens: int = 32, int8_cache: bool = False
+        self, library: ctypes.CDLL, decoder: object, *, max_tokens: int | None = None, int8_cache: bool = False
     ) -> None:
         if not self.fits(decoder):
             raise ValueError("steps in C need heads of a multiple of 8 numbers and fused matrices of one scheme each")
-        self.library, self.decoder, self.chunk = library, decoder, max_tokens
-        self.max_tokens = decoder.max_length if int8_cache else max_tokens
+        self.library, self.decoder, self.max_tokens = library, decoder, max_tokens or decoder.max_length
+        self.chunk = min(TOKENS_A_CALL, self.max_tokens)
         self.caches = _rounded_caches(*decoder.keys.shape) if int8_cache else (decoder.keys, decoder.values)
         made = [_layer(layer, [cache[i] for cache in self.caches]) for i, layer in enumerate(decoder.layers)]
         self.layers = (Layer * len(made))(*made)
@@ -123,9 +124,9 @@ class FewTokens:
             "inner": max(first.output.in_features, first.down.in_features),
             "scores": 4 * max_length,
         }
-        self.scratch = {name: np.empty(max_tokens * size, np.float32) for name, size in sizes.items()}
-        self.one_block, self.count = np.zeros(1, np.int64), np.arange(max_tokens)
-        self.rows = np.full((max_tokens, 2), self.one_block.ctypes.data, np.int64)  # (block table, position) each
+        self.scratch = {name: np.empty(self.chunk * size, np.float32) for name, size in sizes.items()}
+        self.one_block, self.count = np.zeros(1, np.int64), np.arange(self.chunk)
+        self.rows = np.full((self.chunk, 2), self.one_block.ctypes.data, np.int64)  # (block table, position) each
         rooms = (array.ctypes.data for array in self.scratch.values())
         self.shape = Shape(len(made), heads, kv_heads, dim, max_length, max_length, *rooms, decoder.eps)
         head = embedding = decoder.head.parts[0][0]
@@ -133,8 +134,8 @@ class FewTokens:
             self.table = decoder.embedding.weight.detach().float().numpy()  # kept: C knows its address only
             embedding = float_weight(self.table)
         self.vocab = embedding.out_features  # of the input: a trimmed head scores fewer tokens than it may read
-        self.tokens, self.logits = np.zeros(max_tokens, np.int64), torch.empty(1, head.out_features)
-        self.hidden, self.normed = np.zeros((2, max_tokens, head.in_features), np.float32)
+        self.tokens, self.logits = np.zeros(self.chunk, np.int64), torch.empty(1, head.out_features)
+        self.hidden, self.normed = np.zeros((2, self.chunk, head.in_features), np.float32)
         arrays = (decoder.final_gain, decoder.cos, decoder.sin, self.hidden, self.normed)
         addresses = [ctypes.addressof(self.layers), ctypes.addressof(self.shape), embedding, head]
         self.model = Model(*addresses, *(array.ctypes.data for array in arrays), self.logits.data_ptr())

@@ -14,7 +14,29 @@ static inline void store8(float *x, f32x8 v, int64_t n) {
     else memcpy(x, &v, n * sizeof(float));
 }
 
-static inline float sum8(f32x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+static inline float sum8(f32x8 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
+
+static inline f32x8 sum8_of_8(const f32x8 *v) {  // number i: sum8(v[i]), the same bits
+#ifdef __AVX__
+    __m256 four[2];
+    for (int i = 0; i < 2; i++, v += 4)
+        four[i] = _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[0], (__m256)v[1]), _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
+    return (f32x8)(_mm256_permute2f128_ps(four[0], four[1], 0x20) + _mm256_permute2f128_ps(four[0], four[1], 0x31));
+#else
+    return (f32x8){sum8(v[0]), sum8(v[1]), sum8(v[2]), sum8(v[3]), sum8(v[4]), sum8(v[5]), sum8(v[6]), sum8(v[7])};
+#endif
+}
+
+static float largest_of(const float *x, int64_t n) {  // NaN does not count
+    f32x8 eight = (f32x8){0} - INFINITY;
+    for (int64_t i = 0; i < n; i += 8) {
+        f32x8 v = load8(x + i, n - i, -INFINITY);
+        i32x8 larger = v > eight;
+        eight = (f32x8)(((i32x8)v & larger) | ((i32x8)eight & ~larger));
+    }
+    for (int i = 1; i < 8; i++) eight[0] = eight[i] > eight[0] ? eight[i] : eight[0];
+    return eight[0];
+}
 
 // e^x for x <= 0: x = k ln 2 + r, |r| <= ln 2 / 2, e^x = 2^k e^r, and e^r by its series up to r^6 (error below 2e-7).
 static inline f32x8 exp8(f32x8 x) {
@@ -58,44 +80,51 @@ typedef struct {
     int64_t position;
 } Row;
 
+// score[j] = q . key[j] for `count` keys, one behind the other; eight at a time, for an addition waits for the one before.
+static void score_keys(const float *q, const float *keys, float *scores, int64_t count, int64_t dim) {
+    int64_t j = 0;
+    for (; j + 8 <= count; j += 8, keys += 8 * dim) {
+        f32x8 dots[8] = {0};
+        for (int64_t i = 0; i < dim; i += 8)
+            for (int n = 0; n < 8; n++) dots[n] += load8(q + i, 8, 0) * load8(keys + n * dim + i, 8, 0);
+        store8(scores + j, sum8_of_8(dots), 8);
+    }
+    for (; j < count; j++, keys += dim) {
+        f32x8 dot = {0};
+        for (int64_t i = 0; i < dim; i += 8) dot += load8(q + i, 8, 0) * load8(keys + i, 8, 0);
+        scores[j] = sum8(dot);
+    }
+}
+
+// 8 * eights numbers of the mixed values, from `values` on
+static inline __attribute__((always_inline)) void mix_values(
+    const float *weights, const float *values, float *out, const Row *row, int64_t block, int64_t dim, float total,
+    const int eights) {
+    f32x8 mixed[8] = {0};
+    for (int64_t start = 0, length = row->position + 1; start < length; start += block) {
+        const float *near = values + row->blocks[start / block] * block * dim;
+        for (int64_t j = start; j < length && j < start + block; j++, near += dim)
+            for (int n = 0; n < eights; n++) mixed[n] += weights[j] * load8(near + 8 * n, 8, 0);
+    }
+    for (int n = 0; n < eights; n++) store8(out + 8 * n, mixed[n] / total, 8);
+}
+
 static void attend_head(const float *q, const float *keys, const float *values, float *out, float *scores, const Row *row,
                         int64_t block, int64_t dim) {
-    int64_t length = row->position + 1;
-    float largest = -INFINITY, scale = 1 / sqrtf((float)dim);
-    for (int64_t start = 0; start < length; start += block) {
-        const float *near = keys + row->blocks[start / block] * block * dim;
-        for (int64_t j = start; j < length && j < start + block; j++, near += dim) {
-            f32x8 dot = {0};
-            for (int64_t i = 0; i < dim; i += 8) dot += load8(q + i, 8, 0) * load8(near + i, 8, 0);
-            scores[j] = sum8(dot) * scale;
-            largest = scores[j] > largest ? scores[j] : largest;
-        }
-    }
+    int64_t length = row->position + 1, i = 0;
+    for (int64_t start = 0; start < length; start += block)
+        score_keys(q, keys + row->blocks[start / block] * block * dim, scores + start,
+                   block < length - start ? block : length - start, dim);
+    float largest = largest_of(scores, length), scale = 1 / sqrtf((float)dim);
     f32x8 sums = {0};
     for (int64_t j = 0; j < length; j += 8) {
-        f32x8 e = exp8(load8(scores + j, length - j, -INFINITY) - largest);
+        f32x8 e = exp8((load8(scores + j, length - j, -INFINITY) - largest) * scale);
         sums += e;
         store8(scores + j, e, length - j);
     }
     float total = sum8(sums);
-    int64_t i = 0;
-    for (; i + 32 <= dim; i += 32) {  // four sums at a time: an addition takes a few cycles, and one sum waits for each
-        f32x8 mixed[4] = {0};
-        for (int64_t start = 0; start < length; start += block) {
-            const float *near = values + row->blocks[start / block] * block * dim + i;
-            for (int64_t j = start; j < length && j < start + block; j++, near += dim)
-                for (int n = 0; n < 4; n++) mixed[n] += scores[j] * load8(near + 8 * n, 8, 0);
-        }
-        for (int n = 0; n < 4; n++) store8(out + i + 8 * n, mixed[n] / total, 8);
-    }
-    for (; i < dim; i += 8) {
-        f32x8 mixed = {0};
-        for (int64_t start = 0; start < length; start += block) {
-            const float *near = values + row->blocks[start / block] * block * dim + i;
-            for (int64_t j = start; j < length && j < start + block; j++, near += dim) mixed += scores[j] * load8(near, 8, 0);
-        }
-        store8(out + i, mixed / total, 8);
-    }
+    for (; i + 64 <= dim; i += 64) mix_values(scores, values + i, out + i, row, block, dim, total, 8);
+    for (; i < dim; i += 8) mix_values(scores, values + i, out + i, row, block, dim, total, 1);
 }
 
 enum { SHARE = TOKENS / 2 };  // heads that read the same rounded keys and values in one pass, each with two codes
