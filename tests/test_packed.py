@@ -63,6 +63,8 @@ def build(request, tmp_path_factory):
         try:
             return load_library(compile_c(read_sources(), flags=BUILDS[request.param]))
         except KernelError as error:
+            if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # there GCC and Clang know all these flags
+                raise
             pytest.skip(str(error))
 
 
@@ -110,7 +112,7 @@ def test_every_build_equals_the_naive_twin_bit_for_bit(build, scheme):
 @settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_every_build_equals_pytorch_on_random_shapes(build, data):
-    out, tokens, seed = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 22)), data.draw(seeds)
+    out, tokens, seed = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 40)), data.draw(seeds)
     bits, symmetric = data.draw(st.sampled_from([2, 3, 4, 5, 8])), data.draw(st.booleans())
     group = data.draw(st.sampled_from([None, 32, 64, 96, 128]))
     n = data.draw(st.integers(1, 200)) if group is None else group * data.draw(st.integers(1, 3))

@@ -69,10 +69,10 @@ def test_few_tokens_equal_numpy_between_the_same_matrices(name, seed, start, row
 
 @needs_kernels
 @pytest.mark.parametrize("scheme", [Scheme(8), GROUP_32], ids=["int8", "int4"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 9, 13, 32])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 9, 13, 32, 100])
 def test_several_tokens_have_the_bits_of_one_after_the_other(scheme, rows):
-    model, ids = pack_model_(tiny_model("llama-gqa-tied"), scheme), random_ids(40)
-    alone, together = (fast_packed_llama(model, max_length=40) for _ in range(2))
+    model, ids = pack_model_(tiny_model("llama-gqa-tied"), scheme), random_ids(106)
+    alone, together = (fast_packed_llama(model, max_length=106) for _ in range(2))
     for decoder in (alone, together):
         decoder.prefill(ids[:, :6])
     text = ids[0, 6 : 6 + rows].tolist()

@@ -17,7 +17,7 @@ static inline void store8(float *x, f32x8 v, int64_t n) {
 static inline float sum8(f32x8 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
 
 static inline f32x8 sum8_of_8(const f32x8 *v) {  // number i: sum8(v[i]), the same bits
-#ifdef __AVX__
+#if defined(__AVX2__) && !defined(SCALAR)
     __m256 four[2];
     for (int i = 0; i < 2; i++, v += 4)
         four[i] = _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[0], (__m256)v[1]), _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
