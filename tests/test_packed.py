@@ -63,7 +63,7 @@ def build(request, tmp_path_factory):
         try:
             return load_library(compile_c(read_sources(), flags=BUILDS[request.param]))
         except KernelError as error:
-            if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # there GCC and Clang know all these flags
+            if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # all flags are known
                 raise
             pytest.skip(str(error))
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from labutils.quantization.kernels import Layer, Model, Shape, Weight, float_weight
 from labutils.quantization.packed import CHUNK, MAX_BLOCK, ROWS, PackedLinear, PackedWeight
 
-HUGE_PAGE_BYTES = 2**21
-TOKENS_A_CALL = 64
+HUGE_PAGE_BYTES, TOKENS_A_CALL = 2**21, 64
 
 
 class Arena:
