@@ -7,9 +7,13 @@ from labutils.decoding.trees import TokenTree, TreeTarget, generate_tree, likeli
 from labutils.generation.decode import generate_cached
 
 
-def test_tree_depths_and_paths_by_hand():
+def path_to(tree, node):
+    return [*(path_to(tree, tree.parents[node]) if node else ()), node]
+
+
+def test_tree_depths_by_hand():
     tree = TokenTree([9, 1, 2, 3, 4], [-1, 0, 0, 1, 3])
-    assert tree.depths == [0, 1, 1, 2, 3] and tree.path_to(4) == [0, 1, 3, 4]
+    assert tree.depths == [0, 1, 1, 2, 3] and path_to(tree, 4) == [0, 1, 3, 4]
 
 
 def test_tree_mask_of_a_chain_is_causal():
@@ -38,7 +42,7 @@ def test_each_branch_is_read_as_if_it_were_alone():
         target.read(TokenTree(ids[0].tolist(), list(range(-1, 6))))
         logits, _ = target.read(tree)
         for node in range(5):
-            branch = [tree.token_ids[each] for each in tree.path_to(node)]
+            branch = [tree.token_ids[each] for each in path_to(tree, node)]
             alone = model(torch.cat([ids, torch.tensor([branch])], dim=1)).logits[0, -1]
             torch.testing.assert_close(logits[node], alone)
         target.keep([0, 2, 4], of=5)

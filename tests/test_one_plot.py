@@ -70,6 +70,7 @@ def test_figure_has_a_filled_front_and_a_label_for_every_point():
     records = [SLOW, FAST, WRONG, *(record(f"w{i}", 50 + i, 4, family="quantized") for i in range(6))]
     figure = draw_techniques(records)
     (axes,) = figure.axes
+    figure.canvas.draw()
     texts = [text for text in axes.texts if text.get_text()]
     assert {text.get_text() for text in texts} == {r.technique for r in records}
     boxes = [Text.get_window_extent(text) for text in texts]

@@ -1,9 +1,12 @@
 """TEACHING.md says what the chapters say: their minutes, their exercises, their open questions."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
+from bug_sheet import bug_sheet
+from lanes import read_wrong_answers
 
 from labutils.course.handout import handout
 from labutils.course.source import read_chapter
@@ -69,20 +72,41 @@ def test_the_kit_carries_each_file_it_refers_to_and_no_answers(tmp_path):
     assert named and all((kit / name).is_file() for name in named)
 
 
-def test_the_plan_s_core_paths_fit_a_session():
-    plan = re.findall(r"(?m)^\| \d+ \| (\d\d)[^|]* \| ([\d., ]+) \|$", TEACHING)
-    assert {chapter for chapter, _ in plan} == {source.stem[:2] for source in SOURCES}
-    minutes, marked = {}, set()
-    for source in SOURCES:
-        text = said("\n".join(c.source for c in read_chapter(source).cells if c.cell_type == "markdown"))
-        found = re.findall(r"Exercise (\d+\.\d+): .+?(\d+) minutes?, difficulty", text)
-        minutes |= {name: int(number) for name, number in found}
-        marked |= set(re.findall(r"Exercise (\d+\.\d+): \S+ \(core[,)]", text))
-    for chapter, names in plan:
-        needed = [minutes[name] for name in names.split(", ")]
-        assert all(name.startswith(f"{int(chapter)}.") for name in names.split(", "))
-        assert sum(needed) <= 80, f"week of chapter {chapter}: {sum(needed)} minutes"
-    assert marked <= {name for _, names in plan for name in names.split(", ")}
+@pytest.fixture(scope="module")
+def plan():
+    """The exercises of each week, by chapter."""
+    weeks = re.findall(r"(?m)^\| \d+ \| (\d\d)[^|]* \| ([\d., ]+) \|$", TEACHING)
+    found = {source.stem[:2]: [] for source in SOURCES}
+    for chapter, names in weeks:
+        found[chapter].append(names.split(", "))
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_a_core_path_is_the_same_in_plan_headings_and_head_and_fits_its_sessions(source, plan):
+    cells = [cell.source for cell in read_chapter(source).cells if cell.cell_type == "markdown"]
+    text = said("\n".join(cells))
+    minutes = {n: int(m) for n, m in re.findall(r"Exercise (\d+\.\d+): .+?(\d+) minutes?, difficulty", text)}
+    marked = set(re.findall(r"Exercise (\d+\.\d+): \S+ \(core[,)]", text))
+    weeks = plan[source.stem[:2]]
+    planned = {name for names in weeks for name in names}
+    assert weeks and all(sum(minutes[name] for name in names) <= 80 for names in weeks)
+    assert planned == (marked or set(minutes)), "headings mark the plan's exercises, unless it takes all"
+    [head] = re.findall(r"\| Exercises \|(.+)\|", cells[0])
+    assert ("core" in head) == bool(marked)
+    if sessions := re.search(r"fit into (one session|two sessions)", head):
+        assert sessions[1] == ("one session", "two sessions")[len(weeks) - 1]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_a_bug_sheet_holds_three_wrong_answers_without_their_comments(source):
+    first, second = (bug_sheet(source.stem[:2], seed=seed) for seed in (1, 2))
+    cells, _, answers = first.partition("page-break-after")
+    assert first != second and answers.count("the check's hint says") == 3
+    wrong = read_wrong_answers(ROOT / "tests" / "wrong_answers" / source.name)
+    known = {ast.unparse(ast.parse(answer.source)) for answer in wrong}
+    printed = re.findall(r"(?ms)^```python\n(.+?)\n```", cells)
+    assert len(set(printed)) == 3 and set(printed) <= known
 
 
 def test_each_exercise_of_a_chapter_states_its_minutes():

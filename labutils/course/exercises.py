@@ -113,11 +113,6 @@ def _require(condition: bool, exercise: Exercise, got: str) -> None:
         raise ExerciseError(f"`### BEGIN SOLUTION` and `### END SOLUTION` come in pairs; got {got} in {exercise.title}")
 
 
-def is_untouched(source: str, blank_source: str) -> bool:
-    """Whether an answer is still the blank one, whatever its spacing and comments."""
-    return source.strip() == blank_source.strip() or _tree(source) == _tree(blank_source) is not None
-
-
 def _tree(source: str) -> str | None:
     try:
         return ast.dump(ast.parse(source))

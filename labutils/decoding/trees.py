@@ -42,13 +42,6 @@ class TokenTree:
             depths.append(0 if parent < 0 else depths[parent] + 1)
         return depths
 
-    def path_to(self, node: int) -> list[int]:
-        """The nodes from the first to this one."""
-        path = [node]
-        while (node := self.parents[node]) >= 0:
-            path.append(node)
-        return path[::-1]
-
 
 Grow = Callable[[Float[Tensor, "1 width"], int], TokenTree]  # the target's last hidden state and last token -> a tree
 

@@ -1,7 +1,6 @@
 """Where a student begins: which of its teacher's layers it takes, and whether the two can speak of the same tokens."""
 
 import torch
-from torch import nn
 
 
 def spaced_layers(count: int, *, of: int) -> list[int]:
@@ -11,18 +10,6 @@ def spaced_layers(count: int, *, of: int) -> list[int]:
     [0, 2, 5]
     """
     return torch.linspace(0, of - 1, count).round().int().tolist()
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """A Hugging Face decoder's layers: its longest list of modules of one kind.
-
-    Raises:
-        ValueError: when there is no such list.
-    """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(layer) for layer in m}) == 1]
-    if not lists:
-        raise ValueError(f"a student needs a list of decoder layers; got {type(model).__name__} without one")
-    return max(lists, key=lambda layers: (len(layers), sum(p.numel() for p in layers.parameters())))
 
 
 def require_same_tokens(student_tokenizer, teacher_tokenizer) -> None:

@@ -562,7 +562,7 @@ print(dict(zip(service_labels.SENTIMENTS, options, strict=True)))
 print([[round(value, 1) for value in row] for row in token_log_probs(judge[0])])
 
 # %% [markdown]
-# ## Exercise 12.4: choice_probs
+# ## Exercise 12.4: choice_probs (core)
 #
 # A causal model gives a probability to each *token*; a choice has several, and choices of different length compete. Write `choice_probs(token_log_probs)`: a list
 # with the ln p of its tokens for each choice, the end token included. Return the probability of each choice, so that all together have 1. 4 lines, 10 minutes, difficulty 2 of 3.
@@ -869,7 +869,7 @@ print("you said", my_guess)
 # centres are nearest to the question. That is an *inverted file*, IVF. What it misses is measured as recall against the exact search.
 
 # %% [markdown]
-# ## Exercise 12.5: search_cells
+# ## Exercise 12.5: search_cells (core)
 #
 # Write `search_cells(query, centres, cells, vectors, count, near)`: `cells[c]` lists the indices of the vectors in cell c. Look into the `near` cells whose centres have the largest inner
 # product with the query, and return the indices of the `count` best vectors there, best first. All are tensors but `cells`. 4 lines, 12 minutes, difficulty 2 of 3.

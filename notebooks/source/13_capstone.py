@@ -1993,7 +1993,7 @@ print("you said", my_guess)
 # It leaves out the cache, the arithmetic and the overhead of a step, so it ranks designs, and it predicts no milliseconds.
 
 # %% [markdown]
-# ## Exercise 13.11: best_design (graded)
+# ## Exercise 13.11: best_design (core, graded)
 #
 # Write `best_design()`, which returns a `Design` that fits `Budget()`: at most 1,300,000 bytes of weights, and the quality kept at a margin of 0.06. In place of a time the check asks that a token reads at most 1,200,000 bytes,
 # because a check must not depend on the machine's speed; speed is the leaderboard's. Read `labutils/capstone/designs.py` for what a `Design` can be, and try with `examine(design)`; each try takes
