@@ -181,7 +181,7 @@ def test_a_learner_s_first_hour(lab, page):
         page.keyboard.press("ControlOrMeta+s")
     assert saved.value.ok
     stored = json.loads((root / "notebooks" / f"{STEM}.ipynb").read_text(encoding="utf-8"))
-    assert "statistics.median(seconds[1:])" in "".join(cell_of(stored, "EXERCISE", "tokens_per_second")["source"])
+    assert "statistics.median(whole)" in "".join(cell_of(stored, "EXERCISE", "tokens_per_second")["source"])
 
 
 def test_a_chinese_hint(lab, page):
@@ -329,12 +329,15 @@ def move_the_slider(page):
 
 
 def answer_wrongly_then_rightly(page, check):
-    signature = "def tokens_per_second(new_tokens, seconds):"
-    answer(page, "tokens_per_second", signature, "return new_tokens / statistics.mean(seconds[1:])")
+    signature = "def tokens_per_second(runs):"
+    whole = "whole = [(len(r) - 1) / (r[-1] - r[0]) for r in runs[1:]]"
+    gaps = "after = [1 / statistics.median(b - a for a, b in pairwise(r[1:])) for r in runs[1:]]"
+    answer(page, "tokens_per_second", signature, whole, gaps, "return statistics.mean(whole), statistics.mean(after)")
     check.get_by_text("you took the mean").wait_for()
     assert "Traceback" not in check.inner_text()
     shot(page, check, "browser-hint.png")
-    answer(page, "tokens_per_second", signature, "return new_tokens / statistics.median(seconds[1:])")
+    right = "return statistics.median(whole), statistics.median(after)"
+    answer(page, "tokens_per_second", signature, whole, gaps, right)
     check.get_by_text("✓ 0.1 tokens_per_second").wait_for()
     shot(page, check, "browser-tick.png")
 

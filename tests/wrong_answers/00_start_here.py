@@ -1,32 +1,81 @@
-# %% WRONG tokens_per_second | seconds per token
+# %% WRONG tokens_per_second | leave runs[0] out
 # EXERCISE tokens_per_second
-def tokens_per_second(new_tokens, seconds):
-    return statistics.median(seconds[1:]) / new_tokens
+def tokens_per_second(runs):
+    whole, after = [], []
+    for start, *arrivals in runs[:]:
+        whole.append(len(arrivals) / (arrivals[-1] - start))
+        after.append(1 / statistics.median(b - a for a, b in pairwise(arrivals)))
+    return statistics.median(whole), statistics.median(after)
 
 
-# %% WRONG tokens_per_second | leave seconds[0] out
+# %% WRONG tokens_per_second | time to first token
 # EXERCISE tokens_per_second
-def tokens_per_second(new_tokens, seconds):
-    return new_tokens / statistics.median(seconds)
+def tokens_per_second(runs):
+    whole, after = [], []
+    for start, *arrivals in runs[1:]:
+        whole.append(len(arrivals) / (arrivals[-1] - start))
+        after.append(1 / statistics.median(b - a for a, b in pairwise([start, *arrivals])))
+    return statistics.median(whole), statistics.median(after)
 
 
-# %% WRONG tokens_per_second | you took the mean
+# %% WRONG tokens_per_second | made all n
 # EXERCISE tokens_per_second
-def tokens_per_second(new_tokens, seconds):
-    return new_tokens / statistics.mean(seconds[1:])
+def tokens_per_second(runs):
+    whole, after = [], []
+    for start, *arrivals in runs[1:]:
+        whole.append((len(arrivals) - 1) / (arrivals[-1] - start))
+        after.append(1 / statistics.median(b - a for a, b in pairwise(arrivals)))
+    return statistics.median(whole), statistics.median(after)
 
 
-# %% WRONG tokens_per_second | mean of the middle two
+# %% WRONG tokens_per_second | one disturbed run
 # EXERCISE tokens_per_second
-def tokens_per_second(new_tokens, seconds):
-    runs = sorted(seconds[1:])
-    return new_tokens / runs[(len(runs) - 1) // 2]
+def tokens_per_second(runs):
+    whole, after = [], []
+    for start, *arrivals in runs[1:]:
+        whole.append(len(arrivals) / (arrivals[-1] - start))
+        after.append(1 / statistics.median(b - a for a, b in pairwise(arrivals)))
+    return statistics.mean(whole), statistics.mean(after)
 
 
-# %% WRONG tokens_per_second | luckiest
+# %% WRONG tokens_per_second | one late token
 # EXERCISE tokens_per_second
-def tokens_per_second(new_tokens, seconds):
-    return new_tokens / min(seconds)
+def tokens_per_second(runs):
+    whole, after = [], []
+    for start, *arrivals in runs[1:]:
+        whole.append(len(arrivals) / (arrivals[-1] - start))
+        after.append(1 / statistics.mean(b - a for a, b in pairwise(arrivals)))
+    return statistics.median(whole), statistics.median(after)
+
+
+# %% WRONG tokens_per_second | no duration
+# EXERCISE tokens_per_second
+def tokens_per_second(runs):
+    whole, after = [], []
+    for start, *arrivals in runs[1:]:
+        whole.append(len(arrivals) / (arrivals[-1]))
+        after.append(1 / statistics.median(b - a for a, b in pairwise(arrivals)))
+    return statistics.median(whole), statistics.median(after)
+
+
+# %% WRONG tokens_per_second | the mean of the middle two
+# EXERCISE tokens_per_second
+def tokens_per_second(runs):
+    whole, after = [], []
+    for start, *arrivals in runs[1:]:
+        whole.append(len(arrivals) / (arrivals[-1] - start))
+        after.append(1 / statistics.median(b - a for a, b in pairwise(arrivals)))
+    return statistics.median_low(whole), statistics.median_low(after)
+
+
+# %% WRONG tokens_per_second | whole call comes first
+# EXERCISE tokens_per_second
+def tokens_per_second(runs):
+    whole, after = [], []
+    for start, *arrivals in runs[1:]:
+        whole.append(len(arrivals) / (arrivals[-1] - start))
+        after.append(1 / statistics.median(b - a for a, b in pairwise(arrivals)))
+    return statistics.median(after), statistics.median(whole)
 
 
 # %% WRONG bits_per_byte | nats per byte
@@ -53,55 +102,134 @@ def bits_per_byte(nats, text):
     return nats.sum().item() * math.log(2) / len(text.encode())
 
 
-# %% WRONG best_tokens_per_s | not bytes
+# %% WRONG best_tokens_per_s | of a table and
 # EXERCISE best_tokens_per_s
-def best_tokens_per_s(parameters, bytes_per_parameter, bandwidth_bytes_per_s):
-    return bandwidth_bytes_per_s / parameters
+def best_tokens_per_s(tensors, bandwidth_bytes_per_s):
+    return bandwidth_bytes_per_s / sum(t["parameters"] * t["bits"] / 8 for t in tensors)
+
+
+# %% WRONG best_tokens_per_s | reads no others
+# EXERCISE best_tokens_per_s
+def best_tokens_per_s(tensors, bandwidth_bytes_per_s):
+    read_bytes = 0
+    for tensor in tensors:
+        share = 1
+        if "rows" in tensor and not tensor.get("tied"):
+            share = 1 / tensor["rows"]
+        read_bytes += share * tensor["parameters"] * tensor["bits"] / 8
+    return bandwidth_bytes_per_s / read_bytes
+
+
+# %% WRONG best_tokens_per_s | that is no head
+# EXERCISE best_tokens_per_s
+def best_tokens_per_s(tensors, bandwidth_bytes_per_s):
+    read_bytes = 0
+    for tensor in tensors:
+        share = 1
+        if "experts" in tensor:
+            share = tensor["used"] / tensor["experts"]
+        read_bytes += share * tensor["parameters"] * tensor["bits"] / 8
+    return bandwidth_bytes_per_s / read_bytes
+
+
+# %% WRONG best_tokens_per_s | multiplies by all of it
+# EXERCISE best_tokens_per_s
+def best_tokens_per_s(tensors, bandwidth_bytes_per_s):
+    read_bytes = 0
+    for tensor in tensors:
+        share = 1
+        if "experts" in tensor:
+            share = tensor["used"] / tensor["experts"]
+        if "rows" in tensor:
+            share = 1 / tensor["rows"]
+        read_bytes += share * tensor["parameters"] * tensor["bits"] / 8
+    return bandwidth_bytes_per_s / read_bytes
+
+
+# %% WRONG best_tokens_per_s | eight bits each
+# EXERCISE best_tokens_per_s
+def best_tokens_per_s(tensors, bandwidth_bytes_per_s):
+    read_bytes = 0
+    for tensor in tensors:
+        share = 1
+        if "experts" in tensor:
+            share = tensor["used"] / tensor["experts"]
+        if "rows" in tensor and not tensor.get("tied"):
+            share = 1 / tensor["rows"]
+        read_bytes += share * tensor["parameters"] * tensor["bits"]
+    return bandwidth_bytes_per_s / read_bytes
 
 
 # %% WRONG best_tokens_per_s | seconds for one token
 # EXERCISE best_tokens_per_s
-def best_tokens_per_s(parameters, bytes_per_parameter, bandwidth_bytes_per_s):
-    return parameters * bytes_per_parameter / bandwidth_bytes_per_s
-
-
-# %% WRONG best_tokens_per_s | leave the 8 out
-# EXERCISE best_tokens_per_s
-def best_tokens_per_s(parameters, bytes_per_parameter, bandwidth_bytes_per_s):
-    return bandwidth_bytes_per_s / (parameters * bytes_per_parameter * 8)
+def best_tokens_per_s(tensors, bandwidth_bytes_per_s):
+    read_bytes = 0
+    for tensor in tensors:
+        share = 1
+        if "experts" in tensor:
+            share = tensor["used"] / tensor["experts"]
+        if "rows" in tensor and not tensor.get("tied"):
+            share = 1 / tensor["rows"]
+        read_bytes += share * tensor["parameters"] * tensor["bits"] / 8
+    return read_bytes / bandwidth_bytes_per_s
 
 
 # %% WRONG predict_all | only the last batch
 # EXERCISE predict_all
-def predict_all(model, batches):
+def predict_all(replicas, batches):
     for batch in batches:
-        output = model(batch)
+        output = torch.cat([r(p) for r, p in zip(replicas, batch.tensor_split(len(replicas)), strict=True)])
     return output
 
 
-# %% WRONG predict_all | only the first batch
+# %% WRONG predict_all | features, not GPUs
 # EXERCISE predict_all
-def predict_all(model, batches):
-    for batch in batches:
-        return model(batch)
+def predict_all(replicas, batches):
+    with torch.inference_mode():
+        parts = [r(p) for b in batches for r, p in zip(replicas, b.tensor_split(len(replicas)), strict=True)]
+    return torch.cat(parts).mean(dim=1)
 
 
-# %% WRONG predict_all | features, not GPUs; leave the mean out
+# %% WRONG predict_all | read whole batches
 # EXERCISE predict_all
-def predict_all(model, batches):
-    return torch.cat([model(batch) for batch in batches]).mean(dim=1)
+def predict_all(replicas, batches):
+    with torch.inference_mode():
+        return torch.cat([replica(batch) for batch in batches for replica in replicas])
+
+
+# %% WRONG predict_all | saves no time
+# EXERCISE predict_all
+def predict_all(replicas, batches):
+    with torch.inference_mode():
+        return torch.cat([torch.stack([r(b) for r in replicas]).mean(dim=0) for b in batches])
+
+
+# %% WRONG predict_all | saves no time | same
+# EXERCISE predict_all
+def predict_all(replicas, batches):
+    with torch.inference_mode():
+        return torch.cat([replicas[0](batch) for batch in batches])
 
 
 # %% WRONG predict_all | use torch.cat
 # EXERCISE predict_all
-def predict_all(model, batches):
-    return [model(batch) for batch in batches]
+def predict_all(replicas, batches):
+    with torch.inference_mode():
+        return [r(p) for b in batches for r, p in zip(replicas, b.tensor_split(len(replicas)), strict=True)]
+
+
+# %% WRONG predict_all | stay together
+# EXERCISE predict_all
+def predict_all(replicas, batches):
+    with torch.inference_mode():
+        return torch.cat([r(b.tensor_split(len(replicas))[i]) for i, r in enumerate(replicas) for b in batches])
 
 
 # %% WRONG predict_all | inference keeps no graph
 # EXERCISE predict_all
-def predict_all(model, batches):
-    return torch.cat([model(batch) for batch in batches])
+def predict_all(replicas, batches):
+    parts = [r(p) for b in batches for r, p in zip(replicas, b.tensor_split(len(replicas)), strict=True)]
+    return torch.cat(parts)
 
 
 # %% WRONG refuted | may be true
@@ -150,26 +278,46 @@ def refuted(claims, bandwidth_bytes_per_s):
 
 # %% WRONG clock_cycles | factor of 2
 # EXERCISE clock_cycles
-def clock_cycles(parameters, tokens, flops_per_s, clock_hz):
-    return parameters * tokens / (flops_per_s / clock_hz)
+def clock_cycles(parameters, tokens, bytes_per_parameter, gpu):
+    arithmetic_s = parameters * tokens / gpu["flops_per_s"]
+    reading_s = parameters * bytes_per_parameter / gpu["bytes_per_s"]
+    return max(arithmetic_s, reading_s) * gpu["clock_hz"]
 
 
-# %% WRONG clock_cycles | that is one token
+# %% WRONG clock_cycles | come out of memory
 # EXERCISE clock_cycles
-def clock_cycles(parameters, tokens, flops_per_s, clock_hz):
-    return 2 * parameters / (flops_per_s / clock_hz)
+def clock_cycles(parameters, tokens, bytes_per_parameter, gpu):
+    return 2 * parameters * tokens / gpu["flops_per_s"] * gpu["clock_hz"]
+
+
+# %% WRONG clock_cycles | the reading alone
+# EXERCISE clock_cycles
+def clock_cycles(parameters, tokens, bytes_per_parameter, gpu):
+    return parameters * bytes_per_parameter / gpu["bytes_per_s"] * gpu["clock_hz"]
+
+
+# %% WRONG clock_cycles | at the same time
+# EXERCISE clock_cycles
+def clock_cycles(parameters, tokens, bytes_per_parameter, gpu):
+    arithmetic_s = 2 * parameters * tokens / gpu["flops_per_s"]
+    reading_s = parameters * bytes_per_parameter / gpu["bytes_per_s"]
+    return (arithmetic_s + reading_s) * gpu["clock_hz"]
+
+
+# %% WRONG clock_cycles | once for all its tokens
+# EXERCISE clock_cycles
+def clock_cycles(parameters, tokens, bytes_per_parameter, gpu):
+    arithmetic_s = 2 * parameters * tokens / gpu["flops_per_s"]
+    reading_s = parameters * bytes_per_parameter * tokens / gpu["bytes_per_s"]
+    return max(arithmetic_s, reading_s) * gpu["clock_hz"]
 
 
 # %% WRONG clock_cycles | those are seconds
 # EXERCISE clock_cycles
-def clock_cycles(parameters, tokens, flops_per_s, clock_hz):
-    return 2 * parameters * tokens / flops_per_s
-
-
-# %% WRONG clock_cycles | more than one operation a cycle
-# EXERCISE clock_cycles
-def clock_cycles(parameters, tokens, flops_per_s, clock_hz):
-    return 2 * parameters * tokens / clock_hz
+def clock_cycles(parameters, tokens, bytes_per_parameter, gpu):
+    arithmetic_s = 2 * parameters * tokens / gpu["flops_per_s"]
+    reading_s = parameters * bytes_per_parameter / gpu["bytes_per_s"]
+    return max(arithmetic_s, reading_s)
 
 
 # %% WRONG lying_settings | setup can hide

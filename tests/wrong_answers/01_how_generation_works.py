@@ -38,7 +38,7 @@ def linear_attention(query, key, value):
     return torch.stack(rows), state
 
 
-# %% WRONG linear_attention | as it was then
+# %% WRONG linear_attention | as it was
 # EXERCISE linear_attention
 def linear_attention(query, key, value):
     state = key.T @ value
@@ -119,7 +119,7 @@ def parameter_count(config):
     return config.num_hidden_layers * layer + hidden + tables * config.vocab_size * hidden
 
 
-# %% WRONG parameter_count | two a layer, one at the end
+# %% WRONG parameter_count | two norms a layer
 # EXERCISE parameter_count
 def parameter_count(config):
     hidden, head_dim = config.hidden_size, config.head_dim
@@ -149,7 +149,7 @@ def parameter_count(config):
     return config.num_hidden_layers * layer + hidden + tables * config.vocab_size * hidden
 
 
-# %% WRONG parameter_count | whatever hidden_size is
+# %% WRONG parameter_count | numbers of its own
 # EXERCISE parameter_count
 def parameter_count(config):
     hidden, head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
@@ -420,34 +420,68 @@ def kv_cache_bytes(layers, positions, element_bytes):
     return numbers * element_bytes
 
 
-# %% WRONG flop_per_byte | multiplies and adds
-# EXERCISE flop_per_byte
-def flop_per_byte(parameters, tokens, bytes_per_parameter, cache_bytes):
-    return parameters * tokens / (parameters * bytes_per_parameter + cache_bytes)
+# %% WRONG texts_to_ridge | cache of its own, which
+# EXERCISE texts_to_ridge
+def texts_to_ridge(parameters, bytes_per_parameter, cache_bytes, machine):
+    weights_s = parameters * bytes_per_parameter / machine["bytes_per_s"]
+    return math.ceil(weights_s / (2 * parameters / machine["flops_per_s"]))
 
 
-# %% WRONG flop_per_byte | once a pass
-# EXERCISE flop_per_byte
-def flop_per_byte(parameters, tokens, bytes_per_parameter, cache_bytes):
-    return 2 * parameters * tokens / (parameters * bytes_per_parameter * tokens + cache_bytes)
+# %% WRONG texts_to_ridge | one cache for all
+# EXERCISE texts_to_ridge
+def texts_to_ridge(parameters, bytes_per_parameter, cache_bytes, machine):
+    read_s = (parameters * bytes_per_parameter + cache_bytes) / machine["bytes_per_s"]
+    return math.ceil(read_s / (2 * parameters / machine["flops_per_s"]))
 
 
-# %% WRONG flop_per_byte | upside down
-# EXERCISE flop_per_byte
-def flop_per_byte(parameters, tokens, bytes_per_parameter, cache_bytes):
-    return (parameters * bytes_per_parameter + cache_bytes) / (2 * parameters * tokens)
+# %% WRONG texts_to_ridge | multiplies and adds
+# EXERCISE texts_to_ridge
+def texts_to_ridge(parameters, bytes_per_parameter, cache_bytes, machine):
+    flop_s, cache_s = parameters / machine["flops_per_s"], cache_bytes / machine["bytes_per_s"]
+    if flop_s <= cache_s:
+        return None
+    weights_s = parameters * bytes_per_parameter / machine["bytes_per_s"]
+    return math.ceil(weights_s / (flop_s - cache_s))
 
 
-# %% WRONG flop_per_byte | the cache is read too
-# EXERCISE flop_per_byte
-def flop_per_byte(parameters, tokens, bytes_per_parameter, cache_bytes):
-    return 2 * tokens / bytes_per_parameter
+# %% WRONG texts_to_ridge | one text fewer
+# EXERCISE texts_to_ridge
+def texts_to_ridge(parameters, bytes_per_parameter, cache_bytes, machine):
+    flop_s, cache_s = 2 * parameters / machine["flops_per_s"], cache_bytes / machine["bytes_per_s"]
+    if flop_s <= cache_s:
+        return None
+    weights_s = parameters * bytes_per_parameter / machine["bytes_per_s"]
+    return int(weights_s / (flop_s - cache_s))
 
 
-# %% WRONG flop_per_byte | that is one token
-# EXERCISE flop_per_byte
-def flop_per_byte(parameters, tokens, bytes_per_parameter, cache_bytes):
-    return 2 * parameters / (parameters * bytes_per_parameter + cache_bytes)
+# %% WRONG texts_to_ridge | texts are whole
+# EXERCISE texts_to_ridge
+def texts_to_ridge(parameters, bytes_per_parameter, cache_bytes, machine):
+    flop_s, cache_s = 2 * parameters / machine["flops_per_s"], cache_bytes / machine["bytes_per_s"]
+    if flop_s <= cache_s:
+        return None
+    weights_s = parameters * bytes_per_parameter / machine["bytes_per_s"]
+    return weights_s / (flop_s - cache_s)
+
+
+# %% WRONG texts_to_ridge | more reading than work
+# EXERCISE texts_to_ridge
+def texts_to_ridge(parameters, bytes_per_parameter, cache_bytes, machine):
+    flop_s, cache_s = 2 * parameters / machine["flops_per_s"], cache_bytes / machine["bytes_per_s"]
+    if flop_s <= cache_s:
+        return math.inf
+    weights_s = parameters * bytes_per_parameter / machine["bytes_per_s"]
+    return math.ceil(weights_s / (flop_s - cache_s))
+
+
+# %% WRONG texts_to_ridge | return None where
+# EXERCISE texts_to_ridge
+def texts_to_ridge(parameters, bytes_per_parameter, cache_bytes, machine):
+    flop_s, cache_s = 2 * parameters / machine["flops_per_s"], cache_bytes / machine["bytes_per_s"]
+    if flop_s <= cache_s:
+        return 0
+    weights_s = parameters * bytes_per_parameter / machine["bytes_per_s"]
+    return math.ceil(weights_s / (flop_s - cache_s))
 
 
 # %% WRONG speedup | you timed the launch

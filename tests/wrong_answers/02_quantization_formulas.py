@@ -258,7 +258,7 @@ def bits_for(x, target_db):
     return next(b for b in range(2, 17) if 20 * math.log10(12 * signal / (peak / (2 ** (b - 1) - 1)) ** 2) >= target_db)
 
 
-# %% WRONG bits_for | half of the codes
+# %% WRONG bits_for | half the codes
 # EXERCISE bits_for
 def bits_for(x, target_db):
     signal, peak = x.square().mean().item(), x.abs().max().item()

@@ -3,49 +3,45 @@
 import math
 import statistics
 from functools import partial
+from itertools import pairwise
 
 import torch
 
-from labutils.course.checks import (
-    cases_of,
-    exercise,
-    expect_close,
-    expect_function,
-    expect_shape,
-    expect_true,
-    expect_type,
-)
+from labutils.course.checks import cases_of, exercise, expect_function, expect_true
 from labutils.course.checks.compare import describe
 
-TIMES_S = [0.80, 0.20, 0.10, 0.25, 0.40, 0.16]  # the first one is the warm-up
+# Clock readings of five runs; the first one is the warm-up.
+RUNS = [[3.0, 9.0, 9.5, 10.0, 10.8], [20.0, 20.5, 20.6, 20.8, 20.9], [31.0, 31.25, 31.35, 31.55, 32.15, 32.25]]
+RUNS += [[40.0, 40.75, 41.0, 41.1], [52.0, 52.2, 52.5, 53.4, 53.5, 53.8]]
 
 
-def _rate(statistic=statistics.median, *, first=1, upside_down=False):
-    def tokens_per_second(new_tokens, seconds):
-        rate = new_tokens / statistic(seconds[first:])
-        return 1 / rate if upside_down else rate
-
-    return tokens_per_second
+def _rates(runs, *, skip=1, over=statistics.median, gap=statistics.median, first=1, tokens=0, since=1, power=1):
+    """Rates of a whole call and after the first token, with one thing at a time gone wrong."""
+    whole, after = [], []
+    for run in runs[skip:]:
+        whole.append((len(run) - 1 + tokens) / (run[-1] - since * run[0]))
+        after.append(1 / gap([b - a for a, b in pairwise(run[first:])]))
+    return over(whole) ** power, over(after) ** power
 
 
 @exercise("0.1")
 def tokens_per_second(answer):
-    """Median rate without the warm-up."""
-    seconds = [TIMES_S, [5.0, 1.0, 2.0, 9.0], [5.0, 1.0, 2.0, 9.0, 4.0]]
+    """Median rates without the warm-up."""
     expect_function(
         answer,
-        _rate(),
-        cases=cases_of("new_tokens seconds", *zip((32, 10, 10), seconds, strict=True)),
+        _rates,
+        cases=cases_of("runs", (RUNS[:4],), (RUNS,)),
         mistakes=[
-            (_rate(upside_down=True), "upside down: that is seconds per token; divide tokens by seconds"),
-            (_rate(first=0), "the first run warms the caches up: leave seconds[0] out"),
-            (_rate(statistics.mean), "you took the mean: one disturbed run drags it along; take the median"),
-            (_rate(statistics.mean, first=0), "you averaged over all runs: leave the warm-up out and take the median"),
-            (
-                _rate(statistics.median_low),
-                "of an even number of runs the median is the mean of the middle two: statistics.median",
-            ),
-            (_rate(min, first=0), "the fastest run is the luckiest: report the median"),
+            (partial(_rates, over=statistics.median_low), "an even number of runs: take the mean of the middle two"),
+            (partial(_rates, skip=0), "the first run warms the caches up: leave runs[0] out"),
+            (partial(_rates, first=0), "the first gap is the time to first token: gaps lie between two new tokens"),
+            (partial(_rates, tokens=-1), "n tokens have n - 1 gaps between them, but the whole call made all n"),
+            (partial(_rates, tokens=1), "the first reading is the prompt's: one token fewer than readings"),
+            (partial(_rates, over=statistics.mean), "you took the mean of the runs: one disturbed run drags it along"),
+            (partial(_rates, gap=statistics.mean), "TPOT is the median gap: a mean lets one late token speak for all"),
+            (partial(_rates, since=0), "a reading is no duration: subtract the run's first reading"),
+            (partial(_rates, power=-1), "upside down: those are seconds per token"),
+            (lambda runs: _rates(runs)[::-1], "the whole call comes first, then the rate after the first token"),
         ],
     )
 
@@ -80,67 +76,96 @@ def bits_per_byte(answer):
     )
 
 
-def _ceiling(*, size=lambda each: each, power=1):
-    def best_tokens_per_s(parameters, bytes_per_parameter, bandwidth_bytes_per_s):
-        return (bandwidth_bytes_per_s / (parameters * size(bytes_per_parameter))) ** power
-
-    return best_tokens_per_s
+def _ceiling(tensors, bandwidth_bytes_per_s, *, experts=True, row=True, tied=1, scale=8, power=1):
+    """What bandwidth allows, with one thing at a time gone wrong."""
+    read_bytes = 0
+    for tensor in tensors:
+        share = 1
+        if experts and "experts" in tensor:
+            share = tensor["used"] / tensor["experts"]
+        if row and "rows" in tensor:
+            share = tied if tensor.get("tied") else 1 / tensor["rows"]
+        read_bytes += share * tensor["parameters"] * tensor["bits"] / scale
+    return (bandwidth_bytes_per_s / read_bytes) ** power
 
 
 @exercise("0.3")
 def best_tokens_per_s(answer):
     """What bandwidth allows one stream."""
-    names = "parameters bytes_per_parameter bandwidth_bytes_per_s"
+    table, layers = {"parameters": 2_000_000, "bits": 16, "rows": 4000}, {"parameters": 5_000_000, "bits": 4}
+    mixture = {"parameters": 48_000_000, "bits": 4, "experts": 8, "used": 2}
+    whole_table = table | {"tied": True}
     expect_function(
         answer,
-        _ceiling(),
-        cases=cases_of(names, (7e9, 2, 2e12), (5.8e6, 4, 1.5e10)),
+        _ceiling,
+        cases=cases_of(
+            "tensors bandwidth_bytes_per_s",
+            ([table, layers, {"parameters": 2_000_000, "bits": 16}], 2e10),
+            ([whole_table, layers], 5e10),
+            ([table, layers, mixture], 8e10),
+        ),
         mistakes=[
-            (
-                _ceiling(size=lambda each: 1),
-                "you counted parameters, not bytes: each parameter has bytes_per_parameter of them",
-            ),
-            (_ceiling(power=-1), "upside down: those are the seconds for one token"),
-            (_ceiling(size=lambda each: 8 * each), "bandwidth is in bytes here, not in bits: leave the 8 out"),
+            (partial(_ceiling, experts=False), "a token is sent to `used` of the experts and reads no others"),
+            (partial(_ceiling, row=False), "an embedding that is no head is looked up: a token reads one row"),
+            (partial(_ceiling, experts=False, row=False), "a token reads one row of a table and `used` of the experts"),
+            (partial(_ceiling, tied=1 / 4000), "a tied table is the head, too, and the head multiplies by all of it"),
+            (partial(_ceiling, tied=2), "the row that is looked up is part of what the head reads: count it once"),
+            (partial(_ceiling, scale=1), "bandwidth is in bytes: eight bits each"),
+            (partial(_ceiling, power=-1), "upside down: those are the seconds for one token"),
         ],
     )
 
 
+def _parts(replicas, batches):
+    return [[r(p) for r, p in zip(replicas, b.tensor_split(len(replicas)), strict=True)] for b in batches]
+
+
+def _shared(predict):
+    """Batches to outputs, whether these carry gradients, and whether a replica of three read more than its part."""
+
+    def run(batches):
+        torch.manual_seed(0)
+        model, read = torch.nn.Linear(3, 2), [0, 0, 0]
+
+        def replica(i, batch):
+            read[i] += len(batch)
+            return model(batch)
+
+        outputs = predict([partial(replica, i) for i in range(3)], batches)
+        carries = getattr(outputs, "requires_grad", False)
+        return outputs, carries, max(read) > sum(-(-len(batch) // 3) for batch in batches)
+
+    return run
+
+
+def _free(predict):
+    return _shared(torch.inference_mode()(predict))
+
+
 @exercise("0.4")
 def predict_all(answer):
-    """Every batch's output, in order, without gradients."""
-    model = torch.nn.Linear(3, 2)
-    rows = (4, 4, 4, 4, 3)
-    batches = [torch.randn(n, 3, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(rows)]
-    with torch.no_grad():
-        parts = [model(batch) for batch in batches]
-    right, given = torch.cat(parts), "4 batches of 4 inputs and one of 3, a model with 2 outputs"
-    result = answer(model, batches)
+    """Every batch's output, in order, without gradients, each replica with its part."""
+    make, cat = torch.Generator().manual_seed(0), torch.cat
     mistakes = [
-        (lambda: tuple(parts[-1].shape), "only the last batch came back: collect every output, then concatenate"),
-        (lambda: tuple(parts[0].shape), "only the first batch came back: return after the loop, not in it"),
+        (lambda rs, bs: cat(_parts(rs, bs)[-1]), "only the last batch came back: collect every output"),
+        (lambda rs, bs: cat(sum(_parts(rs, bs), [])).mean(dim=1), "dim 1 holds features, not GPUs: leave the mean out"),
+        (lambda rs, bs: cat([r(b) for b in bs for r in rs]), "each replica read whole batches: cut a batch into parts"),
+        (lambda rs, bs: cat([rs[0](b) for b in bs]), "a replica that reads everything saves no time: give each a part"),
         (
-            lambda: tuple(parts[-1].mean(dim=1).shape),
-            "the last batch only, and averaged over dim=1: dim 1 holds features, not GPUs",
+            lambda rs, bs: cat(sum(_parts(rs, bs), [])),
+            "inference keeps no graph: torch.inference_mode() around the loop",
         ),
+        (lambda rs, bs: sum(_parts(rs, bs), []), "join the list's tensors into one: use torch.cat"),
         (
-            lambda: tuple(right.mean(dim=1).shape),
-            "you averaged over dim=1: dim 1 holds features, not GPUs; leave the mean out",
+            lambda rs, bs: cat(sum(map(list, zip(*_parts(rs, bs), strict=True)), [])),
+            "the outputs of a batch stay together",
         ),
     ]
-    expect_type(result, torch.Tensor, given=given, hint="join the list's tensors into one: use torch.cat")
-    expect_shape(result, tuple(right.shape), given=given, mistakes=[(shape(), hint) for shape, hint in mistakes])
-    expect_close(
-        result,
-        right,
-        given=given,
-        mistakes=[(lambda: torch.cat(parts[::-1]), "the batches came back in another order")],
-    )
-    expect_true(
-        not result.requires_grad,
-        "the outputs still carry gradients",
-        given=given,
-        hint="inference keeps no graph: run the loop under torch.inference_mode()",
+    expect_function(
+        _shared(answer),
+        _free(lambda rs, bs: cat(sum(_parts(rs, bs), []))),
+        cases=[{"batches": [torch.randn(n, 3, generator=make) for n in rows]} for rows in ((4, 6, 5, 1), (3, 2))],
+        mistakes=[(mode(wrong), words) for wrong, words in mistakes for mode in (_free, _shared)],
     )
 
 
@@ -179,37 +204,38 @@ def refuted(answer):
         mistakes=[
             (partial(_refuted, above=False), "those claims may be true: return the ones that the ceiling rules out"),
             (partial(_refuted, size="parameters"), "a token reads the active parameters only, of a mixture of experts"),
-            (
-                partial(_refuted, shared=False),
-                "all streams share one read of the weights: multiply the ceiling by streams",
-            ),
+            (partial(_refuted, shared=False), "all streams share one read of the weights: multiply by streams"),
             (partial(_refuted, scale=1), "bits are eight to the byte: divide them by 8"),
         ],
     )
 
 
-def _cycles(*, each=2, whole=True, per_cycle=lambda flops_per_s, clock_hz: flops_per_s / clock_hz):
-    def clock_cycles(parameters, tokens, flops_per_s, clock_hz):
-        return each * parameters * (tokens if whole else 1) / per_cycle(flops_per_s, clock_hz)
-
-    return clock_cycles
+def _cycles(parameters, tokens, bytes_per_parameter, gpu, *, each=2, of=max, passes=lambda tokens: 1):
+    """Cycles of one forward pass, with one thing at a time gone wrong."""
+    arithmetic_s = each * parameters * tokens / gpu["flops_per_s"]
+    reading_s = parameters * bytes_per_parameter * passes(tokens) / gpu["bytes_per_s"]
+    return of((arithmetic_s, reading_s)) * gpu["clock_hz"]
 
 
 @exercise("0.6")
 def clock_cycles(answer):
-    """2 · parameters · tokens operations at so many a cycle."""
+    """2 · parameters · tokens operations at so many a cycle, or the weights at so many bytes a cycle."""
+    gpu = {"flops_per_s": 312e12, "bytes_per_s": 2.039e12, "clock_hz": 1.41e9}
+    slow = {"flops_per_s": 5e12, "bytes_per_s": 3e11, "clock_hz": 1e9}
+    names = "parameters tokens bytes_per_parameter gpu"
+    rows = (85e6, 1, 2, gpu), (85e6, 128, 2, gpu), (85e6, 1024, 2, gpu), (3e8, 40, 4, slow)
     expect_function(
         answer,
-        _cycles(),
-        cases=cases_of("parameters tokens flops_per_s clock_hz", (85e6, 128, 312e12, 1.41e9)),
+        _cycles,
+        cases=cases_of(names, *rows),
         mistakes=[
-            (_cycles(each=1), "a factor of 2 is missing: each parameter multiplies and adds"),
-            (_cycles(whole=False), "that is one token: every one of the 128 passes through the network"),
-            (_cycles(per_cycle=lambda flops, clock: flops), "those are seconds: multiply by the clock's rate"),
-            (
-                _cycles(per_cycle=lambda flops, clock: clock),
-                "a GPU does more than one operation a cycle: it does flops_per_s / clock_hz of them",
-            ),
+            (partial(_cycles, each=1), "a factor of 2 is missing: each parameter multiplies and adds"),
+            (partial(_cycles, of=lambda both: both[0]), "the weights come out of memory: how long does that take?"),
+            (partial(_cycles, of=lambda both: both[1]), "that is the reading alone: many tokens wait for arithmetic"),
+            (partial(_cycles, of=sum), "be kind: reading and arithmetic can go on at the same time"),
+            (partial(_cycles, of=min), "the pass ends when the slower of the two has ended"),
+            (partial(_cycles, passes=lambda tokens: tokens), "one pass reads the weights once for all its tokens"),
+            (lambda **case: _cycles(**case) / case["gpu"]["clock_hz"], "those are seconds: multiply by the clock"),
         ],
     )
 

@@ -38,14 +38,8 @@ def linear_attention(answer):
             (partial(_recurrent, late=True), "a token must see itself: add its key and value to the state, then read"),
             (partial(_recurrent, forgets=True), "the state holds the newest token only: add to it"),
             (partial(_recurrent, turned=True), "the outer product is turned round: torch.outer(key, value)"),
-            (
-                partial(_recurrent, scale=0.5),
-                "nothing is divided here: neither a softmax nor a scale is part of the formula",
-            ),
-            (
-                lambda query, key, value: (query @ (key.T @ value), key.T @ value),
-                "each row reads the state as it was then",
-            ),
+            (partial(_recurrent, scale=0.5), "nothing is divided here: the formula has neither softmax nor scale"),
+            (lambda query, key, value: (query @ (key.T @ value), key.T @ value), "a row reads the state as it was"),
             (lambda **case: _recurrent(**case)[::-1], "the order is (outputs, state)"),
             (lambda **case: _recurrent(**case)[0], "return the outputs and the last state"),
         ],

@@ -1,5 +1,6 @@
-"""Checks of chapter 01 on costs: parameters, bytes of the KV cache, arithmetic intensity."""
+"""Checks of chapter 01 on costs: parameters, bytes of the KV cache, texts up to the ridge."""
 
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -35,18 +36,12 @@ def parameter_count(answer):
         mistakes=[
             (partial(_parameters, kv_heads="num_attention_heads"), "keys and values have num_key_value_heads heads"),
             (partial(_parameters, mlp=2), "the MLP has three matrices: gate, up and down"),
-            (
-                partial(_parameters, gains=False),
-                "each norm has a gain of hidden_size numbers: two a layer, one at the end",
-            ),
+            (partial(_parameters, gains=False), "a norm has hidden_size gains: two norms a layer, one at the end"),
             (partial(_parameters, tables=2), "where the head is tied, it is the embedding: count the table once"),
             (partial(_parameters, tables=1), "where the head is not tied, it is a table of its own"),
             (partial(_parameters, tables=0), "the embedding is missing: a row of hidden_size numbers for each token"),
             (partial(_parameters, layers=1), "that is one layer: all num_hidden_layers have their own"),
-            (
-                lambda config: _parameters(_with_square_heads(config)),
-                "a head has head_dim numbers, whatever hidden_size is",
-            ),
+            (lambda config: _parameters(_with_square_heads(config)), "a head has head_dim numbers of its own"),
         ],
     )
 
@@ -92,32 +87,46 @@ def kv_cache_bytes(answer):
             (partial(_cache_bytes, window=lambda n, most: most), "a text shorter than the window has fewer positions"),
             (partial(_cache_bytes, fixed=False), "a state has a fixed size: it does not grow with the text"),
             (lambda **case: _cache_bytes(**case) * 8, "those are bits: element_bytes is in bytes already"),
-            (
-                lambda **case: _cache_bytes(**{**case, "layers": case["layers"][:1]}),
-                "that is one layer: add them all up",
-            ),
+            (lambda **case: _cache_bytes(**{**case, "layers": case["layers"][:1]}), "that is one layer: add all up"),
             (lambda **case: _cache_bytes(**{**case, "element_bytes": 1}), "each number takes element_bytes bytes"),
         ],
     )
 
 
-def _intensity(parameters, tokens, bytes_per_parameter, cache_bytes, reads=1):
-    return 2 * parameters * tokens / (reads * parameters * bytes_per_parameter + cache_bytes)
+def _texts(parameters, bytes_per_parameter, cache_bytes, machine, *, each=2, caches=1, rounded=math.ceil, never=None):
+    """Texts to the ridge, with one thing at a time gone wrong."""
+    weights_s = parameters * bytes_per_parameter / machine["bytes_per_s"]
+    gap_s = each * parameters / machine["flops_per_s"] - caches * cache_bytes / machine["bytes_per_s"]
+    return rounded(weights_s / gap_s) if gap_s > 0 else never
 
 
 @exercise("1.8")
-def flop_per_byte(answer):
-    """2 FLOP a parameter and token, each parameter read once."""
-    names = "parameters tokens bytes_per_parameter cache_bytes"
+def texts_to_ridge(answer):
+    """Each text adds arithmetic and a cache of its own; the weights are read once."""
+    machine, slow = {"flops_per_s": 1e15, "bytes_per_s": 3e12}, {"flops_per_s": 1.6e11, "bytes_per_s": 2.5e10}
+
+    def one_cache(parameters, bytes_per_parameter, cache_bytes, machine):
+        read_s = (parameters * bytes_per_parameter + cache_bytes) / machine["bytes_per_s"]
+        return math.ceil(read_s / (2 * parameters / machine["flops_per_s"]))
+
     expect_function(
         answer,
-        _intensity,
-        cases=cases_of(names, (7e9, 1, 2, 2e9), (5.8e6, 256, 4, 1.5e6)),
+        _texts,
+        cases=cases_of(
+            "parameters bytes_per_parameter cache_bytes machine",
+            (7e9, 2, 1e7, machine),
+            (7e9, 2, 5e8, machine),
+            (8e9, 1, 3e7, machine),
+            (2e8, 4, 1e6, slow),
+            (2e8, 4, 9e7, slow),
+        ),
         mistakes=[
-            (lambda **case: _intensity(**case) / 2, "each parameter multiplies and adds: 2 FLOP a parameter and token"),
-            (lambda **case: _intensity(**case, reads=case["tokens"]), "weights are read once a pass, not once a token"),
-            (lambda **case: 1 / _intensity(**case), "upside down: those are bytes per FLOP"),
-            (lambda **case: _intensity(**{**case, "tokens": 1}), "that is one token: the pass does all of them"),
-            (lambda **case: _intensity(**{**case, "cache_bytes": 0}), "the cache is read too: add cache_bytes"),
+            (partial(_texts, caches=0), "each text brings a cache of its own, which is read in every step"),
+            (one_cache, "that is one cache for all: every further text brings its own"),
+            (partial(_texts, each=1), "each parameter multiplies and adds: 2 FLOP a parameter and token"),
+            (partial(_texts, rounded=math.floor), "one text fewer is not enough yet: round up"),
+            (partial(_texts, rounded=float), "texts are whole: round up to the next one"),
+            (partial(_texts, never=math.inf), "no number is enough if a text adds more reading than work: None"),
+            (partial(_texts, never=0), "return None where no number of texts is enough"),
         ],
     )

@@ -148,10 +148,7 @@ def group_scales(answer):
             (_scales(absolute=False), "a large negative weight needs room too: take the largest |w|"),
             (_scales(view=lambda w, g: w), "that is one scale a row: cut the row into groups first"),
             (_scales(view=_along_outputs), "those groups run down the columns: a group is neighbours in one row"),
-            (
-                _scales(view=_strided),
-                "a group is group_size neighbours: unflatten to (-1, group_size), not turned round",
-            ),
+            (_scales(view=_strided), "a group is group_size neighbours: unflatten to (-1, group_size)"),
             (_scales(steps=lambda qmax: 2 * qmax + 1), "that spreads 0 … max |w| over all codes: divide by qmax"),
             (lambda **case: _scales()(**case)[..., None], "one number a group: drop the last axis"),
         ],
@@ -274,10 +271,7 @@ def bits_for(answer):
             (_bits_for(divisor=3), "the error lies within half a step on either side: its variance is S²/12, not S²/3"),
             (_bits_for(factor=20), "10 log10 for powers; 20 log10 is for amplitudes"),
             (_bits_for(power=False), "the signal's power is the mean of its squares"),
-            (
-                _bits_for(steps=lambda bits: 2**bits - 1),
-                "half of the codes are negative: max |x| gets 2^(b−1) − 1 steps",
-            ),
+            (_bits_for(steps=lambda bits: 2**bits - 1), "half the codes are negative: max |x| gets 2^(b−1) − 1 steps"),
             (_bits_for(less=1), "those bits just miss the target: return the first that reach it"),
         ],
     )

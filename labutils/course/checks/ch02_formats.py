@@ -2,7 +2,7 @@
 
 import torch
 
-from labutils.course.checks import exercise, expect_function, expect_true
+from labutils.course.checks import cases_of, exercise, expect_function, expect_true
 from labutils.course.checks.passes import Watch
 from labutils.quantization import binary, floats, integer, nf4
 
@@ -155,40 +155,37 @@ def nvfp4_back(answer):
     )
 
 
+def _bias(steps, end=torch.Tensor.int):
+    return lambda bias, x_scale, weight_scale: end(torch.round(steps(bias, x_scale, weight_scale)))
+
+
 @exercise("2.11")
 def quantize_bias(answer):
     """Int32 at s_x · s_w."""
     expect_function(
         answer,
         lambda bias, x_scale, weight_scale: integer.quantize_bias(bias, x_scale, weight_scale),
-        cases=[
-            {"bias": torch.tensor([0.6, -0.4]), "x_scale": 0.5, "weight_scale": torch.tensor([0.1, 0.02])},
-            {"bias": torch.tensor([3.0, -250.0]), "x_scale": 0.01, "weight_scale": torch.tensor([0.003, 0.002])},
-        ],
+        cases=cases_of(
+            "bias x_scale weight_scale",
+            (torch.tensor([0.6, -0.4]), 0.5, torch.tensor([0.1, 0.02])),
+            (torch.tensor([3.0, -250.0]), 0.01, torch.tensor([0.003, 0.002])),
+        ),
         dtype=True,
         mistakes=[
             (
-                lambda bias, x_scale, weight_scale: torch.round(bias / weight_scale).int(),
+                _bias(lambda b, x, w: b / w),
                 "the weight's scale alone: the sums it is added to count in steps of s_x · s_w",
             ),
             (
-                lambda bias, x_scale, weight_scale: torch.round(bias / x_scale).int(),
+                _bias(lambda b, x, w: b / x),
                 "the input's scale alone: the sums it is added to count in steps of s_x · s_w",
             ),
+            (_bias(lambda b, x, w: b * x * w), "you multiplied by the scales: a code counts steps, so divide"),
             (
-                lambda bias, x_scale, weight_scale: torch.round(bias * x_scale * weight_scale).int(),
-                "you multiplied by the scales: a code counts steps, so divide",
-            ),
-            (
-                lambda bias, x_scale, weight_scale: (
-                    torch.round(bias / (x_scale * weight_scale)).clamp(-128, 127).to(torch.int8)
-                ),
+                _bias(lambda b, x, w: b / (x * w), end=lambda codes: codes.clamp(-128, 127).to(torch.int8)),
                 "8 bits are the article's mistake: products of two int8 are summed in int32, so is the bias",
             ),
-            (
-                lambda bias, x_scale, weight_scale: torch.round(bias / (x_scale * weight_scale)),
-                "codes are integers: end with .to(torch.int32)",
-            ),
+            (_bias(lambda b, x, w: b / (x * w), end=torch.clone), "codes are integers: end with .to(torch.int32)"),
         ],
     )
 

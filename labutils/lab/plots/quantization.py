@@ -169,13 +169,7 @@ def draw_bits_quality(points: Sequence[BitsPoint], *, ax: Axes | None = None) ->
     """Draws true bits per weight against the loss in bits per byte with its paired 95% interval, and the front."""
     ax = ax or Figure(figsize=(9, 5.5), layout="constrained").subplots()
     front = bits_front(points)
-    ax.plot(
-        [p.bits_per_weight for p in front],
-        [p.quality.difference for p in front],
-        "--",
-        color="0.6",
-        zorder=1,
-    )
+    ax.plot([p.bits_per_weight for p in front], [p.quality.difference for p in front], "--", color="0.6", zorder=1)
     for index, point in enumerate(sorted(points, key=lambda p: p.bits_per_weight)):
         y, (low, high) = point.quality.difference, point.quality.interval
         style = {"capsize": 3, "linestyle": "none", "markersize": 8, **series_style(index)}
