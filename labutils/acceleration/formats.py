@@ -34,9 +34,9 @@ def format_name(rows: int, dtype: torch.dtype) -> str:
     """How a product is called.
 
     >>> format_name(1, torch.bfloat16)
-    '1 rows, bfloat16'
+    '1 row, bfloat16'
     """
-    return f"{rows} rows, {str(dtype).removeprefix('torch.')}"
+    return f"{rows} row{'s' * (rows > 1)}, {str(dtype).removeprefix('torch.')}"
 
 
 def products(*, device: str | torch.device = "cpu", size: int = SIZE) -> dict[str, Callable[[], torch.Tensor]]:

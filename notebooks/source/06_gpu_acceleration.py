@@ -418,13 +418,13 @@ for where, formats in measured.items():
     print(f"{where}:", *formats.values(), sep="\n  ")
 
 # %%
-ROWS = {1: "decoding, 1 row", 256: "prefill, 256 rows"}
-names = [name.split(", ")[1] for name in measured["this processor"] if name.startswith("1 ")]
+ROWS = {"1 row": "decoding, 1 row", "256 rows": "prefill, 256 rows"}
+names = [name.split(", ")[1] for name in measured["this processor"] if name.startswith("1 row,")]
 versus, slower, faster = {}, [], []
 for where, formats in measured.items():
     for rows, work in ROWS.items():
-        base = formats[f"{rows} rows, float32"].samples_s
-        versus[where, rows] = [paired_ratio(formats[f"{rows} rows, {n}"].samples_s, base) for n in names]
+        base = formats[f"{rows}, float32"].samples_s
+        versus[where, rows] = [paired_ratio(formats[f"{rows}, {n}"].samples_s, base) for n in names]
         print(f"{where}, {work}:", ", ".join(f"{n} {r}" for n, r in zip(names, versus[where, rows], strict=True)))
         slower += [f"{n} ({where}, {work})" for n, r in zip(names, versus[where, rows], strict=True) if r.low > 1]
         faster += [f"{n} ({where}, {work})" for n, r in zip(names, versus[where, rows], strict=True) if r.high < 1]
@@ -440,7 +440,8 @@ for axes, (rows, work) in zip(panels, ROWS.items(), strict=True):
         values, style = [r.value for r in ratios], {**series_style(index), "linestyle": "none"}
         axes.errorbar(values, range(len(names)), xerr=bars, capsize=3, label=where, **style)
     worst = max((r.value, n) for where in measured for n, r in zip(names, versus[where, rows], strict=True))
-    axes.set(xscale="log", xlabel="time against float32 (times)", title=f"{work}: slowest {worst[1]}, {worst[0]:.1f}x")
+    axes.set(xscale="log", xlabel="time against float32 (times)")
+    axes.set_title(f"{work}: slowest median {worst[1]}, {worst[0]:.1f}x")
     low, high = axes.set_xlim(axes.get_xlim()[0] / 1.2, axes.get_xlim()[1] * 1.2)
     ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low < t < high]
     axes.set_xticks(ticks, [str(t) for t in ticks])
@@ -493,19 +494,19 @@ del half_model
 # %% [markdown]
 # ## 6 · Attention without the square
 #
-# Plain attention writes the scores (n × n for each head) to memory, reads them for the softmax, writes the shares, and
+# Plain attention writes the scores (n × n for each head) to memory, reads them for the softmax, writes the attention weights, and
 # reads those to mix the values. A *fused* kernel never writes them: it keeps a block of scores on the chip
 # (FlashAttention, Dao et al. 2022, arXiv:2205.14135). `scaled_dot_product_attention` (SDPA) picks such a kernel where it can; on a
 # GPU a mask of one's own, or float32, rules FlashAttention out and leaves another fused kernel.
 #
 # **Tiny numbers:** n = 10 positions of 4 numbers in fp16. Query, key, value, output: 4 · 40 numbers = 320 bytes. Scores:
-# written and read, shares: written and read: 4 · 100 numbers = 800 bytes more.
+# written and read, attention weights: written and read: 4 · 100 numbers = 800 bytes more.
 
 # %% [markdown]
 # ## Exercise 6.4: attention_bytes
 #
 # Write `attention_bytes(positions, head_dim, element_bytes)`: return the tuple (plain, fused) of bytes that one head moves:
-# fused reads query, key and value and writes the output, plain moves the scores and shares too, without savings by the
+# fused reads query, key and value and writes the output, plain moves the scores and attention weights too, without savings by the
 # causal mask. 3 lines, 6 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>The tiny example is (1120, 320).</details>
@@ -587,7 +588,7 @@ plt.show()
 # weights when 8% of the memory is kept back; 0 where none does. 3 lines, 8 minutes, difficulty 2 of 3.
 #
 # <details><summary>Hint 1</summary>What is left of 92% of the memory once the weights are in it?</details>
-# <details><summary>Hint 2</summary><code>max(int(free // (positions * position_bytes)), 0)</code></details>
+# <details><summary>Hint 2</summary>Half a text is none, and where the weights alone are too large, the number would be negative.</details>
 
 
 # %%
@@ -704,7 +705,9 @@ torch._dynamo.reset()
 # This is why a compiled decoder has a **static KV cache**: buffers of full length, the position in a tensor, a mask over
 # what is still empty (`CompiledKVCache`, chapter 01). After eight recompilations of one function PyTorch stops compiling it and
 # runs it eagerly. A counter kept as an *attribute* of a module (`self.calls += 1` in `forward`) gets there with PyTorch's default, too:
-# only arguments become symbols, and each new value of an attribute compiles again. Keep such a number in a tensor.
+# only arguments become symbols, and each new value of an attribute compiles again. Keep such a number in a tensor. Each layer's buffer is a
+# tensor of its own, for a compiler copies a tensor that is written in parts; and beside a mask, transformers under a compiler copies the
+# keys and values for every query head of a group (GQA): little at these lengths, much at 8,000 positions.
 
 # %% [markdown]
 # ## 9 · CUDA graphs: launch once, replay for ever
@@ -741,7 +744,7 @@ except CaptureError as error:
 # `example`. The results are kept by the caller, so hand out copies. 8 lines, 12 minutes, difficulty 3 of 3.
 #
 # <details><summary>Hint 1</summary>Which memory does the tape read? How does a new x get there?</details>
-# <details><summary>Hint 2</summary>Outside: <code>buffer = example.clone()</code>, record on it. Inside: <code>buffer.copy_(x)</code>, replay, <code>output.clone()</code>.</details>
+# <details><summary>Hint 2</summary>Outside the function: a buffer of your own, and the recording. Inside: overwrite the buffer in place; and what will the next replay do to the output?</details>
 
 
 # %%
@@ -876,8 +879,9 @@ for name, reason in skipped.items():
 # ### Warm and cold weights
 #
 # A CPU keeps in its **caches** what it read last. LabLM's 23 MB may fit into the largest of them; then a step that follows itself reads its
-# weights from there (*warm*). On the ladder the models took turns and pushed one another out, and a model of gigabytes never fits (*cold*).
-# Which time is right depends on the question: a server that does nothing else is warm, a laptop between two other programs is cold.
+# weights from there (*warm*). A step whose weights other models have pushed out meanwhile reads them from memory (*cold*), and so does
+# every step of a model of gigabytes. On the ladder above the models took turns, with several steps in a row each (`calls`). Which time
+# is right depends on the question: a server that does nothing else is warm, a laptop between two other programs is cold.
 #
 # So time one step both ways: before each cold sample we read an array far larger than any cache, outside the clock.
 # **Predict:** how many times as long does the cold step take, and which of the two does the ladder's "static cache" resemble?
@@ -911,7 +915,8 @@ del evicting
 # %% [markdown]
 # **Explain.** The interval says whether this machine has such a cache at all (a virtual machine shares it with neighbours, and on a GPU
 # it is the L2). Where cold is slower, compare the difference with the time of reading all weights once: that is the most that a cache
-# can save. The stored run below is of the cold kind, and its second panel has a model that is always cold.
+# can save. Of the ladder's steps only the first of each sample may be cold. The stored run below takes one step a sample, so there
+# all may be, and its second panel has a model that is always cold.
 
 # %% [markdown]
 # On a GPU the gains are others; published for a 7B Llama on an A100 (gpt-fast): eager 25.5 tokens/s, compiled with a static cache 107,
@@ -979,7 +984,7 @@ for name in ("fp32", "int8", "int4"):
 # number. 3 lines, 6 minutes, difficulty 1 of 3.
 #
 # <details><summary>Hint 1</summary>What do all channels carry in a second? What does one thread have on its way in a second?</details>
-# <details><summary>Hint 2</summary><code>math.ceil(channels * transfers_per_s * 8 / (lines * 64 / latency_s))</code></details>
+# <details><summary>Hint 2</summary>Both are bytes a second: a transfer moves 8 bytes, a line holds 64. Half a thread is none that fills: <code>math.ceil</code>.</details>
 
 
 # %%
@@ -1035,7 +1040,7 @@ for index, (name, choice) in enumerate(choices.items()):
     bars = [[max(r.value - r.low, 0) for r in gains], [max(r.high - r.value, 0) for r in gains]]
     axes.errorbar(counts, [r.value for r in gains], yerr=bars, capsize=3, label=name, **series_style(index))
 best = ", ".join(f"{name}: {choice.threads}" for name, choice in choices.items())
-axes.set(xlabel="threads", ylabel="speed against one thread (times)", title=f"Best number of threads: {best}")
+axes.set(xlabel="threads", ylabel="speed against one thread (times)", title=f"Best median at threads: {best}")
 axes.set_xticks(counts)
 axes.axhline(1.0, color="0.6", linestyle=":")
 axes.grid(alpha=0.25)
@@ -1236,7 +1241,7 @@ if has_triton:
 # Write the kernel: program i takes row i of `x` (rows of n numbers, one after the other), `gain` has n numbers, BLOCK is a
 # power of two of at least n. 6 lines, 12 minutes, difficulty 2 of 3.
 #
-# <details><summary>Hint 1</summary>Row i begins at <code>x + tl.program_id(0) * n</code>. Masked places should be 0 in a sum: <code>other=0.0</code>.</details>
+# <details><summary>Hint 1</summary>Row i begins at <code>x + tl.program_id(0) * n</code>. Masked elements should be 0 in a sum: <code>other=0.0</code>.</details>
 # <details><summary>Hint 2</summary><code>1 / tl.sqrt(tl.sum(row * row, axis=0) / n + eps)</code></details>
 
 
@@ -1258,7 +1263,7 @@ def rms_norm_kernel(x, gain, out, n, eps, BLOCK: "tl.constexpr"):
 ch06_kernels.rms_norm_kernel(rms_norm_kernel)
 
 # %% [markdown]
-# The kernel that decoding is made of: a matrix of int8 codes times one vector. The scale of a row leaves the sum,
+# The kernel that decoding is made of: a matrix of int8 codes times one vector. A row has one scale, so it can be moved outside the sum,
 #
 # $$y_r = \sum_k s_r\, q_{rk}\, x_k = s_r \sum_k q_{rk}\, x_k ,$$
 #
@@ -1272,7 +1277,7 @@ ch06_kernels.rms_norm_kernel(rms_norm_kernel)
 # Write it: program r takes row r of `codes` (n int8 numbers), walks along it in blocks, and stores one number.
 # 8 lines, 15 minutes, difficulty 3 of 3.
 #
-# <details><summary>Hint 1</summary><code>for start in range(0, n, BLOCK)</code> works inside a kernel. Keep a sum for each place of the block, add them up at the end.</details>
+# <details><summary>Hint 1</summary><code>for start in range(0, n, BLOCK)</code> works inside a kernel. Keep a sum for each element of the block, add them up at the end.</details>
 # <details><summary>Hint 2</summary><code>sums = tl.zeros((BLOCK,), dtype=tl.float32)</code>; <code>k = start + tl.arange(0, BLOCK)</code>; <code>mask=k &lt; n</code> for codes and x; store <code>tl.sum(sums, axis=0) * tl.load(scales + r)</code> at <code>out + r</code>.</details>
 
 
@@ -1339,7 +1344,7 @@ if has_triton:
 # ### Flash attention
 #
 # The softmax of a row needs its maximum and its sum, and so, it seems, the whole row. It does not (Milakov and Gimelshein
-# 2018, arXiv:1805.02867). Keep the maximum m so far, the sum ℓ of $e^{s-m}$, and the mixed values o; a new block of
+# 2018, arXiv:1805.02867). Keep the maximum m so far, the sum ℓ of $e^{s-m}$, and the output o, not yet divided; a new block of
 # scores s with values V changes them so:
 #
 # $$m' = \max(m, \max_j s_j), \qquad \ell' = \ell\, e^{m-m'} + \sum_j e^{s_j-m'}, \qquad o' = o\, e^{m-m'} + \sum_j e^{s_j-m'}\, V_j$$
@@ -1349,8 +1354,8 @@ if has_triton:
 # %% [markdown]
 # ## Exercise 6.11: online_update (core)
 #
-# Write `online_update(m, total, mixed, scores, values)` in PyTorch: `m` and `total` are tensors of shape (), `mixed`
-# (head_dim,), `scores` (block,), `values` (block, head_dim). Return the new (m, total, mixed), not yet divided.
+# Write `online_update(m, total, output, scores, values)` in PyTorch: `m` and `total` are tensors of shape (), `output`
+# (head_dim,), `scores` (block,), `values` (block, head_dim). Return the new (m, total, output), not yet divided.
 # 5 lines, 12 minutes, difficulty 3 of 3.
 #
 # <details><summary>Hint 1</summary>Everything old was computed with the old maximum. By what factor is it too large now?</details>
@@ -1359,12 +1364,12 @@ if has_triton:
 
 # %%
 # EXERCISE online_update
-def online_update(m, total, mixed, scores, values):
+def online_update(m, total, output, scores, values):
     """The running softmax after one more block."""
     ### BEGIN SOLUTION
     larger = torch.maximum(m, scores.max())
     shrink, powers = torch.exp(m - larger), torch.exp(scores - larger)
-    return larger, total * shrink + powers.sum(), mixed * shrink + powers @ values
+    return larger, total * shrink + powers.sum(), output * shrink + powers @ values
     ### END SOLUTION
 
 

@@ -388,35 +388,35 @@ def int8_gemv_kernel(codes, scales, x, out, n, BLOCK: "tl.constexpr"):
 
 # %% WRONG online_update | the old total
 # EXERCISE online_update
-def online_update(m, total, mixed, scores, values):
+def online_update(m, total, output, scores, values):
     larger = torch.maximum(m, scores.max())
     powers = torch.exp(scores - larger)
-    return larger, total + powers.sum(), mixed * torch.exp(m - larger) + powers @ values
+    return larger, total + powers.sum(), output * torch.exp(m - larger) + powers @ values
 
 
 # %% WRONG online_update | nothing old was rescaled
 # EXERCISE online_update
-def online_update(m, total, mixed, scores, values):
+def online_update(m, total, output, scores, values):
     larger = torch.maximum(m, scores.max())
     powers = torch.exp(scores - larger)
-    return larger, total + powers.sum(), mixed + powers @ values
+    return larger, total + powers.sum(), output + powers @ values
 
 
 # %% WRONG online_update | the old maximum was forgotten
 # EXERCISE online_update
-def online_update(m, total, mixed, scores, values):
+def online_update(m, total, output, scores, values):
     larger = scores.max()
     shrink, powers = torch.exp(m - larger), torch.exp(scores - larger)
-    return larger, total * shrink + powers.sum(), mixed * shrink + powers @ values
+    return larger, total * shrink + powers.sum(), output * shrink + powers @ values
 
 
 # %% WRONG online_update | once, at the end
 # EXERCISE online_update
-def online_update(m, total, mixed, scores, values):
+def online_update(m, total, output, scores, values):
     larger = torch.maximum(m, scores.max())
     shrink, powers = torch.exp(m - larger), torch.exp(scores - larger)
     total = total * shrink + powers.sum()
-    return larger, total, (mixed * shrink + powers @ values) / total
+    return larger, total, (output * shrink + powers @ values) / total
 
 
 # %% WRONG nvfp4_gemv | that is int4

@@ -25,7 +25,7 @@ shows it), and no server stands between us and llama.cpp. Tokens/s with 95% inte
 turn: decoding after 16 tokens, reading 512, decoding for 8 and 32 prompts together. `r` marks weights reordered
 for the CPU, where that was faster; memory is the most used while loading and decoding, beyond what the process
 had before; vLLM reserves 2 GB of it for its cache.
-"""
+"""  # noqa: E501
 OURS, AGAIN, REPACKED = "ours", "again", ", repacked"
 DECODE, PREFILL, BATCHES = "decode", "prefill of 512", ("8 at once", "32 at once")
 LOADS = (DECODE, PREFILL, *BATCHES)

@@ -170,18 +170,18 @@ def int8_gemv_kernel(answer):
     )
 
 
-def _online(m, total, mixed, scores, values, *, shrink_total=True, shrink_mixed=True, old_maximum=False, reset=False):
+def _online(m, total, output, scores, values, *, shrink_total=True, shrink_output=True, old_maximum=False, reset=False):
     larger = m if old_maximum else torch.maximum(m, scores.max())
     larger = scores.max() if reset else larger
     shrink, powers = torch.exp(m - larger), torch.exp(scores - larger)
     total = total * (shrink if shrink_total else 1) + powers.sum()
-    mixed = mixed * (shrink if shrink_mixed else 1) + powers @ values
-    return larger, total, mixed
+    output = output * (shrink if shrink_output else 1) + powers @ values
+    return larger, total, output
 
 
 def _divided(**case):
-    larger, total, mixed = _online(**case)
-    return larger, total, mixed / total
+    larger, total, output = _online(**case)
+    return larger, total, output / total
 
 
 @exercise("6.11")
@@ -191,15 +191,15 @@ def online_update(answer):
 
     def case(old, size):
         scores = torch.randn(size, generator=make) * 3
-        state = {"m": torch.tensor(old), "total": torch.tensor(2.0), "mixed": torch.randn(4, generator=make)}
+        state = {"m": torch.tensor(old), "total": torch.tensor(2.0), "output": torch.randn(4, generator=make)}
         return {**state, "scores": scores, "values": torch.randn(size, 4, generator=make)}
 
-    first = {"m": torch.tensor(-torch.inf), "total": torch.tensor(0.0), "mixed": torch.zeros(4)}  # as a kernel begins
+    first = {"m": torch.tensor(-torch.inf), "total": torch.tensor(0.0), "output": torch.zeros(4)}  # as a kernel begins
     cases = [case(-4.0, 5), case(9.0, 5), case(0.5, 3), case(0.0, 5) | first]
-    neither = partial(_online, shrink_total=False, shrink_mixed=False)
+    neither = partial(_online, shrink_total=False, shrink_output=False)
     mistakes = [
         (partial(_online, shrink_total=False), "the old total was counted with the old maximum: times exp(m − new)"),
-        (partial(_online, shrink_mixed=False), "the old output was weighted with the old maximum: rescale it too"),
+        (partial(_online, shrink_output=False), "the old output was weighted with the old maximum: rescale it too"),
         (neither, "nothing old was rescaled: total and output both need exp(m − new)"),
         (partial(_online, old_maximum=True), "the maximum never moved: take the larger of m and the block's own"),
         (partial(_online, reset=True), "the old maximum was forgotten: the new one is the larger of the two"),
