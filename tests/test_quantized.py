@@ -1,6 +1,8 @@
 """Saving, loading and exporting quantized models: the same codes, the same values, or a clear error."""
 
+import copy
 import json
+import shutil
 from contextlib import ExitStack
 
 import numpy as np
@@ -9,18 +11,30 @@ import torch
 from aside import install_aside
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, random_ids, tiny_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from labutils.course.bench.child import start
+from labutils.course.bench.engines import memory
+from labutils.course.bench.subject import speed_subject
 from labutils.generation.decode import forward_logits, generate_cached
 from labutils.lab.models import gguf
 from labutils.lab.models.checkpoint import CHECKSUMS
 from labutils.lab.models.load import LoadError
-from labutils.lab.models.quantized import SCHEMES, WEIGHTS, load_quantized, packed_layers, save_quantized
+from labutils.lab.models.quantized import (
+    SCHEMES,
+    WEIGHTS,
+    fast_packed_llama,
+    load_quantized,
+    packed_layers,
+    save_quantized,
+)
 from labutils.quantization.affine import Scheme
+from labutils.quantization.kernels import find_kernels
 from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWeight, pack_model_, replace_packed_
 
+needs_kernels = pytest.mark.skipif(find_kernels()[0] is None, reason="no C compiler")
 GROUP_32 = Scheme(4, granularity="group", group_size=32)
 
 
@@ -36,6 +50,43 @@ def test_a_saved_model_comes_back_with_the_same_logits(name, scheme, tmp_path):
     embedding = loaded.model.get_input_embeddings()
     if isinstance(embedding, PackedEmbedding):
         assert embedding.packed is loaded.model.get_output_embeddings().packed
+
+
+def fast_tokens(model, ids, count=6):
+    return fast_packed_llama(model, max_length=ids.shape[1] + count).generate(ids, count)
+
+
+@needs_kernels
+def test_weights_are_mapped_and_what_was_changed_stays_changed(tmp_path):
+    """Two decoders of one model, a change in between, and the file gone: the pages given back are nobody's."""
+    model, ids = pack_model_(tiny_model("llama-gqa-tied"), Scheme(8)), random_ids(9)
+    save_quantized(model, None, tmp_path / "saved", method="rtn")
+    before = (tmp_path / "saved" / WEIGHTS).read_bytes()
+    loaded = load_quantized(tmp_path / "saved").model
+    for changed in (model, loaded):
+        changed.model.layers[0].mlp.down_proj.packed.scales.mul_(3)
+        changed.model.layers[0].mlp.down_proj.packed.codes[::2] = 7
+    assert (tmp_path / "saved" / WEIGHTS).read_bytes() == before
+    shutil.rmtree(tmp_path / "saved")
+    first, expected = fast_packed_llama(loaded, max_length=15), fast_tokens(model, ids)
+    assert torch.equal(fast_tokens(loaded, ids), expected) and torch.equal(first.generate(ids, 6), expected)
+    weights = model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+    assert torch.equal(fast_tokens(copy.deepcopy(loaded), ids), expected)
+
+
+@pytest.mark.slow
+@needs_kernels
+@pytest.mark.skipif(memory("VmHWM") is None, reason="the high-water mark is Linux'")
+def test_decoding_holds_one_copy_of_the_weights(tmp_path):
+    subject = speed_subject(num_hidden_layers=3)
+    save_quantized(pack_model_(subject.model, Scheme(8)), None, tmp_path, method="rtn")
+    size = (tmp_path / WEIGHTS).stat().st_size
+    with ExitStack() as stack:
+        told = {"folder": str(tmp_path), "threads": 1, "packed": True}
+        child = start("ours", told, 1, stack)
+        peak = child.ask({"do": "timed", "prompts": subject.token_ids.tolist(), "count": 8})["peak_bytes"]
+    assert size > 6e7 and peak < 1.5 * size  # 16 MB are the first model's of a process, whatever its size
 
 
 def test_layers_may_have_schemes_of_their_own_and_some_stay_float(tmp_path):
@@ -119,6 +170,13 @@ def test_missing_and_damaged_files_are_named(tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(LoadError, match=f"must hold {name}"):
         load_quantized(tmp_path)
+
+
+def test_weights_of_another_type_are_refused(saved):
+    tensors = load_file(saved / WEIGHTS)
+    save_file(tensors | {f"{LAYER}.packed.codes": tensors[f"{LAYER}.packed.codes"].to(torch.int8)}, saved / WEIGHTS)
+    with pytest.raises(LoadError, match=r"up_proj.packed.codes in .* must be of torch.uint8; got torch.int8"):
+        load_quantized(saved)
 
 
 def test_torn_weights_are_a_clear_error(saved):

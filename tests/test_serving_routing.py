@@ -5,12 +5,12 @@ from collections import Counter
 
 import pytest
 from plain_processes import local_processes
-from toy_replica import toy_engine, toy_text
+from toy_replica import Replica, toy_engine, toy_text
 
 from labutils.distributed.dispatch import dispatch
 from labutils.distributed.settings import Report, Settings
 from labutils.serving.blocks import chained_hashes
-from labutils.serving.routing import PrefixRouter, Replica
+from labutils.serving.routing import PrefixRouter
 
 BLOCK, BEGINNING, GROUPS, EACH, NEW = 8, 64, 10, 6, 4
 FREE = {"a": 0, "b": 0}

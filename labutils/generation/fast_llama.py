@@ -130,9 +130,9 @@ class FastLlama:
         self.eps = np.float32(model.config.rms_norm_eps)
         self.few_tokens = None
         self.embedding, self.tied = model.get_input_embeddings(), is_tied(model)
+        self.head = fuse(model.get_output_embeddings())  # the largest matrix first: two of it, and none of the others
         self.layers = [Layer.of(layer, fuse) for layer in model.model.layers]
         self.final_gain = _array(model.model.norm.weight)
-        self.head = fuse(model.get_output_embeddings())
         self.cos, self.sin = _rotary_tables(model, max_length)
         shape = (known.layers, known.kv_heads, max_length, known.head_dim)
         self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)

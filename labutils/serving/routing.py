@@ -7,15 +7,10 @@ function: `Settings(policy="routed", route=router, max_requests=8)`.
 
 from __future__ import annotations
 
-import functools
-import pickle
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from labutils.serving.blocks import chained_hashes
-from labutils.serving.engine import Engine, run
-from labutils.serving.scheduler import Request
 
 
 class PrefixRouter:
@@ -72,35 +67,3 @@ class PrefixRouter:
         """How many of a prompt's first blocks a replica has been sent."""
         record = self.sent[name]
         return next((n for n, each in enumerate(hashes) if each not in record), len(hashes))
-
-
-@dataclass(frozen=True)
-class Served:
-    """A replica's answer: its tokens, and how many of the prompt's were in its cache."""
-
-    new_ids: list[int]
-    cached: int
-
-
-@dataclass(frozen=True)
-class Replica:
-    """Answers batches of prompts with an engine that each process makes once.
-
-    Attributes:
-        make: Makes the engine; a function that can be pickled.
-        max_new_tokens: Of every answer.
-    """
-
-    make: Callable[[], Engine]
-    max_new_tokens: int
-
-    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[Served]:
-        """Answers a batch, all at once; see `Engine.submit` for what is refused."""
-        requests = run(_engine(pickle.dumps(self.make)), [Request(ids, self.max_new_tokens) for ids in prompts])
-        return [Served(request.new_ids, request.cached) for request in requests]
-
-
-@functools.cache
-def _engine(make: bytes) -> Engine:
-    """By what was pickled: each batch brings a new copy of the function."""
-    return pickle.loads(make)()

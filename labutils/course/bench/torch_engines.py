@@ -40,7 +40,8 @@ class Ours:
         torch.set_num_threads(threads)
         self.packed = packed
         self.model = load_quantized(Path(folder)).model if packed else load_float(folder)
-        self.decoder, self.long = self._decoder(512), None
+        # NumPy puts large arrays in huge pages, memory whether they are used or not: little room, until asked for more.
+        self.decoder, self.long = self._decoder(128), None
 
     def generate(self, prompts: list[list[int]], count: int) -> Ticks:
         """See `Llama.generate`; one prompt's tokens come in blocks, and the clock is read after each."""

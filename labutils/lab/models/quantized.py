@@ -6,8 +6,10 @@ quantization.json names each packed layer's scheme: bits, group, zero points, si
 
 import ctypes
 import json
+import mmap
 from functools import partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -27,24 +29,42 @@ from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWe
 from labutils.quantization.packed_steps import Arena, FewTokens, FusedPacked, arena_bytes
 
 SCHEMES, WEIGHTS, VERSION = "quantization.json", "model.safetensors", 1
+MAPPED = hasattr(mmap, "MADV_DONTNEED")  # elsewhere an open file could not be removed
+_IN_FILE: WeakKeyDictionary[nn.Module, dict[int, torch.Tensor]] = WeakKeyDictionary()  # by id: what is mapped, not read
 
 
 def fast_packed_llama(model: nn.Module, *, max_length: int, int8_cache: bool = False) -> FastLlama:
     """`FastLlama` on a model whose linear layers are all packed: the layers of a few tokens in one call into C.
 
     Where schemes differ among layers that read the same input, NumPy does what lies between the matrices. The model's
-    packed weights move into one piece of memory and are shared, not copied. `int8_cache` rounds keys and values too.
+    packed weights move into one piece of memory and are shared, not copied; out of a file they move matrix by
+    matrix, whose pages are given back. `int8_cache` rounds keys and values too.
 
     Raises:
         KernelError: without the C kernels; the model's own forward pass works all the same.
         ValueError: for an architecture that `FastLlama` does not know, or an int8 cache where steps in C do not fit.
     """
-    library = _kernels()
-    fuse = partial(FusedPacked, library, Arena(arena_bytes(list(packed_layers(model).values()))))
+    library, in_file = _kernels(), _IN_FILE.pop(model, {})
+    arena = Arena(arena_bytes(list(packed_layers(model).values())))
+
+    def fuse(*layers: PackedLinear) -> FusedPacked:
+        read = [buffer for layer in layers for buffer in layer.packed.buffers() if id(buffer) in in_file]
+        fused = FusedPacked(library, arena, *layers)
+        _forget_pages(read)
+        return fused
+
     decoder = FastLlama(model, max_length=max_length, matvec="numpy", fuse=fuse, kinds=(PackedLinear,))
     if int8_cache or FewTokens.fits(decoder):
         decoder.few_tokens = FewTokens(library, decoder, int8_cache=int8_cache)
     return decoder
+
+
+def _forget_pages(tensors: list[torch.Tensor]) -> None:
+    """Gives back the memory of tensors in a mapped file, of which the system can read every page again."""
+    for tensor in tensors if MAPPED else []:
+        first = tensor.data_ptr() + -tensor.data_ptr() % mmap.PAGESIZE
+        whole_pages = max(0, tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole_pages), mmap.MADV_DONTNEED)
 
 
 class FloatMatrix(Linear):
@@ -131,6 +151,9 @@ def scheme_of(layer: PackedLinear) -> dict[str, int | bool | None]:
 def load_quantized(folder: Path) -> LanguageModel:
     """Loads what `save_quantized` wrote; the tokenizer is None where none was saved.
 
+    Weights are not read but mapped: a page comes into memory when it is used. The file must stay as it is meanwhile; it
+    may be removed. On Windows weights are read.
+
     Raises:
         LoadError: with one sentence, when a file is missing or damaged, or when the scheme, the configuration and the
             weights do not fit one another.
@@ -145,8 +168,9 @@ def load_quantized(folder: Path) -> LanguageModel:
         if described.get("version") != VERSION:
             raise LoadError(f"{SCHEMES} must be of version {VERSION}; got {described.get('version')}")
         model = _empty_model(folder, described["architecture"])
+        floats = dict(linear_layers(model, with_head=True))
         for name, scheme in described["layers"].items():
-            _pack_empty_(model, name, scheme)
+            _pack_empty_(model, name, floats.get(name), scheme)
         _fill_(model, load_file(folder / WEIGHTS))
     except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
         raise LoadError(f"the quantized model in {folder} could not be loaded: {error}") from error
@@ -166,14 +190,15 @@ def _empty_model(folder: Path, architecture: str) -> PreTrainedModel:
     return model
 
 
-def _pack_empty_(model: nn.Module, name: str, scheme: dict) -> None:
-    layer = dict(linear_layers(model, with_head=True)).get(name)
+def _pack_empty_(model: nn.Module, name: str, layer: nn.Module | None, scheme: dict) -> None:
     if layer is None:
         raise LoadError(f"{SCHEMES} names {name}, which must be a linear layer of the model; it is none")
     shape = (scheme["out_features"], scheme["in_features"])
     if tuple(weight_of(layer).shape) != shape:
         raise LoadError(f"{name} must be {tuple(weight_of(layer).shape)} by config.json; {SCHEMES} says {shape}")
-    replace_packed_(model, name, PackedLinear(PackedWeight(**scheme), layer.bias))
+    with torch.device("meta"):
+        packed = PackedWeight(**scheme)
+    replace_packed_(model, name, PackedLinear(packed, layer.bias))
 
 
 def _fill_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -183,8 +208,17 @@ def _fill_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             prefix = f"{head}.packed."
             shared = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             tensors |= {f"{name}.packed.{k}": t for k, t in shared.items()}
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name in tensors and tensors[name].shape == buffer.shape:
+            if tensors[name].dtype != buffer.dtype:
+                raise LoadError(f"{name} in {WEIGHTS} must be of {buffer.dtype}; got {tensors[name].dtype}")
+            mapped = tensors[name] if MAPPED else tensors[name].clone()
+            model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], mapped)
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors)  # a packed weight is there already: copied onto itself, it is not touched
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         raise LoadError(f"{WEIGHTS} must fit config.json and {SCHEMES}; {first[0].strip()[:300]}") from error
+    packed = {id(buffer): buffer for buffer in model.buffers()}
+    _IN_FILE[model] = {id(tensor): tensor for tensor in tensors.values() if id(tensor) in packed}
+    _forget_pages([tensor for tensor in tensors.values() if id(tensor) not in packed])  # copied
