@@ -20,11 +20,11 @@ BEGIN, END = "<!-- engines -->\n", "<!-- /engines -->\n"
 INTRO = """The same weights in our engines, in llama.cpp and ik_llama.cpp ({wheels}) with flash attention on, in vLLM on
 the CPU (float32, eager) and in PyTorch's int8 (`python -m labutils bench quantization --json FILE`; every
 sample is in [engines.json](data/results/engines.json)). Each engine is a process of its own that is stopped
-while another is timed, since engines that share one slow each other ([chapter
-06](notebooks/solutions/06_gpu_acceleration.ipynb) shows it), and no server stands between us and llama.cpp.
+while another is timed, since engines that share one slow each other
+([chapter 06](notebooks/solutions/06_gpu_acceleration.ipynb) shows it), and no server stands between us and llama.cpp.
 Tokens/s with 95% intervals over {rounds} rounds in turn: decoding after 16 tokens, reading 512, decoding for
 8 and 32 prompts together. `r` marks weights reordered for the CPU, where that was faster; memory is the most
-used while loading and decoding, beyond what the process had before; vLLM reserves 2 GB of it for its cache."""  # noqa: E501
+used while loading and decoding, beyond what the process had before; vLLM reserves 2 GB of it for its cache."""
 OURS, AGAIN, REPACKED = "ours", "again", ", repacked"
 DECODE, PREFILL, BATCHES = "decode", "prefill of 512", ("8 at once", "32 at once")
 LOADS = (DECODE, PREFILL, *BATCHES)
