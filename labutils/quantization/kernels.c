@@ -45,8 +45,8 @@ typedef struct {
 const char *const instruction_set =
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 #define DPBUSD _mm256_dpbusd_epi32
-    "AVX2 with VNNI";
-#define WIDE
+    "AVX-512 with VNNI";
+#define WIDE  // several tokens meet two tiles at once
 #elif defined(__AVXVNNI__)
 #define DPBUSD _mm256_dpbusd_avx_epi32
     "AVX2 with VNNI";

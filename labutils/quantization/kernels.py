@@ -85,7 +85,7 @@ def _require_memory(result: int, function, arguments: tuple) -> int:
 
 
 def instruction_set(library: ctypes.CDLL) -> str:
-    """What a build uses: "AVX2", "AVX2 with VNNI", "NEON with dot products" or "plain C"."""
+    """What a build uses: "AVX2", "AVX2 with VNNI", "AVX-512 with VNNI", "NEON with dot products", "plain C"."""
     return ctypes.c_char_p.in_dll(library, "instruction_set").value.decode()
 
 

@@ -1,4 +1,4 @@
-// All decoder layers for a few tokens of one or several sequences: between the matrices of kernels.c a dozen small steps
+// All decoder layers for some tokens of one or several sequences: between the matrices of kernels.c a dozen small steps
 // a layer. Called from Python one by one, they cost as much as a third of an int4 model's matrices. Compiled together
 // with kernels.c.
 

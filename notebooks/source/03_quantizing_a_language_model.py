@@ -1374,7 +1374,9 @@ my_int4.compare(32 / 4.5)
 # [row 0: k 0 1 2 3][row 1: k 0 1 2 3] … [row 7: k 0 1 2 3]
 # ```
 #
-# Four inputs, repeated eight times, meet eight rows at once, and each row's sum stays in its own lane.
+# Four inputs, repeated eight times, meet eight rows at once, and each row's sum stays in its own lane. For many tokens (a prompt, a
+# batch) a weight that has been loaded meets eight tokens before the next is loaded, and with AVX-512 two of these vectors, of 16 rows,
+# share a register: half as many instructions for the same exact sums of integers, so a token's result keeps its bits.
 #
 # With 4 bits a byte holds *two* codes. Which two? Not neighbours: code k goes into the low half and code k + 16 into the
 # high half. Then one mask yields 16 codes in order, and one shift the next 16; nothing has to be shuffled.
