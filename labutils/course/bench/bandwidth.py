@@ -34,7 +34,7 @@ def probe_bytes(weight_bytes: float) -> int:
     >>> probe_bytes(820e6) / 2**20, probe_bytes(23e6), probe_bytes(30e9) / 2**30
     (724.0, 0, 4.0)
     """
-    size = min(int(2 ** (math.floor(2 * math.log2(max(weight_bytes, 1))) / 2)), 2**60)
+    size = min(int(2 ** (math.floor(2 * math.log2(max(weight_bytes, 1))) / 2)), LARGEST_BYTES)
     return size // 2**20 * 2**20 if size >= SMALLEST_BYTES else 0
 
 

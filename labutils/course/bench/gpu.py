@@ -265,8 +265,8 @@ def _checked(make: Callable[[], Accelerated], subject: Subject, device: str) -> 
     ids = subject.token_ids
     need = Need.of(subject.model, positions=ids.shape[1], batch=len(ids))
     with memory_guard(lambda: what_fits(need, memory_bytes(device)), device=device):
-        rung = make()
-        equality = check_equal(rung, ids, prompt=ids.shape[1] // 2)
+        equality = check_equal(rung := make(), ids, prompt=ids.shape[1] // 2)
+    rung.twin = subject.model  # of 8B, one more copy for each rung would not fit into the host
     return rung, equality
 
 
