@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot
 from smaller import smaller
 
 from labutils.course.checks import CheckFailed
@@ -63,15 +64,18 @@ def run_lanes(source: Path, wrong_answers: Path) -> list[str]:
     failures += [f"{source.name} has no {size!r}, which tests/smaller.py makes smaller" for size in unknown]
     isolation = Isolation(namespace, {e.name: code[e.cell] for e in chapter.exercises}, True)
     checks = {exercise.check for exercise in chapter.exercises}
-    for index, text in (code | lessons).items():
-        if index in by_cell:
-            failures += _lanes_of(chapter, by_cell[index], namespace, wrong)
-        isolation.before_cell(text)
-        if index in checks:  # the solution's own check has run among the lanes; its imports are needed below
-            _attempt(text, namespace, f"{source.name}, cell {index}")
-        else:
-            _execute(text, namespace, f"{source.name}, cell {index}")
-        isolation.after_cell(text)
+    try:
+        for index, text in (code | lessons).items():
+            if index in by_cell:
+                failures += _lanes_of(chapter, by_cell[index], namespace, wrong)
+            isolation.before_cell(text)
+            if index in checks:  # the solution's own check has run among the lanes; its imports are needed below
+                _attempt(text, namespace, f"{source.name}, cell {index}")
+            else:
+                _execute(text, namespace, f"{source.name}, cell {index}")
+            isolation.after_cell(text)
+    finally:
+        matplotlib.pyplot.close("all")
     return failures
 
 
@@ -115,8 +119,11 @@ def _wrong_lane(exercise: Exercise, answer: WrongAnswer, check: str, namespace: 
 def _both(answer: str, check: str, namespace: dict) -> tuple[BaseException | None, str]:
     """Run an exercise cell and its check in a copy of the namespace: the error, and what the check printed."""
     scratch = dict(namespace)
-    error, _ = _attempt(answer, scratch, "the exercise cell")
-    return (error, "") if error else _attempt(check, scratch, "the check cell")
+    try:
+        error, _ = _attempt(answer, scratch, "the exercise cell")
+        return (error, "") if error else _attempt(check, scratch, "the check cell")
+    finally:
+        scratch.clear()  # its functions know it: a circle that would keep what the chapter deletes
 
 
 def _attempt(source: str, namespace: dict, label: str) -> tuple[BaseException | None, str]:

@@ -1,16 +1,18 @@
 """The three lanes of every exercise of every chapter, and that the lanes themselves can fail."""
 
+import gc
 import importlib.util
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
 from hand_ins import DEMO
-from lanes import read_wrong_answers, run_lanes
+from lanes import _both, read_wrong_answers, run_lanes
 from smaller import SMALLER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +29,7 @@ def _isolated(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(DEMO))
     monkeypatch.setenv("LABUTILS_HOME", str(tmp_path / "learner"))
     yield
+    gc.collect()  # a chapter's names are a circle: its functions know them
     torch.set_printoptions(profile="default")  # a chapter may choose its own; doctests of this process come later
 
 
@@ -120,6 +123,21 @@ def test_lanes_make_lessons_smaller_and_nothing_else(tmp_path, monkeypatch):
     failures = lanes(tmp_path, source=text)
     assert failures == ["90_demo.py has no 'tokens / seconds', which tests/smaller.py makes smaller"]
     assert printed == [(2,), (5, 1)]
+
+
+def test_lanes_leave_nothing_of_a_chapter_in_memory(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr("builtins.keep", lambda thing: kept.append(weakref.ref(thing)), raising=False)
+    cell = "import os\n\n# %%\nimport matplotlib.pyplot\n\nkeep(matplotlib.pyplot.figure())\n"
+    answer = "class Large:\n    pass\n\n\nlarge = Large()\nkeep(large)\n\n\ndef f():\n    return large\n"
+    gc.disable()  # what goes then goes at once
+    try:
+        assert _both(answer, "", {}) == (None, "") and kept.pop()() is None
+    finally:
+        gc.enable()
+    assert lanes(tmp_path, source=("import os\n", cell)) == []
+    gc.collect()
+    assert kept.pop()() is None
 
 
 def test_lanes_see_a_name_that_no_exercise_has(tmp_path):
