@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from compileall import compile_dir
+from pathlib import Path
 
 import pytest
 from aside import install_aside
@@ -50,6 +52,10 @@ def ray_stands(tmp_path_factory):
                 pytest.skip("Ray's own build for this system was never tried here: pip install 'ray>=2.60'")
             folder = tmp_path_factory.mktemp("ray")
             install_aside(folder, ["ray==2.60.0", "protobuf==7.36.2"])
+            for part in ("", "_common", "_private", "autoscaler", "core", "dashboard", "util"):
+                compile_dir(
+                    folder / "ray" / part, maxlevels=10 if part else 0, quiet=2
+                )  # its five programs start in time
             patch.setattr(sys, "path", [*sys.path, str(folder)])
         patch.setenv("PYTHONPATH", our_path())  # Ray's actors import our functions
         yield
@@ -257,3 +263,38 @@ def test_a_stopped_scheduler_that_wakes_in_time_costs_nothing_but_time(programs,
         errors, _ = struck(engine, lambda: os.kill(scheduler, signal.SIGSTOP), policy=policy, window=window)
         assert {answer.error for answer in errors} == {SILENT}
         os.kill(scheduler, signal.SIGCONT)
+
+
+RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"  # after so long Ray ends who uses it, where the engine allows that
+
+
+def ray_program(*arguments, attempts=4):
+    """The rows that one of `ray_programs` prints, and how it ended."""
+    program = [sys.executable, str(Path(__file__).with_name("ray_programs.py")), *arguments]
+    environ = os.environ | {"PYTHONPATH": our_path()} | ({RECONNECT: "5"} if "without_gcs" in arguments else {})
+    for _ in range(attempts):
+        ended = subprocess.run(program, env=environ, capture_output=True, text=True, timeout=300)
+        if "timed out during startup" not in ended.stderr:
+            break
+    rows = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
+    assert ended.returncode == 0, f"ended with {ended.returncode} after {rows}: {ended.stderr[-2000:]}"
+    return rows
+
+
+@pytest.mark.slow
+@over_policies
+def test_ray_without_its_scheduler_answers_every_request(ray_stands, policy):
+    *runs, alone, last = ray_program("without_gcs", policy, "10")
+    assert [row["name"].partition(",")[0] for row in runs[::3]][:3] == ["woken", "stopped", "killed"]
+    assert all(row["kept"] and row["errors"] == [] and row["answers"] == 60 for row in runs)
+    assert [row["lost"] for row in runs] == [0] * 10 + [1] and runs[-1]["name"] == "a node as well"
+    assert alone["kept"] and alone["errors"] == ["NoNodes: all nodes are lost"] and last == {"name": "closed"}
+
+
+@pytest.mark.slow
+def test_ray_spreads_over_machines_and_gives_each_node_its_gpu(ray_stands):
+    without, with_gpus = ray_program("two_nodes")
+    for row in (without, with_gpus):
+        assert [name for name, *_ in row["places"]] == ["node-0", "node-1"]
+        assert len({machine for _, machine, _ in row["places"]}) == 2
+    assert {gpus for *_, gpus in with_gpus["places"]} == {"0"}  # each machine's own first one

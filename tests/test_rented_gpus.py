@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from chat_server import chat_server
 from ports import free_port
 
 from labutils.course.cli import main as cli
 
-PAGE = (Path(__file__).resolve().parents[1] / "notebooks" / "RENTED_GPUS.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "notebooks" / "RENTED_GPUS.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?ms)^```(\w*)\n(.+?)^```", PAGE)
 COMMANDS = [
     line
@@ -58,8 +60,39 @@ def test_commands_of_labutils_are_understood():
         module = importlib.import_module(f"labutils.course.cli.{name}")
         parsed[name] = cli.parse(name, module, argv)
     assert parsed["bench"].name == "gpu" and parsed["test"].rest == ["-m", "gpu"] and "lab" in parsed
-    source = Path(__file__).resolve().parents[1] / "notebooks" / "source" / "09_distributed_inference.py"
+    source = ROOT / "notebooks" / "source" / "09_distributed_inference.py"
     assert all(name in source.read_text(encoding="utf-8") for name in ("LABUTILS_SERVERS", "LABUTILS_SERVED_MODEL"))
+
+
+def run_labutils(start, *more, **places):
+    """Runs the page's command that begins so, with `more` options; where it says a path, in another place."""
+    [line] = [line for line in COMMANDS if line.startswith(start)]
+    words = [places.get(word, word) for word in shlex.split(line, comments=True)]
+    ended = subprocess.run(
+        [*words, *more], env=environment(LABUTILS_NO_VENV="1"), cwd=ROOT, capture_output=True, text=True, timeout=500
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_the_tests_for_gpus_are_found_and_skip_themselves_without_one():
+    files = [str(path) for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]
+    said = run_labutils("python -m labutils test", "--no-cov", "-p", "no:cacheprovider", *files)
+    found = {
+        what: int(count) for count, what in re.findall(r"(\d+) (passed|skipped|failed|error)", said.splitlines()[-1])
+    }
+    assert sum(found.values()) >= 10 and set(found) == {"passed" if torch.cuda.is_available() else "skipped"}
+
+
+@pytest.mark.slow
+def test_bench_gpu_writes_its_file_on_a_cpu_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("LABUTILS_HOME", str(tmp_path))
+    out = tmp_path / "rows.jsonl"
+    quick = ("--quick", "--no-speed-model", "--threads", "1", "--rounds", "5")
+    said = run_labutils("python -m labutils bench gpu", *quick, **{"data/results/h200.jsonl": str(out)})
+    assert ("nothing here was run on a GPU" in said) != torch.cuda.is_available()
+    assert len(out.read_text(encoding="utf-8").splitlines()) >= 5 and list(tmp_path.rglob("ledger*.jsonl"))
 
 
 def test_transformers_serve_has_the_options():

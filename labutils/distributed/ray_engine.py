@@ -10,6 +10,7 @@ from labutils.lab.hosts import is_loopback
 
 ANSWER_S = 0.01  # an idle actor's answer takes a millisecond; what comes later is read at the next look
 START_S = 120.0
+PATIENT = {"gcs_rpc_server_reconnect_timeout_s": 10**6}  # 12 days; after 60 s Ray would end the process that uses it
 MISSING = 'Ray is needed here: pip install "ray>=2.60"'
 
 
@@ -118,6 +119,11 @@ def ray_cluster(nodes: int, *, address: str | None = None, gpus_per_node: float 
     Ray's processes listen on every interface, whatever they are told (seen with 2.60): its token authentication, on by
     default there, has to stay on. Beyond this machine set RAY_USE_TLS=1 and its certificates on every node as well.
 
+    Batches go straight to the actors, so they are answered while Ray's scheduler, the GCS, is stopped or gone; a node
+    that dies meanwhile counts as stopped, after `timeout_s`, and has no successor before the GCS is back. On a cluster
+    that was started elsewhere, Ray ends the process that calls this once the GCS has been away for the head's
+    RAY_gcs_rpc_server_reconnect_timeout_s (60 s): whoever needs longer sets that variable there.
+
     Each actor takes one CPU and `gpus_per_node` GPUs; an actor for which the cluster has no room never starts,
     and is no node. This waits for the others, at most `START_S` seconds.
     Whatever Ray has started is stopped at the end, after a start that failed too.
@@ -136,7 +142,7 @@ def ray_cluster(nodes: int, *, address: str | None = None, gpus_per_node: float 
         import ray
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(MISSING, name=error.name) from None
-    here = {"num_cpus": nodes, "_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    here = {"num_cpus": nodes, "_node_ip_address": "127.0.0.1", "include_dashboard": False, "_system_config": PATIENT}
     try:
         ray.init(address=address, log_to_driver=False, **({} if address else here))
         engine = RayEngine(ray, nodes, gpus_per_node)

@@ -940,7 +940,9 @@ if shutil.which("openssl"):
 
 # %% [markdown]
 # Where Ray is installed, the next cell gives its actors the raising and the killing request of section 6. The promise is `dispatch`'s own, so it
-# must hold on any engine.
+# must hold on any engine. What a lost scheduler costs does depend on the engine: a Dask client hands its batches to the scheduler, so the requests that are
+# left end with an error that names it, while Ray's client talks to its actors directly and gets every answer (the test suite
+# stops and kills both).
 
 # %%
 from importlib.util import find_spec
