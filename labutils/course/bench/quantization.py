@@ -34,6 +34,7 @@ from labutils.course.bench.quantization_rows import (
     EngineRow,
     as_table,
     judge,
+    place,
     read_rows,
 )
 from labutils.course.bench.subject import Subject
@@ -44,6 +45,7 @@ from labutils.measurement.ledger import host_description
 from labutils.measurement.resources import kv_bytes_per_position
 from labutils.measurement.timing import check_repeats, measure_interleaved
 from labutils.quantization.affine import Scheme
+from labutils.quantization.kernels import find_kernels
 from labutils.quantization.packed import pack_model_
 
 SCHEMES = {"int8": Scheme(8), "int4": Scheme(4, granularity="group", group_size=64)}
@@ -118,6 +120,7 @@ def bench_quantization(
         RuntimeError: If an engine ends instead of answering.
     """
     check_repeats(settings.rounds)
+    find_kernels()  # compiles them, where that was not done: no engine's loading is to wait for it
     rows = read_rows(path) if path and path.exists() else []
     for make in subjects:
         subject = make()
@@ -130,7 +133,7 @@ def bench_quantization(
                 bench = Bench(subject, replace(settings, threads=count), stack, say)
                 for load in todo:
                     found = bench.measure(load)
-                    say(f"\n{subject.name}, {count} threads, {load.name}, {settings.rounds} rounds in turn")
+                    say(f"\n{place(found[0])}, {settings.rounds} rounds in turn")
                     say("\n".join([as_table(found), *map(str, judge(found))]))
                     rows += found
                     if path:
@@ -225,11 +228,15 @@ class Bench:
         return replace(row, profile=self._profile(row, load)) if row.ours else row
 
     def _profile(self, row: EngineRow, load: Load) -> dict[str, float]:
-        """Shares of a step: the layers' matrices and the head timed alone, the rest by subtraction."""
+        """Shares of a step: the layers' matrices and the head timed alone, the rest by subtraction.
+
+        None at all where those parts, called one by one from Python, take longer than the step in C.
+        """
         step_rows = load.prompt if load.count == 1 else load.rows
         answer = self.children[row.engine].ask({"do": "profile", "rows": step_rows})
         shares = {name: answer[name] * row.tokens_per_s / step_rows for name in ("matrices", "head")}
-        return shares | {"attention, norms, the rest": max(0.0, 1 - sum(shares.values()))}
+        rest = 1 - sum(shares.values())
+        return shares | {"attention, norms, the rest": rest} if rest >= 0 else {}
 
 
 def contenders(subject: Subject, settings: Settings, folder: Path) -> list[Contender]:

@@ -46,7 +46,7 @@ class EngineRow:
             median over rounds. None where they fit into the cache. Of the cache's bytes for `LONG`.
         load_s: From the file to an engine that is ready, without imports.
         peak_bytes: The most memory in use so far, beyond what the process had before it loaded.
-        profile: Shares of a step's time.
+        profile: Shares of a step's time; empty where they are not known.
         note: Why there are no samples.
     """
 
@@ -103,7 +103,7 @@ def judge(rows: Sequence[EngineRow]) -> list[Bar]:
         for second in again:
             first = next(row for row in here if row.engine == second.engine.removesuffix(f", {AGAIN}"))
             ratio = paired_ratio(first.samples, second.samples)
-            claim = f"{_place(first)}: {first.engine} in two processes within {SAME:.0%}"
+            claim = f"{place(first)}: {first.engine} in two processes within {SAME:.0%}"
             bars.append(Bar(claim, str(ratio), abs(ratio.value - 1) <= SAME))
     return bars
 
@@ -115,7 +115,8 @@ def _groups(rows: Sequence[EngineRow]) -> Iterator[list[EngineRow]]:
         yield [row for row in rows if (row.model, row.threads, row.load) == key and row.samples]
 
 
-def _place(row: EngineRow) -> str:
+def place(row: EngineRow) -> str:
+    """Model, threads and load in words."""
     return f"{row.model}, {_threads(row.threads)}, {row.load}"
 
 
@@ -136,24 +137,24 @@ def _against_others(ours: EngineRow, here: Sequence[EngineRow]) -> Iterator[Bar]
         ratio = paired_ratio(ours.samples, other.samples)
         holds = ratio.value >= factor
         spent = "" if holds or not ours.profile else f"; time: {as_shares(ours.profile)}"
-        yield Bar(f"{_place(ours)}: {ours.engine} at least {factor} times {other.engine}", f"{ratio}{spent}", holds)
+        yield Bar(f"{place(ours)}: {ours.engine} at least {factor} times {other.engine}", f"{ratio}{spent}", holds)
 
 
 def _alone(ours: EngineRow) -> Iterator[Bar]:
     if ours.load == LONG:
         ratio = 1 / ours.bandwidth_share
-        yield Bar(f"{_place(ours)}: at most {CACHE} times its bytes' time", f"{ratio:.2f}x", ratio <= CACHE)
+        yield Bar(f"{place(ours)}: at most {CACHE} times its bytes' time", f"{ratio:.2f}x", ratio <= CACHE)
     if ours.load != DECODE:
         return
     if ours.bandwidth_share is not None:
         share, spent = ours.bandwidth_share, f"; time: {as_shares(ours.profile)}" if ours.profile else ""
-        claim = f"{_place(ours)}: {ours.engine} reads at {SHARE:.0%} of the bandwidth measured"
+        claim = f"{place(ours)}: {ours.engine} reads at {SHARE:.0%} of the bandwidth measured"
         yield Bar(claim, f"{share:.0%}{'' if share >= SHARE else spent}", share >= SHARE)
     if ours.form == "int4" and ours.peak_bytes is not None:
         ratio = ours.peak_bytes / (ours.file_bytes + ours.cache_bytes)
-        claim = f"{_place(ours)}: memory of {ours.engine} at most {MEMORY} times file and cache"
+        claim = f"{place(ours)}: memory of {ours.engine} at most {MEMORY} times file and cache"
         yield Bar(claim, f"{ratio:.2f}x of {(ours.file_bytes + ours.cache_bytes) / 1e6:.0f} MB", ratio <= MEMORY)
-        claim = f"{_place(ours)}: {ours.engine} loads in at most {LOAD_S} s"
+        claim = f"{place(ours)}: {ours.engine} loads in at most {LOAD_S} s"
         yield Bar(claim, f"{ours.load_s:.2f} s", ours.load_s <= LOAD_S)
 
 
