@@ -1,35 +1,56 @@
-# %% WRONG output_error | weight's own error
-# EXERCISE output_error
-def output_error(weight, rounded, gram):
-    return (weight - rounded).square().sum() / weight.square().sum()
+# %% WRONG best_flip | return None where
+# EXERCISE best_flip
+def best_flip(row, rounded, gram, step):
+    pull = (row - rounded) @ gram
+    gains = 2 * step * pull.abs() - step**2 * gram.diagonal()
+    column = gains.argmax().item()
+    return column, 1 if pull[column] > 0 else -1
 
 
-# %% WRONG output_error | only the diagonal
-# EXERCISE output_error
-def output_error(weight, rounded, gram):
-    energy = gram.diagonal()
-    return ((weight - rounded).square() * energy).sum() / (weight.square() * energy).sum()
+# %% WRONG best_flip | whole Gram
+# EXERCISE best_flip
+def best_flip(row, rounded, gram, step):
+    pull = (row - rounded) * gram.diagonal()
+    gains = 2 * step * pull.abs() - step**2 * gram.diagonal()
+    column = gains.argmax().item()
+    if gains[column] > 0:
+        return column, 1 if pull[column] > 0 else -1
 
 
-# %% WRONG output_error | divide by
-# EXERCISE output_error
-def output_error(weight, rounded, gram):
-    d = weight - rounded
-    return ((d @ gram) * d).sum()
+# %% WRONG best_flip | error of its own
+# EXERCISE best_flip
+def best_flip(row, rounded, gram, step):
+    pull = (row - rounded) @ gram
+    gains = 2 * step * pull.abs()
+    column = gains.argmax().item()
+    if gains[column] > 0:
+        return column, 1 if pull[column] > 0 else -1
 
 
-# %% WRONG output_error | no root
-# EXERCISE output_error
-def output_error(weight, rounded, gram):
-    d = weight - rounded
-    return (((d @ gram) * d).sum() / ((weight @ gram) * weight).sum()) ** 0.5
+# %% WRONG best_flip | turn the direction
+# EXERCISE best_flip
+def best_flip(row, rounded, gram, step):
+    pull = (row - rounded) @ gram
+    gains = 2 * step * pull.abs() - step**2 * gram.diagonal()
+    column = gains.argmax().item()
+    if gains[column] > 0:
+        return column, -1 if pull[column] > 0 else 1
 
 
-# %% WRONG output_error | upside down
-# EXERCISE output_error
-def output_error(weight, rounded, gram):
-    d = weight - rounded
-    return ((weight @ gram) * weight).sum() / ((d @ gram) * d).sum()
+# %% WRONG best_flip | near the middle
+# EXERCISE best_flip
+def best_flip(row, rounded, gram, step):
+    column = (row - rounded).abs().argmax().item()
+    return column, 1 if row[column] > rounded[column] else -1
+
+
+# %% WRONG best_flip | direction is missing
+# EXERCISE best_flip
+def best_flip(row, rounded, gram, step):
+    pull = (row - rounded) @ gram
+    gains = 2 * step * pull.abs() - step**2 * gram.diagonal()
+    column = gains.argmax().item()
+    return column if gains[column] > 0 else None
 
 
 # %% WRONG gptq_round | plain rounding
@@ -194,7 +215,7 @@ def split_product(x, weight, threshold):
     return regular @ rounded.T + x[:, outliers] @ weight[:, outliers].T
 
 
-# %% WRONG split_product | no column was split off
+# %% WRONG split_product | nothing was split off
 # EXERCISE split_product
 def split_product(x, weight, threshold):
     return fake_quantize(x, Scheme(granularity="token")) @ fake_quantize(weight, Scheme()).T
@@ -283,34 +304,61 @@ def round_keys(keys, bits, group_size):
     return fake_quantize(keys.transpose(-1, -2), scheme).transpose(-1, -2)
 
 
+# %% WRONG straight_through | almost everywhere
+# EXERCISE straight_through
+def straight_through(weight, scale, qmax):
+    x = (weight / scale).clamp(-qmax, qmax)
+    return x.round() * scale
+
+
 # %% WRONG straight_through | no gradient arrives
 # EXERCISE straight_through
-def straight_through(weight, scheme):
-    return fake_quantize(weight.detach(), scheme)
+def straight_through(weight, scale, qmax):
+    x = (weight / scale).clamp(-qmax, qmax)
+    return (x.round() * scale).detach()
+
+
+# %% WRONG straight_through | a clamped weight
+# EXERCISE straight_through
+def straight_through(weight, scale, qmax):
+    x = (weight / scale).clamp(-qmax, qmax)
+    return weight + (x.round() * scale - weight).detach()
+
+
+# %% WRONG straight_through | scale gets no gradient
+# EXERCISE straight_through
+def straight_through(weight, scale, qmax):
+    scale = scale.detach()
+    x = (weight / scale).clamp(-qmax, qmax)
+    return (x + (x.round() - x).detach()) * scale
+
+
+# %% WRONG straight_through | two places
+# EXERCISE straight_through
+def straight_through(weight, scale, qmax):
+    x = (weight / scale).clamp(-qmax, qmax)
+    return (x + (x.round() - x).detach()) * scale.detach()
 
 
 # %% WRONG straight_through | round it
 # EXERCISE straight_through
-def straight_through(weight, scheme):
-    return weight
+def straight_through(weight, scale, qmax):
+    x = (weight / scale).clamp(-qmax, qmax)
+    return x * scale
 
 
-# %% WRONG straight_through | plus the rounded one
+# %% WRONG straight_through | clamp w / s
 # EXERCISE straight_through
-def straight_through(weight, scheme):
-    return weight + fake_quantize(weight, scheme).detach()
+def straight_through(weight, scale, qmax):
+    x = weight / scale
+    return (x + (x.round() - x).detach()) * scale
 
 
-# %% WRONG straight_through | turned round
+# %% WRONG straight_through | those are codes
 # EXERCISE straight_through
-def straight_through(weight, scheme):
-    return weight + (weight - fake_quantize(weight, scheme)).detach()
-
-
-# %% WRONG straight_through | almost everywhere
-# EXERCISE straight_through
-def straight_through(weight, scheme):
-    return fake_quantize(weight, scheme)
+def straight_through(weight, scale, qmax):
+    x = (weight / scale).clamp(-qmax, qmax)
+    return x + (x.round() - x).detach()
 
 
 # %% WRONG pack_halves | pair code k with code k + 16

@@ -1,4 +1,4 @@
-"""Checks of chapter 03: output error, GPTQ, AWQ, LLM.int8, a butterfly, KIVI's keys, straight-through gradients."""
+"""Checks of chapter 03: flips on purpose, GPTQ, AWQ, LLM.int8, butterfly, KIVI's keys, straight-through gradients."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import torch
 from labutils.course.checks import cases_of, exercise, expect_function
 from labutils.lab.layers import calibration
 from labutils.lab.layers.calibration import inverse_factor
-from labutils.quantization import awq, gptq, integer_linear, kv_cache, qat
+from labutils.quantization import awq, gptq, integer_linear, kv_cache
 from labutils.quantization.affine import QParams, Scheme, fake_quantize
 
 
@@ -20,32 +20,38 @@ def _layers(*sizes: int):
         yield weight, fake_quantize(weight, Scheme(bits=3)), x.T @ x
 
 
+def _flip(row, rounded, gram, step, *, whole=True, cost=1, sign=1, must=False):
+    """The best move of one weight, with one thing at a time gone wrong."""
+    pull = (row - rounded) @ (gram if whole else gram.diagonal().diag())
+    gains = 2 * step * pull.abs() - cost * step**2 * gram.diagonal()
+    column = gains.argmax().item()
+    return (column, sign if pull[column] > 0 else -sign) if must or gains[column] > 0 else None
+
+
+def _nearest_tie(row, rounded, gram, step):
+    column = (row - rounded).abs().argmax().item()
+    return column, 1 if row[column] > rounded[column] else -1
+
+
 @exercise("3.1")
-def output_error(answer):
-    """The relative error of a layer's outputs, from XᵀX."""
-
-    def part(weight, rounded, gram):
-        difference = weight - rounded
-        return ((difference @ gram) * difference).sum().item(), ((weight @ gram) * weight).sum().item()
-
-    def of_weights(weight, rounded, gram):
-        return ((weight - rounded).square().sum() / weight.square().sum()).item()
-
-    def of_diagonal(weight, rounded, gram):
-        energy = gram.diagonal()
-        return (((weight - rounded).square() * energy).sum() / (weight.square() * energy).sum()).item()
-
+def best_flip(answer):
+    """The move that lowers d G dᵀ most."""
+    cases = [{"row": torch.tensor([0.4, 0.3]), "rounded": torch.zeros(2), "gram": torch.eye(2), "step": 1.0}]
+    for weight, _, gram in _layers(6, 9, 12):
+        step = weight.abs().max().item() / 3
+        for row in weight[:2]:
+            cases.append({"row": row, "rounded": (row / step).round() * step, "gram": gram, "step": step})
     expect_function(
-        lambda **case: float(answer(**case)),
-        lambda weight, rounded, gram: calibration.layer_error(weight, rounded, gram),
-        cases=cases_of("weight rounded gram", *_layers(4, 5)),
-        rtol=1e-3,
+        answer,
+        _flip,
+        cases=cases,
         mistakes=[
-            (of_weights, "that is the weight's own error: the Gram matrix says how much each input counts"),
-            (of_diagonal, "only the diagonal of the Gram matrix was used: errors of two inputs may cancel or add up"),
-            (lambda **case: part(**case)[0], "that error depends on the layer's size: divide by ||X Wᵀ||²"),
-            (lambda **case: part(**case)[1] / part(**case)[0], "upside down: the error goes above the fraction bar"),
-            (lambda **case: (part(**case)[0] / part(**case)[1]) ** 0.5, "no root: the ratio of the squares is asked"),
+            (partial(_flip, must=True), "return None where no move lowers the error"),
+            (partial(_flip, whole=False), "errors of two inputs cancel or add up: use the whole Gram matrix"),
+            (partial(_flip, cost=0), "a move also adds an error of its own, step² · G[j, j]"),
+            (partial(_flip, sign=-1), "that move raises the error: turn the direction round"),
+            (_nearest_tie, "a weight near the middle of two codes need not matter: compare output errors"),
+            (lambda **case: (_flip(**case) or (None,))[0], "the direction is missing: return (column, direction)"),
         ],
     )
 
@@ -157,15 +163,9 @@ def split_product(answer):
         mistakes=[
             (partial(_split, added=False), "the outliers' own product is missing: add x[:, outliers] @ weight part"),
             (partial(_split, regular=False), "only the outliers' product came back: add the rounded rest"),
-            (
-                partial(_split, keep=True),
-                "the outliers were rounded and added again: set them to 0 first",
-            ),
+            (partial(_split, keep=True), "the outliers were rounded and added again: set them to 0 first"),
             (lambda x, weight, threshold: _split(x, weight, threshold + 1e-3), "|x| ≥ threshold: equality counts"),
-            (
-                lambda x, weight, threshold: _split(x, weight, 1e9),
-                "no column was split off: find those with |x| ≥ threshold",
-            ),
+            (lambda x, weight, threshold: _split(x, weight, 1e9), "nothing was split off: find |x| ≥ threshold"),
             (partial(_split, signed=True), "negative outliers count too: take |x|"),
             (partial(_split, per_tensor=True), "one scale for each token: granularity 'token' for x"),
         ],
@@ -264,33 +264,40 @@ def round_keys(answer):
 
 @exercise("3.7")
 def straight_through(answer):
-    """Rounded forward, untouched backward."""
-    scheme = Scheme(bits=3)
+    """Rounded forward; backward, the true gradients but for round's."""
 
     def passes(function):
-        def run(weight, scheme):
-            weight = weight.clone().requires_grad_()
-            value = function(weight, scheme)
-            into = torch.arange(1.0, weight.numel() + 1).view_as(weight)
-            gradient = torch.zeros_like(weight)
+        def run(weight, scale, qmax):
+            leaves = weight.clone().requires_grad_(), scale.clone().requires_grad_()
+            value = function(*leaves, qmax)
             if value.requires_grad:
-                (value * into).sum().backward()
-                gradient = weight.grad
-            return value.detach(), gradient
+                (value * torch.arange(1.0, weight.numel() + 1).view_as(weight)).sum().backward()
+            gradients = (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
+            return value.detach(), *gradients
 
         return run
 
-    make = torch.Generator().manual_seed(0)
+    def lsq(weight, scale, qmax):
+        x = (weight / scale).clamp(-qmax, qmax)
+        return scale * (x + (x.round() - x).detach())
+
+    def rounded(weight, scale, qmax):
+        return scale * (weight / scale).clamp(-qmax, qmax).round()
+
+    wrong = [
+        (rounded, "round() has the gradient 0 almost everywhere: let x pass and detach what rounding adds"),
+        (lambda w, s, q: rounded(w.detach(), s.detach(), q), "no gradient arrives: detach less"),
+        (lambda w, s, q: w + (rounded(w, s, q) - w).detach(), "a clamped weight has a gradient still, the scale none"),
+        (lambda w, s, q: lsq(w, s.detach(), q), "the scale gets no gradient: it is no constant"),
+        (lambda w, s, q: lsq(w, s, q) / s * s.detach(), "one of the scale's two places is a constant"),
+        (lambda w, s, q: s * (w / s).clamp(-q, q), "the forward pass saw the weight as it was: round it"),
+        (lambda w, s, q: lsq(w, s, 1e9), "codes lie within -qmax … qmax: clamp w / s before you round"),
+        (lambda w, s, q: lsq(w, s, q) / s, "those are codes: multiply by the scale"),
+    ]
+    weight = torch.tensor([[0.3, -0.7, 1.2, 5.0], [2.3, -0.1, -9.0, 1.8]])
     expect_function(
         passes(answer),
-        passes(qat.straight_through),
-        cases=[{"weight": torch.randn(2, n, generator=make), "scheme": scheme} for n in (4, 6)],
-        mistakes=[
-            (passes(lambda w, s: fake_quantize(w.detach(), s)), "no gradient arrives: add the weight itself"),
-            (passes(fake_quantize), "round() has the gradient 0 almost everywhere: detach the rounding error"),
-            (passes(lambda w, s: w), "the forward pass saw the weight as it was: round it"),
-            (passes(lambda w, s: w + fake_quantize(w, s).detach()), "that is the weight plus the rounded one"),
-            (passes(lambda w, s: fake_quantize(w.detach(), s) + w - w), "the two gradients cancel: detach one w"),
-            (passes(lambda w, s: w + (w - fake_quantize(w, s)).detach()), "the sign of the error is turned round"),
-        ],
+        passes(lsq),
+        cases=cases_of("weight scale qmax", (weight, torch.tensor([[0.5], [1.0]]), 3), (weight, torch.tensor(0.8), 1)),
+        mistakes=[(passes(function), hint) for function, hint in wrong],
     )
