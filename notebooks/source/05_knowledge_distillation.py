@@ -74,7 +74,7 @@ favourites, truth = wise.argmax(-1), text[0, 1:]
 
 
 def trained(loss, steps=150):
-    """Free logits for 200 places, from the same random start, by gradient descent on a loss."""
+    """Free logits for 200 positions, from the same random start, by gradient descent on a loss."""
     student = torch.randn(wise.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     optimizer = torch.optim.Adam([student], lr=0.3)
     for _ in range(steps):
@@ -121,7 +121,7 @@ print(
 # %%
 # EXERCISE soft_loss
 def soft_loss(student_logits, teacher_logits):
-    """KL(teacher ‖ student), mean over places."""
+    """KL(teacher ‖ student), mean over positions."""
     ### BEGIN SOLUTION
     student = torch.log_softmax(student_logits, dim=-1)
     wanted = torch.log_softmax(teacher_logits, dim=-1)
@@ -140,7 +140,7 @@ ch05.soft_loss(soft_loss)
 #
 # A label says one token. A teacher says which *wrong* tokens are nearly right. Hinton called this dark knowledge, and held that most
 # of what a model has learnt lies there. Here is what LabLM really predicts: a customer's intent (of 63, each by its whole name), and the next
-# token at three places.
+# token at three positions.
 #
 # **Predict:** a customer says "Something is wrong with my order." Which intents could that be?
 
@@ -148,7 +148,7 @@ ch05.soft_loss(soft_loss)
 from labutils.lab.data import service
 from labutils.lab.models.intents import intent_opinion
 
-PLACES = {
+CONTEXTS = {
     "a customer, cut off": "<|user|>Could you please",
     "code, a name": "<|endoftext|>import os\n\n\ndef read_lines(path):\n    with open(",
     "code, a keyword": "<|endoftext|>def f(x):\n    if x is None:\n        ",
@@ -167,7 +167,7 @@ def opinion(prompt):
 
 
 # %%
-opinions = {name: opinion(prompt) for name, prompt in PLACES.items()}
+opinions = {name: opinion(prompt) for name, prompt in CONTEXTS.items()}
 views = {"a customer's intent": (intent_opinion(wisdom, unclear), NAMES.__getitem__)}
 views |= {name: (logits, lambda i: repr(tokenizer.decode([i]))) for name, logits in opinions.items()}
 figure, panels = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
@@ -180,7 +180,7 @@ figure.suptitle(f"The teacher is least sure at “{max(elsewhere, key=elsewhere.
 plt.show()
 
 # %% [markdown]
-# *LabLM's six likeliest answers at four places (favourite hatched); the share in each title is what it gives to all others.* Where the favourite takes nearly everything, the rest is invisible, and so is what it could teach.
+# *LabLM's six likeliest answers at four positions (favourite hatched); the share in each title is what it gives to all others.* Where the favourite takes nearly everything, the rest is invisible, and so is what it could teach.
 # **Temperature** makes it visible: divide the logits by T before the softmax.
 
 # %% [markdown]
@@ -189,7 +189,7 @@ plt.show()
 # Write `soften(logits, temperature)`: probabilities of the last axis at that temperature. 1 line, 3 minutes, difficulty 1 of 3.
 #
 # <details><summary>Hint 1</summary>T → ∞ must give equal probabilities. Which operation on the logits does that?</details>
-# <details><summary>Hint 2</summary><code>torch.softmax(…, dim=-1)</code> of the divided logits.</details>
+# <details><summary>Hint 2</summary>Divide before the softmax, not after it: only then do the results still sum to 1.</details>
 
 
 # %%
@@ -349,8 +349,8 @@ bells = {}
 for name in ("forward KL", "reverse KL", "Jensen-Shannon"):
     ends = [one_bell(DIVERGENCES[name], start) for start in (8.0, 16.0, 24.0)]
     bells[name] = min(ends, key=lambda end: end[0])[-1]
-    places = (f"{loss:.3f} nats at centre {centre:.1f}, width {width:.1f}" for loss, centre, width, _ in ends)
-    print(f"{name:<15}", "; ".join(places))
+    minima = (f"{loss:.3f} nats at centre {centre:.1f}, width {width:.1f}" for loss, centre, width, _ in ends)
+    print(f"{name:<15}", "; ".join(minima))
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
@@ -402,7 +402,7 @@ ch05.jensen_shannon(jensen_shannon)
 #
 # But the k likeliest alone, rescaled to sum to 1, say that nothing else exists. Two cures: one **bucket** for the rest, or k
 # tokens **drawn** from the teacher, each worth 1/k, which are right on average (Anshumann et al. 2025, arXiv:2503.16870). We compare
-# them at equal storage, 3 and 96 tokens a place, drawn once; and beside them a teacher that is asked anew at each step.
+# them at equal storage, 3 and 96 tokens a position, drawn once; and beside them a teacher that is asked anew at each step.
 #
 # **Predict:** at the 20 positions where the teacher is least sure, how much will a student trained on its 3 favourites, rescaled, leave for
 # all other tokens?
@@ -418,7 +418,7 @@ for vocab, model_name in ((4096, "LabLM"), (128_256, "Llama 3")):
     whole, few = 2 * vocab * 10**9 / 1e12, stored_bytes(10**9, k=32) / 1e12
     print(f"{model_name}: a billion tokens take {whole:.1f} TB in full, {few:.2f} TB as the 32 likeliest")
 
-unsure = wise[article_loss(wise).topk(20).indices]  # the 20 places where the teacher is least sure
+unsure = wise[article_loss(wise).topk(20).indices]  # the 20 positions where the teacher is least sure
 three, coin = top_k(unsure, 3), torch.Generator().manual_seed(0)
 
 
@@ -491,12 +491,12 @@ with tempfile.TemporaryDirectory() as folder:
     store = TeacherCache(Path(folder), teacher, k=32, tokens=lesson[:, 1:].numel())
     print(f"announced {store.announced_bytes / 1e3:.1f} kB", end=", ")
     store(lesson)
-    print(f"used {store.used_bytes / 1e3:.1f} kB for {lesson[:, 1:].numel()} places")
+    print(f"used {store.used_bytes / 1e3:.1f} kB for {lesson[:, 1:].numel()} positions")
 
 # %% [markdown]
 # ## 6 · What does not count
 #
-# Prompts and padding are no answers; their labels are −100. The place t predicts the label t + 1, so the labels lose their first
+# Prompts and padding are no answers; their labels are −100. Position t predicts the label t + 1, so the labels lose their first
 # column, and the values of a loss are one shorter than the text.
 #
 # **Tiny numbers:** losses (1, 5, 9) with labels (7, 3, 4, −100): the mean of 1 and 5 is 3.
@@ -513,7 +513,7 @@ with tempfile.TemporaryDirectory() as folder:
 # %%
 # EXERCISE mean_where_counted
 def mean_where_counted(values, labels):
-    """Mean over the places whose label counts."""
+    """Mean over the positions whose label counts."""
     ### BEGIN SOLUTION
     return values[labels[:, 1:] != -100].mean()
     ### END SOLUTION
@@ -771,8 +771,8 @@ plt.show()
 # %% [markdown]
 # *All panels but the last: quality on the validation text while a student learns, with and without its teacher, mean over seeds with
 # Student's 95% interval; in each title the difference there at the end, paired by seed. The last: KD minus CE on the held-out modules, other
-# text, with the intervals printed above.* The steps down after step 200 are where sequences grow from 512 to 1,024 tokens. The rise before it, where there is one, has a known
-# reason: in short sequences a pruned model forgets how to copy from far back.
+# text, with the intervals printed above.* The steps down after step 200 are where sequences grow from 512 to 1,024 tokens. The rise before it, where there is one, fell
+# together with training on short sequences. A likely reason, which no cell here tests: there a pruned model forgets how to copy from far back.
 #
 # So the teacher helps the two larger students, by a little. For the smallest these runs do not settle it: compare its two differences,
 # on validation text and on the held-out modules. An effect that changes its sign with the text is no effect to explain, even where its
@@ -828,7 +828,7 @@ print(
 insides = {
     "answers alone": Recipe(),
     "+ hidden states": Recipe(hidden=1.0),
-    "+ hidden and attention": Recipe(hidden=1.0, attention=1000.0),  # squared shares of attention are tiny
+    "+ hidden and attention": Recipe(hidden=1.0, attention=1000.0),  # squared attention weights are tiny
     "DistilBERT's three parts": DISTILBERT,
 }
 attentive = copy.deepcopy(teacher)
@@ -1037,7 +1037,7 @@ for kind in ("2 bits", "60% zeros"):
 # positions. 1 line, 4 minutes, difficulty 1 of 3.
 #
 # <details><summary>Hint 1</summary>The smaller of both at each token, summed over the vocabulary.</details>
-# <details><summary>Hint 2</summary><code>torch.minimum(…).sum(-1).mean()</code></details>
+# <details><summary>Hint 2</summary>Which axis holds the tokens of one position? Sum over it first; the mean is over what is left.</details>
 
 
 # %%
@@ -1065,7 +1065,7 @@ talks = [
 ]
 # %%
 replies = [reply_labels(ids, roles=role_ids(tokenizer))[1:] != -100 for ids in talks]  # only what the assistant says
-PLACES_OF = {
+TEXTS = {
     "code": (codes, [torch.ones(len(ids) - 1, dtype=torch.bool) for ids in codes]),
     "replies": (talks, replies),
 }
@@ -1097,10 +1097,10 @@ BEGUN = {
 rates = {}
 for name, draft in {"LabLM-small": small, "this chapter's short student": short}.items():
     own = {f"{what}, its own": own_texts(draft, begun) for what, begun in BEGUN.items()}
-    for text_name, (texts, kept) in (PLACES_OF | own).items():
+    for text_name, (texts, kept) in (TEXTS | own).items():
         rates[name, text_name] = alpha, greedy = accepted(draft, texts, kept)
         print(
-            f"{name:<30}{text_name:<17}{sum(int(k.sum()) for k in kept):>6} places: accepted {alpha:.1%} drawn, {greedy:.1%} greedy; "
+            f"{name:<30}{text_name:<17}{sum(int(k.sum()) for k in kept):>6} positions: accepted {alpha:.1%} drawn, {greedy:.1%} greedy; "
             f"4 drafted tokens give {tokens_per_target_step(alpha, draft_tokens=4):.2f} a step"
         )
 
@@ -1144,7 +1144,7 @@ for name in entrants:
     print(f"{name:<14} {smaller[name]:>4.0%} smaller, {faster[name]} as fast; {times[name]}")
 my_gain.compare(faster["LabLM-small"].value)
 c = times["LabLM-small"].median_s / times["LabLM"].median_s
-for text_name in (*PLACES_OF, *own):
+for text_name in (*TEXTS, *own):
     step = tokens_per_target_step(rates["LabLM-small", text_name][0], draft_tokens=4)
     print(f"LabLM-small as a draft on {text_name}: c = {c:.2f}, speed-up by the formula {step / (4 * c + 1):.2f}x")
 
