@@ -177,7 +177,9 @@ static inline __attribute__((always_inline)) void store_rows(
     f32x8 bias = {0};
     for (int64_t r = 0; w->bias && r < ROWS && r < rows; r++) bias[r] = w->bias[first + r];
     for (int t = 0; t < tokens; t++) {
-        f32x8 made = sum[t * step] + bias;
+        f32x8 made;
+        memcpy(&made, sum + t * step, sizeof made);  // of 16 numbers or 8: a compiler may tell their types apart
+        made += bias;
         if (rows >= ROWS) memcpy(y + (token + t) * w->out + first, &made, sizeof made);
         else memcpy(y + (token + t) * w->out + first, &made, rows * sizeof(float));
     }
