@@ -63,7 +63,8 @@ How to write a chapter
            return codes / scale
 
    The words after ``|`` must stand in the *hint*; two wrong answers of an exercise need different
-   hints (unless the header ends in ``| same``). ``python tests/lanes.py 02_name`` runs all three lanes.
+   hints (unless the header ends in ``| same``). ``python tests/lanes.py 02_name`` runs all three lanes, with what
+   only makes a lesson's numbers steadier at the smaller sizes of ``tests/smaller.py``.
 
 5. ``python -m labutils build`` writes both notebooks and executes solutions whose code has changed
    (``--only 02`` for one chapter). End the chapter with ``progress()`` of `labutils.course.progress`.
