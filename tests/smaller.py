@@ -9,6 +9,15 @@ import re
 from labutils.measurement.timing import MIN_REPEATS
 
 SMALLER = {
+    "03_quantizing_a_language_model": {
+        "LIMIT_BYTES = 1000": "LIMIT_BYTES = 400",
+        "count=40": "count=20",
+        "two_bits, STEPS = scheme_of(2), 30": "two_bits, STEPS = scheme_of(2), 3",
+        "[:255]": "[:63]",
+        "ROWS, N = 16384, 8192": "ROWS, N = 512, 1024",
+        "speed_subject(num_hidden_layers=8)": "speed_subject(num_hidden_layers=1)",
+        "state_bits=7": "state_bits=4",
+    },
     "04_pruning": {
         "limit_bytes=600": "limit_bytes=100",
         "code=8, dialogues=8, context=128, batch=16": "code=1, dialogues=1, context=64, batch=2",
@@ -31,6 +40,31 @@ SMALLER = {
         "lessons[:10]": "lessons[:2]",
         "0.05, 200)": "0.05, 12)",
         "1e-2, 200)": "1e-2, 12)",
+    },
+    "12_applications": {
+        "10_000": "1_000",
+        '{"grammar": 8, "language model": 5}': '{"grammar": 5, "language model": 5}',
+        "(40, 20, 10, 0)": "(40, 0)",
+        "(8, 6, 4, 3, 2), (0.2, 0.4, 0.5, 0.6, 0.8)": "(8, 2), (0.2, 0.8)",
+        "resamples=300": "resamples=20",
+    },
+    "13_capstone": {
+        '"test", 20, seed=13': '"test", 4, seed=13',
+        "duration_s=3.0": "duration_s=1.0",
+        "limit_bytes=400": "limit_bytes=100",
+        "((8, False), (4, False), (4, True), (3, False), (3, True))": "((8, False), (3, False), (3, True))",
+        "REQUESTS = 40": "REQUESTS = 8",
+        "for size in (1024, *SPACE.vocabulary):": "for size in (1024,):",
+        '"validation", 48': '"validation", 6',
+        "steps=24": "steps=6",
+        "range(200)": "range(5)",
+        "MEANINGS = 40": "MEANINGS = 20",
+        "rows=16, context=256": "rows=2, context=64",
+        "drawn_texts(240": "drawn_texts(60",
+        "Q, STEPS, SIGMAS = 0.05, 100,": "Q, STEPS, SIGMAS = 0.05, 40,",
+        "10_000": "2_500",
+        "drawn_requests(30)": "drawn_requests(15)",
+        "range(60))": "range(30))",
     },
 }
 
