@@ -12,7 +12,6 @@ SMALLER = {
     "03_quantizing_a_language_model": {
         "LIMIT_BYTES = 1000": "LIMIT_BYTES = 400",
         "count=40": "count=20",
-        "two_bits, STEPS = scheme_of(2), 30": "two_bits, STEPS = scheme_of(2), 3",
         "[:255]": "[:63]",
         "ROWS, N = 16384, 8192": "ROWS, N = 512, 1024",
         "speed_subject(num_hidden_layers=8)": "speed_subject(num_hidden_layers=1)",
