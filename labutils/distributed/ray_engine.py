@@ -121,8 +121,8 @@ def ray_cluster(nodes: int, *, address: str | None = None, gpus_per_node: float 
 
     Batches go straight to the actors, so they are answered while Ray's scheduler, the GCS, is stopped or gone; a node
     that dies meanwhile counts as stopped, after `timeout_s`, and has no successor before the GCS is back. On a cluster
-    that was started elsewhere, Ray ends the process that calls this once the GCS has been away for the head's
-    RAY_gcs_rpc_server_reconnect_timeout_s (60 s): whoever needs longer sets that variable there.
+    that was started elsewhere Ray ends this process once the GCS has been away for 60 s, or for as long as
+    RAY_gcs_rpc_server_reconnect_timeout_s of its environment says.
 
     Each actor takes one CPU and `gpus_per_node` GPUs; an actor for which the cluster has no room never starts,
     and is no node. This waits for the others, at most `START_S` seconds.

@@ -811,10 +811,10 @@ for name, link in list(LINKS.items())[2:]:
         print(f"woken late by {late:.2f} ms in all")
 
 # %% [markdown]
-# (Measured times include the prompt, whose messages are longer. A simulated message sleeps, and a system wakes a sleeper later than asked; the last two
-# milliseconds are therefore spent looking at the clock, and what is still late is counted and printed. A miss that is larger than that comes from the
-# machine: two ranks share its cores with everything else, and runs of one row differ. The pipeline hides part of a message behind the other group's work,
-# so it may come out below its prediction.)
+# (A simulated message sleeps, and a system wakes a sleeper later than asked; the last two milliseconds are therefore spent looking at the clock, and what is
+# still late is counted and printed. Compare it with the miss: where the miss is larger, sleeping does not explain it. The rest we have not taken apart. The
+# prompt's messages, which are longer and not in the prediction, are part of it; two ranks also share this machine's cores with everything else, and runs of one
+# row differ. The pipeline hides part of a message behind the other group's work, so it may come out below its prediction.)
 #
 # Now a model that nobody loads here: Llama-2-70B's shape in fp16, on eight devices of 24 GB that read 1 TB/s, with two links. Its messages are small
 # (16 requests × 8192 × 2 bytes), so a ring of eight spends most of its time on 14 latencies. Engines therefore have a **one-shot** all-reduce as well:
