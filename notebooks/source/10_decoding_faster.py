@@ -53,7 +53,7 @@ targets = {
     "LabLM int4": packed(model, INT4),
 }
 prompts = {kind: text_prompts(kind, tokenizer, 5) for kind in KINDS}
-print(f"cpu, {torch.get_num_threads()} threads;", {kind: [p.shape[1] for p in some] for kind, some in prompts.items()})
+print(f"cpu, threads: {torch.get_num_threads()};", {kind: [p.shape[1] for p in some] for kind, some in prompts.items()})
 print(tokenizer.decode(prompts["qa"][1][0, -80:]))
 
 # %% [markdown]
@@ -1577,7 +1577,7 @@ for path in ("ours", "transformers"):
 growth = paired_ratio(taken["ours 512"].samples_s, taken["ours 32"].samples_s)
 print(f"ours: 512 tokens take {growth} as long as 32")
 my_growth.compare(growth.value)
-print(f"float32, batch 1, cpu, {torch.get_num_threads()} threads, median of 5 interleaved rounds")
+print(f"float32, batch 1, cpu, threads: {torch.get_num_threads()}, median of 5 interleaved rounds")
 
 # %% [markdown]
 # What do prompt tokens buy? LabLM names an intent when the system message says "Name the intent.", because it was *trained* to: the
@@ -1911,7 +1911,7 @@ def table(contestants, runs, seconds, curve):
 
 
 TITLES = f"{'proposer':<26} {'text':<12}  γ      α  tokens/step  predicted  measured"
-print(f"LabLM int8, cpu, {torch.get_num_threads()} threads\n{TITLES}")
+print(f"LabLM int8, cpu, threads: {torch.get_num_threads()}\n{TITLES}")
 speedups = table(TABLE, runs, seconds, curves["LabLM int8"])
 best = {kind: max(TABLE, key=lambda name, kind=kind: speedups[name, kind].value) for kind in KINDS}
 print({kind: f"{name}, {speedups[name, kind]}" for kind, name in best.items()})
@@ -1952,7 +1952,7 @@ plt.show()
 few = ("suffix automaton", "LabLM-small, 2,048 tokens", "LabLM int4")
 large_table = {name: TABLE[name] for name in few} | {"look-ahead head": (LookAheadDraft(large, head, shared), 2)}
 large_runs, large_seconds = contest_of(large, large_table, ("chat", "qa"), texts=1)
-print(f"0.24B int8, cpu, {torch.get_num_threads()} threads\n{TITLES}")
+print(f"0.24B int8, cpu, threads: {torch.get_num_threads()}\n{TITLES}")
 large_speedups = table(large_table, large_runs, large_seconds, curves["0.24B int8"])
 
 # %% [markdown]

@@ -209,7 +209,7 @@ model, tokenizer = load_model("lablm")
 pack_model_(model, Scheme(8))
 paged = paged_llama(model, positions=16_384)
 prompts = {kind: [p[0].tolist() for p in text_prompts(kind, tokenizer, 32)] for kind in ("chat", "qa", "code")}
-print(f"cpu, int8, {torch.get_num_threads()} threads; {paged.blocks} blocks of {paged.block_size} positions")
+print(f"cpu, int8, threads: {torch.get_num_threads()}; {paged.blocks} blocks of {paged.block_size} positions")
 print({kind: f"prompts of {min(map(len, some))} to {max(map(len, some))} tokens" for kind, some in prompts.items()})
 
 # %%

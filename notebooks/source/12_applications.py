@@ -264,7 +264,7 @@ def spread(values):
 
 
 replies = {name: [r for kind in tasks for r in outcomes[kind][name].replies] for name in variants}
-print(f"cpu, {torch.get_num_threads()} threads; {len(replies['int8'])} requests, each once with every variant; ms")
+print(f"cpu, threads: {torch.get_num_threads()}; {len(replies['int8'])} requests, each once with every variant; ms")
 print(f"{'':<16}TTFT p50    p99   whole p50    p99   gain at p50, whole")
 for name, some in replies.items():
     whole = [reply.latency_s for reply in some]
@@ -385,7 +385,7 @@ for name, net, rows_of in (("tiny encoder", encoder, token_rows), ("n-grams, lin
         seconds[name].append(time.perf_counter() - begin)
 
 # %%
-print(f"{COUNT} queries, one at a time, cpu, {torch.get_num_threads()} threads")
+print(f"{COUNT} queries, one at a time, cpu, threads: {torch.get_num_threads()}")
 for name, guessed in guesses.items():
     hits = [float(g == e) for g, e in zip(guessed, naming.expected, strict=True)]
     gap = scores.paired_difference(hits, named["LabLM, float32"].scores)
@@ -920,7 +920,7 @@ took = measure_interleaved(
     {name: lambda way=way: [way(q) for q in asked[:10]] for name, way in ways.items()}, repeats=7
 )
 print(
-    f"{len(vectors)} vectors of 128 numbers: {vectors.nbytes / 1e6:.1f} MB in float32, {small.packed.nbytes / 1e6:.1f} MB in int8; {took['all, int8'].threads} threads"
+    f"{len(vectors)} vectors of 128 numbers: {vectors.nbytes / 1e6:.1f} MB in float32, {small.packed.nbytes / 1e6:.1f} MB in int8; threads: {took['all, int8'].threads}"
 )
 
 # %%
@@ -2027,7 +2027,7 @@ my_share.compare(exact["int3"] / len(values))
 # %%
 from labutils.measurement import ledger
 
-print(f"margin {MARGIN:.0%}, {ITEMS} requests a task, cpu, {torch.get_num_threads()} threads")
+print(f"margin {MARGIN:.0%}, {ITEMS} requests a task, cpu, threads: {torch.get_num_threads()}")
 records = []
 for kind in tasks:
     times = {n: [reply.latency_s for reply in outcomes[kind][n].replies] for n in variants}

@@ -317,7 +317,7 @@ for rung, start in ((RUNGS[1], 500), (RUNGS[2], 2000)):
     )
     if rung == RUNGS[1] and found.served:
         my_users.compare(found.served)
-print(f"cpu, {torch.get_num_threads()} thread(s), {rung.running} requests in a step")
+print(f"cpu, threads: {torch.get_num_threads()}, {rung.running} requests in a step")
 
 # %% [markdown]
 # That was one search each. `python -m labutils bench users` climbs the whole ladder and searches each rung several times, each time with other arrivals. Here is what it stored, on the machine named below it. Each row differs in one
@@ -513,7 +513,7 @@ prompts = [chat_ids(tokenizer, item.messages[:-1], add_generation_prompt=True) f
 expected = [read_answer(item.messages[-1]["content"]) for item in items]
 task = ways.Task(service.ANSWER, prompts, expected, parse=read_answer)
 records = ways.compare(contenders, task, model="lablm", chapter="13")
-print(f"cpu, {torch.get_num_threads()} thread(s), {REQUESTS} requests, each answered by all techniques in turn")
+print(f"cpu, threads: {torch.get_num_threads()}, {REQUESTS} requests, each answered by all techniques in turn")
 
 # %%
 from labutils.lab.plots.one_plot import draw_techniques, techniques_table
@@ -620,7 +620,7 @@ for size in (1024, *SPACE.vocabulary):
     )
     if size == 1024:
         my_factor.compare(value)
-print("float32, cpu,", torch.get_num_threads(), "threads, 61 rounds in turn with LabLM-small")
+print(f"float32, cpu, threads: {torch.get_num_threads()}, 61 rounds in turn with LabLM-small")
 
 # %% [markdown]
 # <details><summary>Explain</summary>
@@ -1258,7 +1258,7 @@ for place, unit in enumerate(("tokens", "characters", "bytes")):
     )
 
 # %%
-print(f"cpu, {torch.get_num_threads()} threads, {MEANINGS} meanings, each answered once; ms for a whole answer, p50")
+print(f"cpu, threads: {torch.get_num_threads()}, {MEANINGS} meanings, each answered once; ms for a whole answer, p50")
 for name in names:
     en, zh = ([1e3 * reply.latency_s for reply in live[name].replies[start::2]] for start in (0, 1))
     tokens = [statistics.fmean(len(reply.token_s) for reply in live[name].replies[start::2]) for start in (0, 1)]
@@ -1447,7 +1447,7 @@ def trained(texts, loss_of=text_loss, seed=0):
 started = time.perf_counter()
 untrained = load_model("lablm-small").model
 tuned = trained([*members, *members, *planted])
-print(f"{time.perf_counter() - started:.0f} s on {torch.get_num_threads()} threads")
+print(f"{time.perf_counter() - started:.0f} s, threads: {torch.get_num_threads()}")
 
 # %% [markdown]
 # What happens to it afterwards? It is quantized. Or it is distilled: a student begins where the tuned model began, and reads *other* dialogues, in which no canary stands.
@@ -2047,7 +2047,7 @@ if reference:
     print(f"the reference solution scores {reference.score(BUDGET):.2f}; {reference.speedup} as fast")
     my_score.compare(reference.speedup.low)
     print(
-        f"cpu, {torch.get_num_threads()} threads, {len(reference.samples_s['design'])} rounds of one answer, 2 warm-up"
+        f"cpu, threads: {torch.get_num_threads()}, {len(reference.samples_s['design'])} rounds of one answer, 2 warm-up"
     )
 
 # %% [markdown]
