@@ -694,6 +694,7 @@ for row in saved["rows"]:
 my_arrays = predict("8 x 8 int8 arrays, never loaded, that one core equals at 64 rows", None, unit="arrays")
 
 # %%
+from labutils.measurement.ledger import host_line
 from labutils.measurement.threads import thread_count
 from labutils.measurement.timing import measure_interleaved
 from labutils.quantization.packed import PackedLinear
@@ -704,8 +705,10 @@ with thread_count(1), torch.inference_mode():
     ours, library = PackedLinear.from_layer(dense, Scheme()), torch.ops.quantized
     int8 = torch.quantize_per_tensor(dense.weight, dense.weight.abs().max().item() / 127, 0, torch.qint8)
     theirs = library.linear_prepack(int8, None)
-    functions = {f"C kernels, {n} rows": lambda x=x: ours(x) for n, x in inputs.items()}
-    functions |= {f"PyTorch, {n} rows": lambda x=x: library.linear_dynamic(x, theirs) for n, x in inputs.items()}
+    functions = {f"C kernels, {n} row{'s' * (n > 1)}": lambda x=x: ours(x) for n, x in inputs.items()}
+    functions |= {
+        f"PyTorch, {n} row{'s' * (n > 1)}": lambda x=x: library.linear_dynamic(x, theirs) for n, x in inputs.items()
+    }
     timings = measure_interleaved(functions, repeats=9, warmup=2)
 
 # %%
@@ -715,12 +718,13 @@ for name, timing in timings.items():
     cpu[name] = gmac[len(gmac) // 2]
     print(f"{name:<20} {cpu[name]:>6.1f} GMAC/s, from {gmac[-1]:.1f} to {gmac[0]:.1f}")
 engine = torch.backends.quantized.engine
+print(host_line())
 print(
     f"int8, one CPU thread, {SIZE} x {SIZE}, PyTorch's engine {engine}; inputs quantized on the way; median of 9, interleaved"
 )
 from labutils.fpga.simulate import with_loading
 
-best = {rows: max(value for name, value in cpu.items() if f", {rows} rows" in name) for rows in (1, 64)}
+best = {rows: max(value for name, value in cpu.items() if f", {rows} row" in name) for rows in (1, 64)}
 print(f"\n{'how many arrays one core equals':<40}{'64 rows, bound':>15}{'64 rows':>10}{'1 row':>8}")
 arrays = {r["design"]: (ArraySpec(**r["spec"]), r["gmac_per_s"]) for r in saved["rows"] if r["gmac_per_s"]}
 for name, (spec, bound) in arrays.items():
