@@ -126,6 +126,15 @@ def test_every_build_equals_pytorch_on_random_shapes(build, data):
         assert torch.equal(run_build(build, x[t : t + 1], layer)[0], expected[t])
 
 
+def test_a_tie_is_rounded_as_c_rounds_it(build):
+    """A number over a tensor is its reciprocal times the number in PyTorch (2.13), which rounds twice."""
+    x = random(10, 192, seed=51298289)[9:, 128:160] * 1e-12
+    largest = x.abs().max()
+    assert ((x * (largest.new_tensor(127) / largest)).frac().abs() == 0.5).any()
+    layer = PackedLinear(PackedWeight.from_float(random(1, 32), Scheme(8)), None)
+    assert torch.equal(run_build(build, x, layer), packed_linear_torch(*arguments(x, layer)))
+
+
 @pytest.mark.parametrize(("bits", "cache"), [(32, 32), (8, 32), (4, 32), (8, 8)])
 def test_every_build_gives_a_whole_token_the_same_bits(build, bits, cache):
     if find_kernels()[0] is None:

@@ -1279,6 +1279,10 @@ for axes, place, text in zip(panels, (1, 3), ("code", "dialogues"), strict=True)
     axes.grid(alpha=0.25)
 plt.show()
 
+# %% [markdown]
+# *The loss against float32 in bits per byte, with the paired 95% interval over documents, after so many steps of a stored run; at 0 stands
+# the model before any training, as it is rounded.*
+
 # %%
 names = ("GPTQ 2", "SignRound 2", longest["QAT 2"], longest["QAT 2, from GPTQ"])
 rest = {name: stored[name][1].difference / stored["RTN 2"][1].difference for name in names}
@@ -1291,9 +1295,6 @@ for other in (*names[:2], "QAT 2, 30 steps"):
     print(f"30 steps from GPTQ lose on code, against {other}: {told_apart(run['bits'], names[3], other)}")
 
 # %% [markdown]
-# *The loss against float32 in bits per byte, with the paired 95% interval over documents, after so many steps of a stored run; at 0 stands
-# the model before any training, as it is rounded.*
-#
 # Read the two panels together. On code, does the curve still fall at its end, and do the printed lines tell its points apart? Then 30 steps
 # said little about the method. On dialogues a loss below zero is no magic of two bits: training reads a kind of text that float32 could also
 # have read longer, so ask what as many steps would have done for *it*. Training needs gradients, memory for them, and text; a real run takes
