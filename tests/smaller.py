@@ -49,7 +49,7 @@ SMALLER = {
     },
     "13_capstone": {
         '"test", 20, seed=13': '"test", 4, seed=13',
-        "duration_s=3.0": "duration_s=1.0",
+        "duration_s=3.0": "duration_s=1.5",
         "limit_bytes=400": "limit_bytes=100",
         "((8, False), (4, False), (4, True), (3, False), (3, True))": "((8, False), (3, False), (3, True))",
         "REQUESTS = 40": "REQUESTS = 8",
