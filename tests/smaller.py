@@ -47,24 +47,6 @@ SMALLER = {
         "(8, 6, 4, 3, 2), (0.2, 0.4, 0.5, 0.6, 0.8)": "(8, 2), (0.2, 0.8)",
         "resamples=300": "resamples=20",
     },
-    "13_capstone": {
-        '"test", 20, seed=13': '"test", 4, seed=13',
-        "duration_s=3.0": "duration_s=1.5",
-        "limit_bytes=400": "limit_bytes=100",
-        "((8, False), (4, False), (4, True), (3, False), (3, True))": "((8, False), (3, False), (3, True))",
-        "REQUESTS = 40": "REQUESTS = 8",
-        "for size in (1024, *SPACE.vocabulary):": "for size in (1024,):",
-        '"validation", 48': '"validation", 6',
-        "steps=24": "steps=6",
-        "range(200)": "range(5)",
-        "MEANINGS = 40": "MEANINGS = 20",
-        "rows=16, context=256": "rows=2, context=64",
-        "drawn_texts(240": "drawn_texts(60",
-        "Q, STEPS, SIGMAS = 0.05, 100,": "Q, STEPS, SIGMAS = 0.05, 40,",
-        "10_000": "2_500",
-        "drawn_requests(30)": "drawn_requests(15)",
-        "range(60))": "range(30))",
-    },
 }
 
 
