@@ -216,7 +216,12 @@ NEEDED = {  # words of the cells that a chapter's widgets need
     ],
     "02_quantization_formulas": ["from labutils.lab.layers.linears"],
     "03_quantizing_a_language_model": [
-        *("import copy\nimport itertools", "statistics = input_statistics(", "=look = lambda *_: None", "def scheme_of("),
+        *(
+            "import copy\nimport itertools",
+            "statistics = input_statistics(",
+            "=look = lambda *_: None",
+            "def scheme_of(",
+        ),
         *("three_bits_model =", "inverse_factor"),
     ],
 }

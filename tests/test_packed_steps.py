@@ -128,6 +128,17 @@ def test_blocks_fill_the_cache_and_then_refuse():
 
 
 @needs_kernels
+def test_a_prompt_may_take_more_calls_than_python_nests():
+    model = pack_model_(tiny_model("llama-gqa-tied", max_position_embeddings=2400), Scheme(8))
+    decoder = fast_packed_llama(model, max_length=2400)
+    ids = random_ids(2301)[0].tolist()
+    hidden, logits = decoder.few_tokens.read(ids, 0, 5)
+    decoder.few_tokens.chunk = 2
+    again = decoder.few_tokens.read(ids, 0, 5)
+    assert np.array_equal(again[0], hidden) and torch.equal(again[1], logits) and logits.shape == (5, 97)
+
+
+@needs_kernels
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-untied-bias"])
 @pytest.mark.parametrize("wrong", [-1, 97, 10**6])
 def test_an_id_that_is_no_token_s_is_refused_before_c_reads_its_row(name, wrong):

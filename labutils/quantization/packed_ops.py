@@ -35,9 +35,8 @@ def quantize_tokens(
     """
     blocks = pad(x, (0, padded - x.shape[1])).unflatten(1, (-1, block))
     largest = blocks.abs().amax(dim=2, keepdim=True)
-    inverse = torch.where(
-        largest > SMALLEST, torch.full_like(largest, 127) / largest, 0.0
-    )  # 127 / largest rounds twice
+    inverse = torch.full_like(largest, 127) / largest  # 127 / largest rounds twice
+    inverse = torch.where(largest > SMALLEST, inverse, 0.0)
     codes = torch.round(blocks * inverse).nan_to_num(0).to(torch.int8)
     scales = torch.where(largest > SMALLEST, largest / 127, 0.0)
     return codes, torch.where(largest.isfinite(), scales, torch.nan)

@@ -156,10 +156,15 @@ class FewTokens:
             MemoryError: when there is no room for the tokens' codes.
         """
         if len(token_ids) > self.chunk:
-            cut = len(token_ids) - self.chunk
-            before = self.read(token_ids[:cut], position, max(rows - self.chunk, 0))
-            last = self.read(token_ids[cut:], position + cut, min(rows, self.chunk))
-            return np.concatenate([before[0], last[0]]), torch.cat([before[1], last[1]])
+            first = (
+                len(token_ids) % self.chunk or self.chunk
+            )  # a full call comes last: only an earlier one may have one row
+            ends = range(first, len(token_ids) + 1, self.chunk)
+            made = []
+            for start, end in zip([0, *ends[:-1]], ends, strict=True):
+                its_rows = min(max(rows - (len(token_ids) - end), 0), end - start)
+                made.append(self.read(token_ids[start:end], position + start, its_rows))
+            return np.concatenate([hidden for hidden, _ in made]), torch.cat([logits for _, logits in made])
         self._require_tokens(token_ids)
         self.tokens[: len(token_ids)] = token_ids
         self._place(len(token_ids), position)
