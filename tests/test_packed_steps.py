@@ -2,6 +2,8 @@
 
 import copy
 import ctypes
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from labutils.quantization.packed_ops import quantize_tokens
 from labutils.quantization.packed_steps import Arena, FewTokens, FusedPacked, arena_bytes
 
 LIBRARY, REASON = find_kernels()
+SMAPS = Path("/proc/self/smaps")
 needs_kernels = pytest.mark.skipif(LIBRARY is None, reason=REASON)
 seeds = st.integers(0, 2**31)
 INT8, GROUP_32 = Scheme(8), Scheme(4, granularity="group", group_size=32)
@@ -359,3 +362,17 @@ def test_float_matrix_multiplies_as_torch_for_any_shape(outputs, inputs):
         LIBRARY.packed_linear(matrix.parts[0][0], x.ctypes.data, y.ctypes.data, 3, threads)
         expected = nn.functional.linear(torch.from_numpy(x).double(), layer.weight.double(), layer.bias.double())
         torch.testing.assert_close(torch.from_numpy(y).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux's /proc")
+def test_arena_is_private_memory_that_may_take_huge_pages():
+    kept = Arena(2**22).put([torch.zeros(2**20)])
+    address, flags, here = kept.data_ptr(), [], False
+    for line in SMAPS.read_text().splitlines():
+        if re.match("[0-9a-f]+-", line):
+            first, end = (int(number, 16) for number in line.split()[0].split("-"))
+            here = first <= address < end
+        if here and line.startswith("VmFlags:"):
+            flags = line.split()[1:]
+    assert "hg" in flags  # asked for; Linux has turned huge pages of shared memory off, whoever asks
+    assert "sh" not in flags

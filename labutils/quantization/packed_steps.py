@@ -28,9 +28,11 @@ class Arena:
     """
 
     def __init__(self, nbytes: int) -> None:
-        memory = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # Python's default is memory to share, whose huge pages Linux has turned off
+            memory = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            memory = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES)
         self.free = torch.frombuffer(memory, dtype=torch.uint8)
 
     def put(self, tensors: list[Tensor]) -> Tensor:
