@@ -294,7 +294,7 @@ def test_fused_layers_equal_separate_ones_and_share_their_memory(mixed):
 
 
 def test_arena_hands_out_aligned_pieces_until_it_is_full():
-    arena = Arena(0)
+    arena = Arena(64 + 24)
     first = arena.put([torch.arange(3, dtype=torch.uint8), torch.arange(2, dtype=torch.uint8)])
     second = arena.put([torch.ones(2, 3)])
     assert first.tolist() == [0, 1, 2, 0, 1] and second.tolist() == [[1.0] * 3] * 2
@@ -317,6 +317,24 @@ def test_fast_packed_llama_equals_the_packed_model(name, scheme):
         torch.testing.assert_close(fast.decode_one_token(ids[:, i]), expected[:, i], atol=0.02, rtol=0)
     assert (fast.generate(ids, 10) == tokens).float().mean() > 0.9
     assert torch.equal(forward_logits(model, ids), expected)  # and the model still works, on shared memory
+
+
+@needs_kernels
+@pytest.mark.parametrize("scheme", [None, Scheme(8), GROUP_32], ids=["float32", "int8", "int4"])
+def test_decoders_of_one_model_share_its_matrices_and_a_copy_has_its_own(scheme):
+    model = tiny_model("llama-gqa-tied")
+    make = fast_packed_llama if scheme else fast_float_llama
+    model = pack_model_(model, scheme) if scheme else model
+
+    def addresses(decoder):
+        layer = decoder.layers[0]
+        return {m.parts[0][0].codes for m in (layer.qkv, layer.gate_up, decoder.head)}
+
+    first, second = make(model, max_length=20), make(model, max_length=30)
+    assert addresses(first) == addresses(second) and len(addresses(first)) == 3
+    assert addresses(make(copy.deepcopy(model), max_length=20)).isdisjoint(addresses(first))
+    ids = random_ids(5)
+    assert torch.equal(first.generate(ids, 8), second.generate(ids, 8))
 
 
 @needs_kernels

@@ -8,6 +8,8 @@ in one call; a prompt takes a call for each 64. Greedy decoding stays in C for m
 import ctypes
 import mmap
 from collections.abc import Collection, Sequence
+from itertools import pairwise
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from labutils.quantization.kernels import Layer, Model, Shape, Weight, float_weight
 from labutils.quantization.packed import CHUNK, MAX_BLOCK, ROWS, PackedLinear, PackedWeight
 
-HUGE_PAGE_BYTES, TOKENS_A_CALL = 2**21, 64
+TOKENS_A_CALL = 64
 
 
 class Arena:
@@ -25,27 +27,35 @@ class Arena:
 
     A CPU looks up where each page of memory lies. Weights are read once a token, front to back: with pages of 2 MiB
     instead of 4 KiB there are 512 times fewer look-ups, and fetching ahead does not stop at every page's end.
+    Memory is taken where something is put, not before.
     """
 
+    _all: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by address, as long as a tensor lies there
+
     def __init__(self, nbytes: int) -> None:
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # Python's default is memory to share, whose huge pages Linux has turned off
-            memory = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        huge = hasattr(mmap, "MADV_HUGEPAGE")  # Python's default is memory to share, whose huge pages Linux turns off
+        memory = mmap.mmap(-1, max(nbytes, 1), **({"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if huge else {}))
+        if huge:
             memory.madvise(mmap.MADV_HUGEPAGE)
-        else:
-            memory = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES)
         self.free = torch.frombuffer(memory, dtype=torch.uint8)
+        self._all[self.free.data_ptr()] = memory
 
     def put(self, tensors: list[Tensor]) -> Tensor:
         """Copies tensors one behind the other along their first axis; returns them as one.
 
+        Those that lie so in an arena already stay there: a model's second decoder shares the matrices of the first.
+
         Raises:
             ValueError: when the arena is full.
         """
-        nbytes = sum(t.nbytes for t in tensors)
+        rows, nbytes = sum(len(t) for t in tensors), sum(t.nbytes for t in tensors)
+        if tensors[0].untyped_storage().data_ptr() in self._all and all(
+            a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(tensors)
+        ):
+            return tensors[0].as_strided((rows, *tensors[0].shape[1:]), tensors[0].stride())
         if nbytes > len(self.free):
             raise ValueError(f"an arena must have room; got {nbytes} bytes for {len(self.free)}")
         taken, self.free = self.free[:nbytes], self.free[nbytes + -nbytes % 64 :]
-        rows = sum(len(t) for t in tensors)
         return torch.cat(tensors, out=taken.view(tensors[0].dtype).view(rows, *tensors[0].shape[1:]))
 
 

@@ -72,7 +72,7 @@ class FloatMatrix(Linear):
 
     def __init__(self, arena: Arena, *layers: nn.Linear) -> None:
         super().__init__(*layers)
-        self.weight = arena.put([self.weight])
+        self.weight = arena.put([layer.weight.detach().float() for layer in layers])
         self.array = self.weight.numpy()
         for layer, view in zip(layers, self.weight.split([len(layer.weight) for layer in layers]), strict=True):
             if layer.weight.dtype == torch.float32:
