@@ -307,6 +307,15 @@ def test_no_float_matrix_stays_in_a_tied_model():
     assert all(t.dtype == torch.uint8 for m in model.modules() if isinstance(m, PackedWeight) for t in [m.codes])
 
 
+@pytest.mark.parametrize("token_id", [-1, 11, 15, 16])
+def test_an_embedding_refuses_what_is_no_token(token_id):
+    table = PackedEmbedding(PackedWeight.from_float(torch.randn(11, 32), Scheme(8)))  # two tiles, five rows of padding
+    assert torch.equal(table(torch.tensor([[0, 10]]))[0], table.packed.dequantize()[[0, 10]])
+    assert table(torch.zeros(1, 0, dtype=torch.long)).shape == (1, 0, 32)
+    with pytest.raises(IndexError, match=f"^token ids must be 0 to 10; got {token_id}$"):
+        table(torch.tensor([[3, token_id]]))
+
+
 def test_untied_embeddings_stay():
     model = pack_model_(tiny_model("llama-untied-bias"), Scheme(8))
     assert isinstance(model.get_input_embeddings(), nn.Embedding)

@@ -193,8 +193,15 @@ class PackedEmbedding(nn.Module):
         self.packed = weight
 
     def forward(self, token_ids: Int[Tensor, "..."]) -> Float[Tensor, "... n"]:
-        """Returns the tokens' rows."""
-        return self.packed.dequantize(token_ids.flatten()).view(*token_ids.shape, -1)
+        """Returns the tokens' rows.
+
+        Raises:
+            IndexError: for an id that is no row's, as `nn.Embedding` does; compiled code does not look.
+        """
+        ids, rows = token_ids.flatten(), self.packed.out_features  # behind them, zeros may fill the last tile
+        if not torch.compiler.is_compiling() and (wrong := [i for i in ids.tolist() if not 0 <= i < rows]):
+            raise IndexError(f"token ids must be 0 to {rows - 1}; got {wrong[0]}")
+        return self.packed.dequantize(ids).view(*token_ids.shape, self.packed.in_features)
 
 
 def pack_model_(model: nn.Module, scheme: Scheme, *, half_scales: bool = False) -> nn.Module:
