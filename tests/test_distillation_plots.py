@@ -1,5 +1,6 @@
 """Figures, slider and command of distillation say what was measured, and claim no more than the intervals allow."""
 
+import itertools
 import json
 
 import matplotlib.pyplot as plt
@@ -60,9 +61,16 @@ def test_classifiers_stand_at_their_time_and_share(axes):
     )
     points = [list(zip(*c.lines[0].get_data(), strict=True)) for c in axes.containers]
     assert points == [[(50.0, 0.9)], [(0.1, 0.5), (0.2, 0.6)]] and axes.get_xscale() == "log"
-    assert [text.get_text() for text in axes.texts] == ["5.8M", "8k", "65k"]
+    assert sorted(text.get_text() for text in axes.texts) == ["5.8M", "65k", "8k"]
     (bars,) = axes.containers[1].lines[2]
     assert bars.get_segments()[0][:, 1] == pytest.approx([0.45, 0.55])
+
+
+def test_classifiers_beside_each_other_have_labels_apart(axes):
+    near = {f"lesson {n}": [(1.1e-4, 0.72 + n / 100, 516_159), (1.2e-4, 0.7 + n / 100, 64_575)] for n in range(3)}
+    plots.draw_classifiers(axes, near | {"LabLM": [(0.1, 0.94, 5_770_496)]}, items=200)
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    assert len(boxes) == 7 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 class Letters:

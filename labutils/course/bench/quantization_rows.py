@@ -22,6 +22,8 @@ the CPU (float32, eager) and in PyTorch's int8 (`python -m labutils bench quanti
 sample is in [engines.json](data/results/engines.json)). Each engine is a process of its own that is stopped
 while another is timed, since engines that share one slow each other
 ([chapter 06](notebooks/solutions/06_gpu_acceleration.ipynb) shows it), and no server stands between us and llama.cpp.
+A second process of our int8, timed in the same rounds (an A/A pair, `again` in that file), shows how far equal
+engines differ.
 Tokens/s with 95% intervals over {rounds} rounds in turn: decoding after 16 tokens, reading 512, decoding for
 8 and 32 prompts together. `r` marks weights reordered for the CPU, where that was faster; memory is the most
 used while loading and decoding, beyond what the process had before; vLLM reserves 2 GB of it for its cache."""

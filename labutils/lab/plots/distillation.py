@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from labutils.lab.models.students import mean_interval
-from labutils.lab.plots.style import PALETTE, series_style
+from labutils.lab.plots.style import PALETTE, label_points, series_style
 
 
 def draw_opinion(ax: Axes, names: Sequence[str], probs: Sequence[float], *, right: str, title: str) -> None:
@@ -85,14 +85,16 @@ def draw_classifiers(ax: Axes, points: Mapping[str, Sequence[tuple[float, float,
 
     Beside each point stands how many parameters it has.
     """
+    labels: list[tuple[str, float, float]] = []
     for index, (name, series) in enumerate(points.items()):
         times = [1000 * seconds for seconds, _, _ in series]
         shares = [share for _, share, _ in series]
         errors = [math.sqrt(share * (1 - share) / items) for share in shares]
         ax.errorbar(times, shares, yerr=errors, label=name, capsize=3, ls="none", **series_style(index))
-        for x, y, (_, _, count) in zip(times, shares, series, strict=True):
-            words = f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
-            ax.annotate(words, (x, y), xytext=(6, -3), textcoords="offset points", fontsize=7)
+        words = [f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k" for *_, count in series]
+        labels += zip(words, times, shares, strict=True)
     ax.set(xlabel="time of one query (ms, logarithmic)", ylabel="intents right (share)", xscale="log")
     ax.grid(alpha=0.25)
+    ax.margins(x=0.1)
     ax.legend(fontsize="small")
+    label_points(ax, labels)
