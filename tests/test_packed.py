@@ -148,7 +148,7 @@ def test_every_build_gives_a_whole_token_the_same_bits(build, bits, cache):
     for library in (find_kernels()[0], build):
         tokens = FewTokens(library, decoder, int8_cache=cache == 8)
         read = tokens.read(ids, 0, 12)
-        made = tokens.read_greedily(3, 12, 20, ())
+        made = tokens.decode(3, 12, 20, ())
         found.append((*read, *made, *(array.copy() for array in tokens.caches)))
     assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
 

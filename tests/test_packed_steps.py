@@ -14,6 +14,7 @@ from tiny_models import LLAMAS, random_ids, tiny_model
 from torch import nn
 
 from labutils.generation.decode import forward_logits
+from labutils.generation.sampling import Sampler, draw
 from labutils.lab.layers.compile import compile_c
 from labutils.lab.layers.linears import linear_layers
 from labutils.lab.models import quantized
@@ -174,6 +175,46 @@ def test_the_choice_in_c_is_pytorchs_on_ties_and_without_numbers(seed, distinct,
     chosen = int(decoder.extend([3]).argmax())
     decoder.truncate(0)
     assert next(decoder.blocks(3, 1)) == [chosen]
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=seeds,
+    temperature=st.floats(0.1, 3),
+    top_k=st.one_of(st.none(), st.integers(1, 120)),
+    top_p=st.one_of(st.none(), st.floats(0.01, 1)),
+)
+def test_a_token_drawn_in_c_is_the_sampler_s(seed, temperature, top_k, top_p):
+    decoder = fast_float_llama(tiny_model("llama-untied-bias", seed=seed % 5), max_length=30)
+    sampler, alone = (
+        Sampler(torch.Generator().manual_seed(seed), temperature=temperature, top_k=top_k, top_p=top_p) for _ in "ab"
+    )
+    made, token = [t for block in decoder.blocks(3, 20, choose=sampler) for t in block], 3
+    uniforms = alone.uniforms(20)
+    decoder.truncate(0)
+    for given_, uniform in zip(made, uniforms, strict=True):
+        probs = alone.probs(decoder.extend([token]))[0].double()
+        reached = probs.cumsum(0) / probs.sum()
+        expected = int(draw(probs[None], uniform[None]))
+        if top_p is None or (probs.sort().values.cumsum(0) - (1 - top_p)).abs().min() > 1e-6:
+            assert given_ == expected or (reached - uniform).abs().min() < 1e-6
+        token = given_
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(bad):
+    model = tiny_model("llama-untied-bias")
+    with torch.no_grad():
+        model.lm_head.weight[7] = bad
+    decoder, sampler = fast_float_llama(model, max_length=8), Sampler(torch.Generator())
+    with pytest.raises(ValueError, match="drawn from finite logits; got NaN or infinity"):
+        next(decoder.blocks(3, 4, choose=sampler))
+    with pytest.raises(ValueError, match="drawn from finite logits; got NaN or infinity"):
+        sampler(decoder.extend([3]))
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        next(decoder.blocks(3, 4, choose=Sampler(torch.Generator(), temperature=0)))
 
 
 @needs_kernels

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from labutils.generation.cache import check_truncation, length_after_rewind
 from labutils.generation.llama_steps import attend, rms_norm, swiglu
-from labutils.generation.sampling import greedy
+from labutils.generation.sampling import Sampler, greedy
 from labutils.lab.layers.architecture import ROPES, Architecture, is_tied, require, require_llama, require_plain_layers
 
 Choose = Callable[[Tensor], Tensor]
@@ -214,7 +214,7 @@ class FastLlama:
     ) -> Iterator[list[int]]:
         """Feeds a token and those chosen after it; yields `count` of them, `size` at a time, or up to one in `stop`.
 
-        Greedy tokens of a decoder with `few_tokens` cost one call for a block; all others one for each.
+        A decoder with `few_tokens` chooses greedily, or as a `Sampler`, in one call for a block; others need one a token.
 
         Raises:
             IndexError: For an id that is no token's.
@@ -228,9 +228,10 @@ class FastLlama:
             count, token = 0 if made[-1] in stop else count - len(made), made[-1]
 
     def _block(self, token: int, size: int, choose: Choose, stop: Collection[int]) -> list[int]:
-        if self.few_tokens and choose is greedy:
+        if self.few_tokens and (choose is greedy or isinstance(choose, Sampler)):
             size = min(size, self.max_length - self._room(1)[0])
-            self.hidden, made = self.few_tokens.read_greedily(token, self.length, size, stop)
+            sampler = None if choose is greedy else choose
+            self.hidden, made = self.few_tokens.decode(token, self.length, size, stop, sampler)
             self.length += len(made)
             return made
         made = [token]

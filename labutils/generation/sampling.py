@@ -73,6 +73,21 @@ def keep_top_p(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tens
     return logits.masked_fill(in_tail.scatter(-1, order, in_tail), FILTERED)
 
 
+def draw(probs: Float[Tensor, "batch vocab"], uniforms: Float[Tensor, "batch 1"]) -> Int[Tensor, " batch"]:
+    """The first token up to which the probabilities add up to more than `uniforms` (of [0, 1)) of their sum.
+
+    >>> draw(torch.tensor([[0.5, 0.0, 0.5]] * 2), torch.tensor([[0.4], [0.6]])).tolist()
+    [0, 2]
+
+    Raises:
+        ValueError: If probabilities are NaN, as they are where a logit is NaN or infinite, or all are -inf.
+    """
+    reached = probs.double().cumsum(dim=-1)
+    if not reached[..., -1].isfinite().all():
+        raise ValueError("a token is drawn from finite logits; got NaN or infinity among them")
+    return (reached <= uniforms * reached[..., -1:]).sum(dim=-1)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Draws tokens from filtered logits; call it like `greedy`.
@@ -91,7 +106,11 @@ class Sampler:
 
     def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
         """Returns one token id per row, drawn with the generator."""
-        return torch.multinomial(self.probs(logits), 1, generator=self.generator).squeeze(-1)
+        return draw(self.probs(logits), self.uniforms(len(logits)))
+
+    def uniforms(self, count: int) -> Float[Tensor, "count 1"]:
+        """The next numbers of [0, 1), one for each token to draw."""
+        return torch.rand(count, 1, generator=self.generator, dtype=torch.float64, device=self.generator.device)
 
     def probs(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
         """Returns the distribution that tokens are drawn from; speculative decoding needs it too."""

@@ -50,6 +50,15 @@ class Model(ctypes.Structure):
     ]
 
 
+class Sampling(ctypes.Structure):
+    """`Sampling` of token.c: how a token is drawn, and a number of [0, 1) for each."""
+
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("temperature", "top_p")),
+        *(("top_k", ctypes.c_int64), ("uniforms", ctypes.c_void_p)),
+    ]
+
+
 def float_weight(matrix: Float32[np.ndarray, "out n"], bias: Float32[np.ndarray, " out"] | None = None) -> Weight:
     """A matrix that stays in float32, as the kernels take it; who calls keeps the arrays alive."""
     out, n = matrix.shape
@@ -72,8 +81,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.decode_layers.argtypes = (pointer, ctypes.POINTER(Shape), *[pointer] * 4, *[count] * 2)
     library.head_of.argtypes = (ctypes.POINTER(Model), count, count, pointer, count)
     library.read_tokens.argtypes = (ctypes.POINTER(Model), pointer, count, pointer, count, pointer, count)
-    library.decode_greedily.argtypes = (ctypes.POINTER(Model), pointer, count, pointer, pointer, count, count)
-    for name in ("packed_linear", "decode_layers", "head_of", "read_tokens", "decode_greedily"):
+    library.decode_tokens.argtypes = (ctypes.POINTER(Model), pointer, count, pointer, pointer, count, pointer, count)
+    for name in ("packed_linear", "decode_layers", "head_of", "read_tokens", "decode_tokens"):
         getattr(library, name).restype, getattr(library, name).errcheck = count, _require_memory
     return library
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from labutils.quantization.kernels import Layer, Model, Shape, Weight, float_weight
+from labutils.quantization.kernels import Layer, Model, Sampling, Shape, Weight, float_weight
 from labutils.quantization.packed import CHUNK, MAX_BLOCK, ROWS, PackedLinear, PackedWeight
 
 TOKENS_A_CALL = 64
@@ -185,22 +185,28 @@ class FewTokens:
         self.library.read_tokens(self.model, *addresses, torch.get_num_threads())
         return self.normed[:rows].copy(), logits
 
-    def read_greedily(
-        self, token: int, position: int, count: int, stop: Collection[int]
+    def decode(
+        self, token: int, position: int, count: int, stop: Collection[int], sampler: object | None = None
     ) -> tuple[np.ndarray, list[int]]:
-        """Feeds `token`, the likeliest token after it, and so on, until there are `count` of these or one is in `stop`.
+        """Feeds `token`, the token chosen after it, and so on, until there are `count` of these or one is in `stop`.
 
-        Returns what the head read last, and the tokens: those of `read` and an argmax, one by one.
+        Without a `Sampler` the likeliest is chosen. Returns what the head read last, and the tokens: those of `read` and an
+        argmax, or the sampler, one by one (but for a number that falls on the border of two tokens).
 
         Raises:
             IndexError: for an id that is no token's.
             MemoryError: when there is no room for the tokens' codes.
+            ValueError: for a sampler's impossible settings, or where logits are not finite.
         """
         self._require_tokens([token])
         tokens, stops = np.full(count + 1, token), np.array(list(stop), np.int64)
         self._place(1, position)
         addresses = tokens.ctypes.data, count, self.rows.ctypes.data, stops.ctypes.data
-        made = self.library.decode_greedily(self.model, *addresses, len(stops), torch.get_num_threads())
+        sampling = None if sampler is None else self._sampling(sampler, count)
+        pointer = None if sampling is None else ctypes.addressof(sampling[0])
+        made = self.library.decode_tokens(self.model, *addresses, len(stops), pointer, torch.get_num_threads())
+        if tokens[made] < 0:
+            raise ValueError("a token is drawn from finite logits; got NaN or infinity among them")
         return self.normed[:1].copy(), tokens[1 : made + 1].tolist()
 
     def head(self, hidden: Float[np.ndarray, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
@@ -240,6 +246,13 @@ class FewTokens:
         for start in range(0, len(hidden), self.chunk):  # a sequence's tokens ascend: earlier ones are stored
             part = slice(start, start + self.chunk)
             self._run(hidden[part], cos[part], sin[part], rows[part])
+
+    def _sampling(self, sampler: object, count: int) -> tuple[Sampling, Tensor]:
+        """The sampler for C, and the numbers that it points to."""
+        sampler.probs(torch.zeros(1, 1))  # refuses what it cannot do
+        uniforms = sampler.uniforms(count).cpu()
+        top_k, top_p = sampler.top_k or self.logits.shape[1], sampler.top_p or 1.0
+        return Sampling(sampler.temperature, top_p, top_k, uniforms.data_ptr()), uniforms
 
     def _require_tokens(self, token_ids: Sequence[int]) -> None:
         """C would read another array's memory in place of a row that the embedding does not have."""
