@@ -190,8 +190,8 @@ class FewTokens:
     ) -> tuple[np.ndarray, list[int]]:
         """Feeds `token`, the token chosen after it, and so on, until there are `count` of these or one is in `stop`.
 
-        Without a `Sampler` the likeliest is chosen. Returns what the head read last, and the tokens: those of `read` and
-        an argmax, or the sampler, one by one (but for a number that falls on the border of two tokens).
+        Without a `Sampler` the likeliest is chosen. Returns what the head read last, and the tokens: those of `read`
+        and an argmax, or the sampler, one by one (but for a number that falls on the border of two tokens).
 
         Raises:
             IndexError: for an id that is no token's.
