@@ -214,7 +214,7 @@ class FastLlama:
     ) -> Iterator[list[int]]:
         """Feeds a token and those chosen after it; yields `count` of them, `size` at a time, or up to one in `stop`.
 
-        A decoder with `few_tokens` chooses greedily or as a `Sampler` in one call for a block, otherwise token by token.
+        A decoder with `few_tokens` chooses greedily or as a `Sampler` in one call for a block, else token by token.
 
         Raises:
             IndexError: For an id that is no token's.
