@@ -135,6 +135,15 @@ def test_our_engines_write_the_decoders_tokens_for_one_and_for_many(tmp_path):
     assert memory("VmHWM") is None or memory("VmHWM") >= memory("VmRSS") > 1e7
 
 
+def test_pytorchs_dynamic_int8_rounds_inputs_to_seven_bits_as_the_readme_says(tmp_path):
+    subject().model.save_pretrained(tmp_path)
+    layer = Modules(str(tmp_path), threads=1, kind="dynamic").model.model.layers[0].self_attn.q_proj
+    x = torch.zeros(2000, layer.in_features)
+    x[:, 0] = torch.linspace(0, 1, len(x))
+    assert max(len(outputs.unique()) for outputs in layer(x).T) == 128
+    assert "inputs have 7 bits" in quantization_rows.INTRO
+
+
 class InProcess:
     """An engine without a process of its own: a test has nothing to time."""
 

@@ -18,9 +18,9 @@ from labutils.measurement.timing import bootstrap_interval, paired_ratio
 STORED, README = DATA / "results" / "engines.json", ROOT / "README.md"
 BEGIN, END = "<!-- engines -->\n", "<!-- /engines -->\n"
 INTRO = """The same weights in our engines, in llama.cpp and ik_llama.cpp ({wheels}) with flash attention on, in vLLM on
-the CPU (float32, eager) and in PyTorch's int8 (`python -m labutils bench quantization --json FILE`; every
-sample is in [engines.json](data/results/engines.json)). Each engine is a process of its own that is stopped
-while another is timed, since engines that share one slow each other
+the CPU (float32, eager) and in PyTorch's int8, whose inputs have 7 bits (`python -m labutils bench quantization
+--json FILE`; every sample is in [engines.json](data/results/engines.json)). Each engine is a process of its own that is
+stopped while another is timed, since engines that share one slow each other
 ([chapter 06](notebooks/solutions/06_gpu_acceleration.ipynb) shows it), and no server stands between us and llama.cpp.
 A second process of our int8, timed in the same rounds (an A/A pair, `again` in that file), shows how far equal
 engines differ.

@@ -108,7 +108,10 @@ class Ours:
 
 
 class Modules:
-    """A model whose linear layers PyTorch's own quantization has replaced: "dynamic" int8, or "torchao"."""
+    """A model whose linear layers PyTorch's own quantization has replaced: "dynamic" int8, or "torchao".
+
+    Dynamic int8 rounds inputs to 7 bits: `findings/torch-dynamic-int8-has-seven-bits.sh`.
+    """
 
     def __init__(self, folder: str, *, threads: int, kind: str) -> None:
         torch.set_num_threads(threads)
