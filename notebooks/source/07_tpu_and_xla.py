@@ -168,8 +168,8 @@ for words in ("1.0", "2.0", "np.float32(1.0)", "(1.0, 2.0)", "[1.0, 2.0]"):
 keys, values = jnp.array([[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]), jnp.array([[10.0], [20.0], [999.0]])
 scores = keys @ jnp.array([1.0, 1.0]) / 2**0.5
 visible = jnp.arange(3) <= 1
-shares = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
-print("shares:", shares, "  mixed:", shares @ values)
+attention = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+print("attention weights:", attention, "  output:", attention @ values)
 
 # %% [markdown]
 # ## Exercise 7.2: cached_attention (core)
@@ -728,7 +728,7 @@ for rows in (1, 16, 64):
     x, w = inputs.integers(-128, 128, (rows, 256)), inputs.integers(-128, 128, (256, 256))
     run = runs_of_q[rows] = systolic.simulate_array(x, w, size=128)
     formula = systolic.mxu_utilisation(rows, 256, 256)
-    print(f"{rows:3} rows, q: simulated {run.utilisation(128):.2%}, formula {formula:.2%}", end=", ")
+    print(f"rows {rows:2}, q: simulated {run.utilisation(128):.2%}, formula {formula:.2%}", end=", ")
     print("exact:", (run.product == x @ w).all())
 
 # %%
@@ -987,7 +987,7 @@ ch07_device.vmem_bytes(vmem_bytes)
 
 # %% [markdown]
 # What people write kernels for is **attention**. Decoding reads the whole cache for one query. A kernel takes the cache block by block and keeps three things
-# in fast memory: the largest score m so far, the sum s of the exponentials, and the mixed values a. A block with scores $x_j$ and values $v_j$ changes them to
+# in fast memory: the largest score m so far, the sum s of the exponentials, and the values weighted by them, a. A block with scores $x_j$ and values $v_j$ changes them to
 #
 # $$m' = \max(m, \max_j x_j), \quad s' = e^{m - m'} s + \sum_j e^{x_j - m'}, \quad a' = e^{m - m'} a + \sum_j e^{x_j - m'} v_j$$
 #
@@ -998,13 +998,13 @@ ch07_device.vmem_bytes(vmem_bytes)
 BLOCK = 32
 
 
-def decode_attention_kernel(position_ref, query_ref, keys_ref, values_ref, out_ref, top_ref, sum_ref, mixed_ref):
+def decode_attention_kernel(position_ref, query_ref, keys_ref, values_ref, out_ref, top_ref, sum_ref, weighted_ref):
     block, position = pl.program_id(0), position_ref[0]
 
     @pl.when(block == 0)
     def _clear():
         top_ref[...] = jnp.full_like(top_ref, -jnp.inf)
-        sum_ref[...], mixed_ref[...] = jnp.zeros_like(sum_ref), jnp.zeros_like(mixed_ref)
+        sum_ref[...], weighted_ref[...] = jnp.zeros_like(sum_ref), jnp.zeros_like(weighted_ref)
 
     @pl.when(block * BLOCK <= position)
     def _add():
@@ -1014,11 +1014,11 @@ def decode_attention_kernel(position_ref, query_ref, keys_ref, values_ref, out_r
         top = jnp.maximum(top_ref[...], scores.max())
         old, new = jnp.exp(top_ref[...] - top), jnp.exp(scores - top)
         top_ref[...], sum_ref[...] = top, old * sum_ref[...] + new.sum()
-        mixed_ref[...] = old * mixed_ref[...] + new @ values_ref[...]
+        weighted_ref[...] = old * weighted_ref[...] + new @ values_ref[...]
 
     @pl.when(block == pl.num_programs(0) - 1)
     def _write():
-        out_ref[...] = mixed_ref[...] / sum_ref[...]
+        out_ref[...] = weighted_ref[...] / sum_ref[...]
 
 
 # %%
