@@ -54,11 +54,10 @@ class Shape(NamedTuple):
         """A label for tables.
 
         >>> print(Shape(3, 256, 256, 2, 4096))
-        3 layers, 256 channels, 256 neurons, 2 groups, 4096 tokens
+        layers 3, channels 256, neurons 256, groups 2, tokens 4096
         """
-        return ", ".join(
-            f"{size} {name if name != 'vocabulary' else 'tokens'}" for name, size in self._asdict().items()
-        )
+        names = (*self._fields[:-1], "tokens")
+        return ", ".join(f"{name} {size}" for name, size in zip(names, self, strict=True))
 
 
 def shape_of(name: str) -> Shape:

@@ -1990,10 +1990,11 @@ with torch.inference_mode():
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+print(f"{'tokens':<15}" + "".join(f"{n:>9}   " for n in TOKENS))
 for index, label in enumerate(layers):
     rates = [timings["float32", n].median_s / timings[label, n].median_s for n in TOKENS]
     axes.plot(range(3), rates, label=label, **series_style(index))
-    print(f"{label:<15}" + "".join(f"{n:>4} tokens {timings[label, n].median_s * 1e6:8.0f} µs " for n in TOKENS))
+    print(f"{label:<15}" + "".join(f"{timings[label, n].median_s * 1e6:9.0f} µs" for n in TOKENS))
 
 
 def fastest(n):

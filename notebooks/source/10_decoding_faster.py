@@ -1994,7 +1994,7 @@ for streams in (1, 4, 8):
     (alone, drafted), step_s = rounds[-1], curves["LabLM int8"]
     longer = paired_ratio(*([made[side].seconds / made[side].steps for made in rounds] for side in (1, 0)))
     print(
-        f"{streams} streams, γ = {COUNT}: predicted {predicted:.2f}x, measured {gain}, same texts: {alone.new_ids == drafted.new_ids}"
+        f"streams {streams}, γ = {COUNT}: predicted {predicted:.2f}x, measured {gain}, same texts: {alone.new_ids == drafted.new_ids}"
     )
     print(
         f"    {drafted.steps} steps for {alone.steps}; {drafted.accepted} of {drafted.drafted} guesses stood;", end=" "

@@ -559,7 +559,7 @@ def both_libraries(x):
 for rows in (1, 2, 8, 16):
     products = both_libraries(draws.standard_normal((rows, 1024), dtype=np.float32))
     columns[rows] = {n: t.median_s for n, t in measure_interleaved(products, repeats=5, warmup=1).items()}
-    print(f"{rows:>2} rows: " + ", ".join(f"{name} {1e3 * seconds:5.1f} ms" for name, seconds in columns[rows].items()))
+    print(f"rows {rows:>2}: " + ", ".join(f"{name} {1e3 * seconds:5.1f} ms" for name, seconds in columns[rows].items()))
 print(f"8 rows ÷ 1 row: {', '.join(f'{n} {columns[8][n] / columns[1][n]:.1f}' for n in products)}")
 del matrices, tensors
 

@@ -580,7 +580,7 @@ from labutils.capstone.search import COMPARED, SEEDS, SPACE, TIME_BUDGET, Table,
 for axis, sizes in SPACE._asdict().items():
     print(f"{axis:<11}", *sizes)
 print(math.prod(map(len, SPACE)), "shapes; LabLM is", shape_of("lablm"))
-print(f"LabLM-small is {shape_of('lablm-small')}; a shape may take {TIME_BUDGET} times its time")
+print(f"LabLM-small: {shape_of('lablm-small')}; a shape may take {TIME_BUDGET} times its time")
 
 # %% [markdown]
 # ### A smaller vocabulary
