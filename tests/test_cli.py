@@ -214,7 +214,39 @@ def test_suite_returns_the_status_of_what_failed(monkeypatch, pytest_status, ruf
     monkeypatch.setattr(
         suite, "run_attached", lambda command, **_: pytest_status if "pytest" in command else ruff_status
     )
+    monkeypatch.setattr(suite, "BESIDE", ())
     assert suite.run(SimpleNamespace(rest=[], fast=True)) == expected
+    assert suite.run(SimpleNamespace(rest=["--durations=9"], fast=True)) == expected
+    assert suite.run(SimpleNamespace(rest=["-m", "gpu"], fast=True)) == pytest_status
+
+
+@pytest.mark.parametrize("failing", [None, "alpha", "beta", "gamma", "rest"])
+def test_suite_runs_programs_side_by_side_and_no_test_twice(monkeypatch, capfdbinary, tmp_path, failing):
+    """Each program waits until all have begun, so that one after the other would never end well."""
+    program = "import pathlib, os, sys, time; folder, name, failing = sys.argv[1:4]; until = time.monotonic() + 60\n"
+    program += "pathlib.Path(folder, name).touch(); print('said by', name, os.environ.get('SEEN'), *sys.argv[4:])\n"
+    program += "while len(os.listdir(folder)) < 3 and time.monotonic() < until: time.sleep(0.01)\n"
+    program += "sys.exit(3 if failing in sys.argv[4:] or len(os.listdir(folder)) < 3 else 0)"
+
+    def command(rest, *, fast):
+        name = "rest" if "--ignore=tests/test_alpha.py" in rest else rest[0]
+        guilty = "--no-cov" if failing == name else f"tests/test_{failing}.py"
+        return [sys.executable, "-c", program, str(tmp_path), Path(name).stem, guilty, *rest]
+
+    monkeypatch.setattr(suite, "pytest_command", command)
+    monkeypatch.setattr(suite, "BESIDE", (({"SEEN": "0"}, ["alpha", "beta"]), ({}, ["gamma"])))
+    assert suite.run_whole(["--no-cov"], dict(os.environ), fast=False) == (3 if failing else 0)
+    said = capfdbinary.readouterr().out.decode().splitlines()
+    ignored = " ".join(f"--ignore=tests/test_{name}.py" for name in ("alpha", "beta", "gamma"))
+    assert said == [
+        f"said by rest None {ignored} --no-cov",
+        "said by test_alpha 0 tests/test_alpha.py tests/test_beta.py --no-cov",
+        "said by test_gamma None tests/test_gamma.py --no-cov",
+    ]
+
+
+def test_what_runs_beside_the_rest_is_there():
+    assert all((ROOT / "tests" / f"test_{name}.py").is_file() for _, names in suite.BESIDE for name in names)
 
 
 # --- lab ---------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """`python -m labutils test`: style, then the test suite, with its coverage."""
 
 import os
+import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from labutils.course.cli.environment import NO_VENV
@@ -16,6 +18,14 @@ HELP = (
 NEEDS_ENVIRONMENT = True
 PASSES_ON = True
 ROOT = Path(__file__).resolve().parents[3]
+# Run by programs of their own beside the rest: whole chapters, without the checks of shapes that treble the time of
+# thousands of small steps; and what mostly waits, for kernels, nodes, clocks and packages. What a test times it times
+# in rounds that alternate: a neighbour blurs that and decides nothing.
+BESIDE = (
+    ({"LABUTILS_CHECK_SHAPES": "0"}, ["lanes"]),
+    ({}, ["grade", "handout", "check", "distributed_faults", "conventions_again", "floors"]),
+)
+REPORTS = ("--durations", "--no-cov", "-q", "-v")  # options that choose no test: with them it is still the whole suite
 # Their chapters are tested too; in an environment of one's own only where they are there.
 EXTRAS = ("tpu", "fpga", "gpu", "serve", "speech", "applications", "zh")
 
@@ -41,6 +51,24 @@ def names_tests(rest: Sequence[str]) -> bool:
     return any((ROOT / argument.partition("::")[0]).exists() for argument in rest if not argument.startswith("-"))
 
 
+def run_whole(rest: Sequence[str], environ: dict[str, str], *, fast: bool) -> int:
+    """Runs the whole suite as programs side by side: their worst status; what those of `BESIDE` said stands last."""
+
+    def run_beside(share: tuple[dict[str, str], Sequence[str]]) -> subprocess.CompletedProcess:
+        command = pytest_command([*(f"tests/test_{name}.py" for name in share[1]), *rest], fast=fast)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
+        return subprocess.run(command, cwd=ROOT, env=environ | share[0], check=False, **pipes)
+
+    left = [f"--ignore=tests/test_{name}.py" for _, names in BESIDE for name in names]
+    with ThreadPoolExecutor() as pool:
+        beside = pool.map(run_beside, BESIDE)  # begins at once
+        status = run_attached(pytest_command([*left, *rest], fast=fast), cwd=ROOT, env=environ)
+        for ended in beside:
+            print(ended.stdout, end="")
+            status = ended.returncode or status
+    return status
+
+
 def one_thread_each(environ: dict[str, str]) -> dict[str, str]:
     """Two OpenMP threads on a machine whose other core is busy are many times slower than one."""
     return {"OMP_NUM_THREADS": "1", **environ}
@@ -60,8 +88,12 @@ def run(args: Namespace) -> int:
     if os.environ.get(NO_VENV) != "1":
         for extra in EXTRAS:
             install_extra(extra)
-    style = 0 if args.rest else check_style()
-    status = run_attached(pytest_command(args.rest, fast=args.fast), cwd=ROOT, env=one_thread_each(dict(os.environ)))
+    whole, environ = all(option.startswith(REPORTS) for option in args.rest), one_thread_each(dict(os.environ))
+    style = check_style() if whole else 0
+    if whole:
+        status = run_whole(args.rest, environ, fast=args.fast)
+    else:
+        status = run_attached(pytest_command(args.rest, fast=args.fast), cwd=ROOT, env=environ)
     if style:
         print("labutils: the style check has failed: python -m ruff check --fix . && python -m ruff format .")
     return status or style
