@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+from smaller import smaller
+
 from labutils.course.build import learner_notebook, solution_notebook, text_of
 from labutils.course.source import read_chapter
 
@@ -165,6 +167,19 @@ def vandal(root: Path, folder: Path) -> dict:
         "\n        path.write_text('gone')"
     )
     return learner(root, **RIGHT | {"quantize": RIGHT["quantize"] + deed})
+
+
+def small_chapter_00(folder: Path) -> Path:
+    """A course of chapter 00 alone, its lessons at the size of the lanes; exercises and checks are the real ones."""
+    chapter = read_chapter(ROOT / "notebooks" / "source" / f"{CHAPTER_00}.py")
+    marked = {index for exercise in chapter.exercises for index in (exercise.cell, exercise.check)}
+    code = {index: cell.source for index, cell in enumerate(chapter.cells) if cell.cell_type == "code"}
+    for index, source in smaller(CHAPTER_00, {i: text for i, text in code.items() if i not in marked})[0].items():
+        chapter.cells[index].source = source
+    path = folder / "notebooks" / "solutions" / f"{CHAPTER_00}.ipynb"
+    path.parent.mkdir(parents=True)
+    path.write_text(text_of(solution_notebook(chapter, "an-owner/a-course")), encoding="utf-8")
+    return folder
 
 
 def of_chapter_00(root: Path, **answers: str) -> dict:

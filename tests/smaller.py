@@ -9,6 +9,14 @@ import re
 from labutils.measurement.timing import MIN_REPEATS
 
 SMALLER = {
+    "00_start_here": {
+        "prompt_ids, 8)": "prompt_ids, 1)",
+        "NEW_TOKENS = 48": "NEW_TOKENS = 6",
+        "CHARACTERS = 2000": "CHARACTERS = 200",
+        "measure_roofline(2.0": "measure_roofline(0.1",
+        "range(300)": "range(30)",
+        "runs=9": "runs=1",
+    },
     "03_quantizing_a_language_model": {
         "LIMIT_BYTES = 1000": "LIMIT_BYTES = 400",
         "count=40": "count=20",
