@@ -1,5 +1,7 @@
 """Packed linear layers: exact integers, the same bits on every path, whole models in the place of float ones."""
 
+import ctypes
+import ctypes.util
 import os
 
 import numpy as np
@@ -16,7 +18,7 @@ from labutils.lab.layers.linears import linear_layers, weight_of
 from labutils.lab.models.quantized import fast_float_llama, fast_packed_llama
 from labutils.quantization import packed_ops
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, dequantize, quantize
-from labutils.quantization.kernels import Weight, find_kernels, load_library, read_sources
+from labutils.quantization.kernels import Weight, find_kernels, float_weight, load_library, read_sources
 from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWeight, pack_codes, pack_model_
 from labutils.quantization.packed_ops import packed_linear, packed_linear_torch, quantize_tokens, unpack_codes
 from labutils.quantization.packed_steps import FewTokens
@@ -124,6 +126,60 @@ def test_every_build_equals_pytorch_on_random_shapes(build, data):
     assert torch.equal(run_build(build, x, layer, threads=data.draw(st.integers(1, 3))), expected)
     for t in range(tokens):  # one token alone gets the bits that it gets among others
         assert torch.equal(run_build(build, x[t : t + 1], layer)[0], expected[t])
+
+
+def run_floats(library, x, weight, bias=None, threads=1):
+    y = np.full((len(x), len(weight)), 7, np.float32)
+    library.packed_linear(float_weight(weight, bias), x.ctypes.data, y.ctypes.data, len(x), threads)
+    return y
+
+
+def fused_in_lanes(x, weight, bias):
+    """The formula of kernels.c for float32, one number at a time, by the C library's fused multiply-add."""
+    fmaf = ctypes.CDLL(ctypes.util.find_library("m")).fmaf
+    fmaf.argtypes, fmaf.restype = [ctypes.c_float] * 3, ctypes.c_float
+    y = np.zeros((len(x), len(weight)), np.float32)
+    for t, r in np.ndindex(y.shape):
+        lanes = np.zeros(8, np.float32)
+        for k, (a, b) in enumerate(zip(weight[r], x[t], strict=True)):
+            lanes[k % 8] = fmaf(a, b, lanes[k % 8])
+        while len(lanes) > 1:
+            lanes = lanes[::2] + lanes[1::2]
+        y[t, r] = lanes[0] + (0 if bias is None else bias[r])
+    return y
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_every_build_gives_floats_the_bits_of_the_formula(build, data):
+    out, n, tokens = (data.draw(st.integers(low, high)) for low, high in ((1, 20), (1, 40), (0, 15)))
+    draws = np.random.default_rng(data.draw(seeds))
+    weight, bias = draws.standard_normal((out, n), np.float32), draws.standard_normal(out, np.float32)
+    x = draws.standard_normal((tokens, n), np.float32) * np.float32(10.0 ** data.draw(st.integers(-40, 30)))
+    bias = bias if data.draw(st.booleans()) else None
+    expected = fused_in_lanes(x, weight, bias)
+    assert np.array_equal(run_floats(build, x, weight, bias, threads=data.draw(st.integers(1, 3))), expected)
+    for t in range(tokens):  # one token alone gets the bits that it gets among others
+        assert np.array_equal(run_floats(build, x[t : t + 1], weight, bias)[0], expected[t])
+
+
+@pytest.mark.parametrize(("tokens", "out", "n"), [(1, 100, 257), (7, 24, 1000), (33, 17, 64)])
+def test_floats_multiply_as_in_float64(build, tokens, out, n):
+    draws = np.random.default_rng(0)
+    weight, x = draws.standard_normal((out, n), np.float32), draws.standard_normal((tokens, n), np.float32)
+    bound = n / 8 * 2**-24 * (np.abs(x) @ np.abs(weight.T))  # the longest lane's roundings, and a few more
+    assert (np.abs(run_floats(build, x, weight) - x.astype(float) @ weight.T.astype(float)) <= bound + 1e-6).all()
+
+
+def test_floats_that_are_not_finite_stay_with_their_token_and_row(build):
+    draws = np.random.default_rng(0)
+    weight, x = draws.standard_normal((11, 21), np.float32), draws.standard_normal((8, 21), np.float32)
+    expected = run_floats(build, x, weight)
+    x[2, 20], x[5, 3], weight[7, 9] = np.nan, np.inf, np.nan
+    y, others = run_floats(build, x, weight), np.delete(np.arange(11), 7)
+    assert np.isnan(y[2]).all() and np.isnan(y[:, 7]).all() and np.isinf(y[5, others]).all()
+    kept = np.ix_([0, 1, 3, 4, 6, 7], others)
+    assert np.array_equal(y[kept], expected[kept])
 
 
 def test_a_tie_is_rounded_as_c_rounds_it(build):

@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 
 from labutils.generation.fast_llama import FastLlama
 from labutils.generation.sampling import Sampler
-from labutils.lab.models.quantized import fast_packed_llama
+from labutils.lab.models.quantized import fast_float_llama, fast_packed_llama
 from labutils.quantization.affine import Scheme
 from labutils.quantization.kernels import find_kernels
 from labutils.quantization.packed import pack_model_
@@ -20,17 +20,18 @@ from labutils.serving.paged import PagedLlama
 from labutils.serving.scheduler import End, Limits, Refusal, Request
 
 LIBRARY, REASON = find_kernels()
+MAKERS = {None: functools.partial(FastLlama, matvec="numpy"), 32: fast_float_llama}  # by bits; others are packed
 NEAR_TIE = 1e-4  # logits so close may change places where sums are rounded in another order
 
 
 @functools.cache
 def model(name="llama-gqa-tied", bits=None):
     plain = tiny_model(name)
-    return pack_model_(plain, Scheme(bits)) if bits else plain
+    return pack_model_(plain, Scheme(bits)) if bits in (4, 8) else plain
 
 
 def decoder(max_length, name="llama-gqa-tied", bits=None):
-    make = fast_packed_llama if bits else functools.partial(FastLlama, matvec="numpy")
+    make = MAKERS.get(bits, fast_packed_llama)
     return make(model(name, bits), max_length=max_length)
 
 
@@ -72,8 +73,8 @@ def test_requests_together_get_the_tokens_of_each_alone(name):
 
 
 @pytest.mark.skipif(LIBRARY is None, reason=REASON)
-@pytest.mark.parametrize("bits", [8, 4])
-def test_packed_weights_serve_many_with_the_tokens_of_each_alone(bits):
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_weights_in_c_serve_many_with_the_tokens_of_each_alone(bits):
     done = run(engine(bits=bits), mixed_requests(1))
     for request in done:
         lone = decoder(64, bits=bits)
@@ -82,11 +83,12 @@ def test_packed_weights_serve_many_with_the_tokens_of_each_alone(bits):
 
 
 @pytest.mark.skipif(LIBRARY is None, reason=REASON)
+@pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize(("block_size", "budget"), [(3, 60), (16, 7), (64, 41)])
-def test_packed_weights_give_a_token_the_same_bits_in_any_blocks_and_chunks(block_size, budget):
-    lone, prompt = decoder(64, bits=8), random.Random(4).choices(range(97), k=45)
+def test_a_token_in_c_has_the_same_bits_in_any_blocks_and_chunks(bits, block_size, budget):
+    lone, prompt = decoder(64, bits=bits), random.Random(4).choices(range(97), k=45)
     expected = [lone.extend([token]).clone() for token in prompt][-1]
-    paged, seen = PagedLlama(decoder(192, bits=8), block_size=block_size), {}
+    paged, seen = PagedLlama(decoder(192, bits=bits), block_size=block_size), {}
     serving = Engine(paged, Limits(budget, 4, 64, 60))
 
     def watched(step):

@@ -13,7 +13,7 @@ from labutils.lab.layers.linears import linear_layers, weight_of
 from labutils.lab.models.calibration_text import calibration_batches
 from labutils.lab.models.lablm import SHAPES
 from labutils.lab.models.load import LanguageModel, load_model
-from labutils.lab.models.quantized import fast_packed_llama, packed_layers
+from labutils.lab.models.quantized import fast_llama
 from labutils.pruning.masks import apply_masks_, mask_model
 from labutils.pruning.scores import wanda_scores
 from labutils.quantization.affine import Scheme, choose_qparams, quantize
@@ -121,5 +121,4 @@ def pack_designed_(model: nn.Module, scheme: Scheme, seen: Mapping[str, InputSta
 
 def fast_decoder(loaded: LanguageModel, *, max_length: int) -> FastLlama:
     """The decoder for one stream of a built design."""
-    make = fast_packed_llama if packed_layers(loaded.model) else FastLlama
-    return make(loaded.model, max_length=max_length)
+    return fast_llama(loaded.model, max_length=max_length)

@@ -8,7 +8,8 @@ Decoding one token multiplies every weight matrix by one vector, so its floor is
 * The matrix-vector kernel: on some CPUs PyTorch's BLAS does not use a second core for it, NumPy's does.
   `matvec="auto"` times both on this model's own matrices and keeps the faster.
 
-The fused matrices are a parameter, and `few_tokens` may be set: another chapter passes quantized ones and tokens in C.
+The fused matrices are a parameter, and `few_tokens` may be set: `lab.models.quantized` passes quantized ones, and
+tokens through C.
 
 NumPy and PyTorch share the memory of every array here; nothing is copied between them.
 """
@@ -107,7 +108,7 @@ class FastLlama:
         kinds: Linear layers that `fuse` can read.
 
     Attributes:
-        few_tokens: Reads up to its `max_tokens` tokens in one call, as `packed_steps.FewTokens`; None for NumPy.
+        few_tokens: Reads tokens in one call, as `packed_steps.FewTokens`; None for NumPy and PyTorch.
         hidden: What the last call gave the head, (rows, width), without what was rewound since.
 
     Raises:
@@ -247,7 +248,7 @@ class FastLlama:
 
     def _forward(self, token_ids: list[int], *, rows: int) -> Float[Tensor, "rows vocab"]:
         start, end = self._room(len(token_ids))
-        if self.few_tokens and len(token_ids) <= self.few_tokens.max_tokens:
+        if self.few_tokens:
             self.hidden, logits = self.few_tokens.read(token_ids, start, rows)
             self.length = end
             return logits

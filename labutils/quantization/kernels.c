@@ -33,7 +33,7 @@ typedef struct {
 } Weight;
 
 typedef struct {
-    int8_t *codes;         // (tokens, padded)
+    int8_t *codes;         // (tokens, padded); for weights in floats the inputs, as `lay_inputs` lays them
     float *scales, *sums;  // (tokens, blocks)
 } Activations;
 
@@ -363,32 +363,128 @@ static void quantize_token(const float *x, int64_t in, int64_t block, int8_t *co
     }
 }
 
-// ---- the product ---------------------------------------------------------------------------------------------------
+// ---- float32 -------------------------------------------------------------------------------------------------------
 
-// The same in float32, so that a float model can take the C steps of steps.c: bits = 32, and codes points to (out, in) floats.
-// Four sums a row, because an addition waits some cycles for the one before it.
-static void float_linear(const Weight *w, const float *x, float *y, int64_t tokens, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t r = 0; r < w->out; r++) {
-        const float *row = (const float *)w->codes + r * w->in;
-        for (int64_t t = 0; t < tokens; t++) {
-            const float *token = x + t * w->in;
-            f32x8 sums[4] = {0};
-            int64_t k = 0;
-            for (; k + 32 <= w->in; k += 32)
-                for (int i = 0; i < 4; i++)
-                    sums[i] += *(const f32x8 *)(row + k + 8 * i) * *(const f32x8 *)(token + k + 8 * i);
-            f32x8 eight = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-            float sum = 0;
-            for (int i = 0; i < 8; i++) sum += eight[i];
-            for (; k < w->in; k++) sum += row[k] * token[k];
-            y[t * w->out + r] = sum + (w->bias ? w->bias[r] : 0);
+// Weights that stay floats: bits = 32, and codes points to (out, in) floats. The bits of a float sum depend on its order,
+// so every ISA, thread count and batch size takes this one:
+//
+//   lane[i] = sum over k = i, i + 8, i + 16 ... of W[r][k] * x[t][k], each product added without being rounded first
+//   y[t][r] = sum8(lane) + b[r]
+//
+// Eight rows travel together here too, with up to VECTORS registers of inputs: 8 of a token, or of SIDE tokens each.
+// The sums of AT_ONCE rows stay in registers, so each load serves several products.
+
+static inline f32x8 load8(const float *x, int64_t n, float rest) {  // n numbers, then `rest`
+    if (n >= 8) return *(const f32x8 *)x;
+    f32x8 v = (f32x8){0} + rest;
+    memcpy(&v, x, n * sizeof(float));
+    return v;
+}
+
+static inline float sum8(f32x8 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
+
+static inline f32x8 sum8_of_8(const f32x8 *v) {  // number i: sum8(v[i]), the same bits
+#if defined(__AVX2__) && !defined(SCALAR)
+    __m256 four[2];
+    for (int i = 0; i < 2; i++, v += 4)
+        four[i] = _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[0], (__m256)v[1]), _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
+    return (f32x8)(_mm256_permute2f128_ps(four[0], four[1], 0x20) + _mm256_permute2f128_ps(four[0], four[1], 0x31));
+#else
+    return (f32x8){sum8(v[0]), sum8(v[1]), sum8(v[2]), sum8(v[3]), sum8(v[4]), sum8(v[5]), sum8(v[6]), sum8(v[7])};
+#endif
+}
+
+#ifdef WIDE
+typedef f32x16 Inputs;
+enum { SIDE = 2, VECTORS = 3, AT_ONCE = 8 };
+static inline Inputs fused(f32x8 w, Inputs x, Inputs sum) {
+    return (Inputs)_mm512_fmadd_ps(_mm512_broadcast_f32x8((__m256)w), (__m512)x, (__m512)sum);
+}
+#else
+typedef f32x8 Inputs;
+enum { SIDE = 1, VECTORS = 3, AT_ONCE = 4 };
+static inline Inputs fused(f32x8 w, Inputs x, Inputs sum) {
+#if defined(__FMA__) && !defined(SCALAR)
+    return (Inputs)_mm256_fmadd_ps((__m256)w, (__m256)x, (__m256)sum);
+#else
+    for (int i = 0; i < 8; i++) sum[i] = __builtin_fmaf(w[i], x[i], sum[i]);
+    return sum;
+#endif
+}
+#endif
+
+// Loops over registers must be unrolled: an array that is indexed at run time lies in memory.
+#ifdef __clang__
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 8")
+#endif
+#define EACH(i, count) UNROLLED for (int i = 0; i < (count); i++)
+
+// AT_ONCE rows times `vectors` registers of inputs, which lie as `lay_inputs` lays them, 8 of a row at a time.
+static inline __attribute__((always_inline)) void dot_rows(
+    const float *const *row, const Inputs *x, int64_t in, Inputs (*sums)[VECTORS], const int vectors) {
+    Inputs near[AT_ONCE][VECTORS] = {0};
+    for (int64_t k = 0; k < in - 7; k += 8, x += vectors)
+        EACH(r, AT_ONCE) {
+            if (k % 16 == 0) __builtin_prefetch(row[r] + k + ROWS * in, 0, 2);  // the next tile's, to the second cache
+            EACH(v, VECTORS) if (v < vectors) near[r][v] = fused(load8(row[r] + k, 8, 0), x[v], near[r][v]);
         }
+    EACH(r, AT_ONCE) EACH(v, VECTORS) {
+        if (in % 8 && v < vectors) near[r][v] = fused(load8(row[r] + in / 8 * 8, in % 8, 0), x[v], near[r][v]);
+        sums[r][v] = near[r][v];
     }
 }
 
+// A row that is not there is computed as another, and not stored.
+static inline __attribute__((always_inline)) void float_tile(
+    const Weight *w, const Inputs *x, float *y, int64_t tile, int64_t token, int64_t tokens, const int vectors) {
+    const int64_t rows = w->out - tile * ROWS, here = tokens - token < vectors * SIDE ? tokens - token : vectors * SIDE;
+    const float *row[ROWS];
+    for (int r = 0; r < ROWS; r++) row[r] = (const float *)w->codes + (tile * ROWS + (r < rows ? r : 0)) * w->in;
+    Inputs sums[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r += AT_ONCE) dot_rows(row + r, x, w->in, sums + r, vectors);
+    f32x8 made[VECTORS * SIDE];
+    for (int t = 0; t < here; t++) {
+        f32x8 lanes[ROWS];
+        for (int r = 0; r < ROWS; r++) memcpy(lanes + r, (float *)sums[r] + 8 * t, sizeof(f32x8));
+        made[t] = sum8_of_8(lanes);
+    }
+    store_rows(w, made, 1, y, tile, token, here);
+}
+
+// The registers from `first` on, VECTORS of all or fewer: their inputs 0..7, then 8..15 ...; zeros where there is no token.
+static void lay_inputs(const float *x, int64_t in, int64_t tokens, int64_t first, int64_t vectors, Inputs *laid) {
+    for (int64_t k = 0; k < in; k += 8, laid += vectors)
+        for (int64_t t = 0; t < vectors * SIDE; t++) {
+            int64_t token = first * SIDE + t;
+            f32x8 its = load8(x + token * in + k, token < tokens ? in - k : 0, 0);
+            memcpy((float *)laid + 8 * t, &its, sizeof its);
+        }
+}
+
+// As `product`.
+static void float_product(const Weight *w, const float *x, Inputs *laid, float *y, int64_t tokens) {
+    const int64_t eights = (w->in + 7) / 8, all = (tokens + SIDE - 1) / SIDE;
+#pragma omp for
+    for (int64_t v = 0; v < all; v += VECTORS)
+        lay_inputs(x, w->in, tokens, v, all - v < VECTORS ? all - v : VECTORS, laid + v * eights);
+#pragma omp for
+    for (int64_t tile = 0; tile < (w->out + ROWS - 1) / ROWS; tile++)
+        for (int64_t v = 0; v < all; v += VECTORS)
+            if (all - v == 1) float_tile(w, laid + v * eights, y, tile, v * SIDE, tokens, 1);
+            else if (all - v == 2) float_tile(w, laid + v * eights, y, tile, v * SIDE, tokens, 2);
+            else float_tile(w, laid + v * eights, y, tile, v * SIDE, tokens, VECTORS);
+}
+
+// ---- the product ---------------------------------------------------------------------------------------------------
+
 // Every thread of a team takes its part; outside of one, all of it. A team of one would cost as much as a small matrix.
 static void product(const Weight *w, const float *x, Activations *q, float *y, int64_t tokens) {
+    if (w->bits == 32) {
+        float_product(w, x, (Inputs *)q->codes, y, tokens);
+        return;
+    }
     const int64_t blocks = w->padded / w->block, tiles = (w->out + ROWS - 1) / ROWS;
     const int64_t together = !TWO_TILES ? 1 : tokens == 1 ? STREAMS : 2, steps = (tiles + together - 1) / together;
 #pragma omp for
@@ -406,16 +502,15 @@ static void product(const Weight *w, const float *x, Activations *q, float *y, i
     }
 }
 
-// y (tokens, out) = x (tokens, in) W^T + b. Returns 0, or -1 when there was no memory for the activations' codes.
+// y (tokens, out) = x (tokens, in) W^T + b. Returns 0, or -1 when there was no memory for the activations as they are read.
 int64_t packed_linear(const Weight *w, const float *x, float *y, int64_t tokens, int64_t threads) {
-    if (w->bits == 32) {
-        float_linear(w, x, y, tokens, threads);
-        return 0;
-    }
-    int64_t blocks = w->padded / w->block;
-    float *memory = malloc(tokens * (2 * blocks * sizeof(float) + w->padded) + 1);  // never malloc(0)
+    int64_t blocks = w->padded / w->block, size = tokens * w->padded;
+    if (w->bits == 32) size = (w->in + 7) / 8 * ((tokens + SIDE - 1) / SIDE) * sizeof(Inputs);
+    size += -size & 63;  // a register of 64 bytes is read faster where no line of the cache ends within
+    int8_t *memory = aligned_alloc(64, size + (2 * tokens * blocks * sizeof(float) + 64) / 64 * 64);
     if (!memory) return -1;
-    Activations q = {(int8_t *)(memory + 2 * tokens * blocks), memory, memory + tokens * blocks};
+    float *scales = (float *)(memory + size);
+    Activations q = {memory, scales, scales + tokens * blocks};
     if (threads > 1) {
 #pragma omp parallel num_threads(threads)
         product(w, x, &q, y, tokens);

@@ -1,4 +1,4 @@
-"""A few tokens through a packed model without Python between them: fused matrices and C steps, for `FastLlama`.
+"""Tokens through a packed or float model without Python between them: fused matrices and C steps, for `FastLlama`.
 
 An operator of PyTorch costs ten microseconds before it computes; a decoding step has a dozen a layer. Here NumPy arrays
 go to the C kernels by address, and one token, or the few that speculative decoding checks, go from their ids to logits
@@ -103,12 +103,11 @@ def arena_bytes(layers: list[PackedLinear]) -> int:
 
 
 class FewTokens:
-    """A `FastLlama` for 1 to `max_tokens` tokens: one call into C for each `TOKENS_A_CALL` of them.
+    """A `FastLlama` in C: one call for each `TOKENS_A_CALL` tokens.
 
     Args:
         library: the kernels.
         decoder: a `FastLlama` whose matrices are `FusedPacked` or `FloatMatrix`.
-        max_tokens: how many go through C, by default all that there is room for.
         int8_cache: keys and values rounded to int8, a scale for each 64 numbers (32 where that does not divide a head),
             in place of the decoder's own, for one stream.
 
@@ -116,13 +115,11 @@ class FewTokens:
         ValueError: where layers differ in their schemes or heads are no multiple of 8 numbers (int8 cache: 32).
     """
 
-    def __init__(
-        self, library: ctypes.CDLL, decoder: object, *, max_tokens: int | None = None, int8_cache: bool = False
-    ) -> None:
+    def __init__(self, library: ctypes.CDLL, decoder: object, *, int8_cache: bool = False) -> None:
         if not self.fits(decoder):
             raise ValueError("steps in C need heads of a multiple of 8 numbers and fused matrices of one scheme each")
-        self.library, self.decoder, self.max_tokens = library, decoder, max_tokens or decoder.max_length
-        self.chunk = min(TOKENS_A_CALL, self.max_tokens)
+        self.library, self.decoder = library, decoder
+        self.chunk = min(TOKENS_A_CALL, decoder.max_length)
         self.caches = _rounded_caches(*decoder.keys.shape) if int8_cache else (decoder.keys, decoder.values)
         made = [_layer(layer, [cache[i] for cache in self.caches]) for i, layer in enumerate(decoder.layers)]
         self.layers = (Layer * len(made))(*made)

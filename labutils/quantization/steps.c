@@ -2,29 +2,9 @@
 // a layer. Called from Python one by one, they cost as much as a third of an int4 model's matrices. Compiled together
 // with kernels.c.
 
-static inline f32x8 load8(const float *x, int64_t n, float rest) {  // n numbers, then `rest`
-    f32x8 v = (f32x8){0} + rest;
-    if (n >= 8) memcpy(&v, x, sizeof v);
-    else memcpy(&v, x, n * sizeof(float));
-    return v;
-}
-
 static inline void store8(float *x, f32x8 v, int64_t n) {
     if (n >= 8) memcpy(x, &v, sizeof v);
     else memcpy(x, &v, n * sizeof(float));
-}
-
-static inline float sum8(f32x8 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
-
-static inline f32x8 sum8_of_8(const f32x8 *v) {  // number i: sum8(v[i]), the same bits
-#if defined(__AVX2__) && !defined(SCALAR)
-    __m256 four[2];
-    for (int i = 0; i < 2; i++, v += 4)
-        four[i] = _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[0], (__m256)v[1]), _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
-    return (f32x8)(_mm256_permute2f128_ps(four[0], four[1], 0x20) + _mm256_permute2f128_ps(four[0], four[1], 0x31));
-#else
-    return (f32x8){sum8(v[0]), sum8(v[1]), sum8(v[2]), sum8(v[3]), sum8(v[4]), sum8(v[5]), sum8(v[6]), sum8(v[7])};
-#endif
 }
 
 static float largest_of(const float *x, int64_t n) {  // NaN does not count

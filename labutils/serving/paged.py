@@ -1,8 +1,8 @@
 """A Llama decoder for many requests at once: `FastLlama`'s layers over a cache that is cut into blocks.
 
 The matrices see the tokens of all requests as rows of one input, so a step reads the weights once; attention is
-computed request by request, over the blocks of its table (Orca's selective batching). The matrices may be float32 or
-packed; packed ones take the tokens through all layers in C.
+computed request by request, over the blocks of its table (Orca's selective batching). All layers run in C
+where the kernels are there.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def slots(table: Sequence[int], count: int, block_size: int) -> Int[np.ndarray, 
 class PagedLlama:
     """Computes a scheduler's steps with a `FastLlama`, whose cache becomes the memory of the blocks.
 
-    Packed weights go through all layers in one call into C, which gives a token the same bits alone and among others,
-    in chunks of any length. With float32 matrices, and with packed layers of several schemes, NumPy computes attention
-    and may differ in the last bits, since it chooses the order of sums by the number of rows. Such a difference becomes
-    another token only where two logits nearly tie; activations that are rounded to int8 make it larger.
+    All layers run in one call into C, which gives a token the same bits alone and among others, in chunks of any
+    length. Without the kernels, and with packed layers of several schemes, NumPy computes attention and may differ in
+    the last bits, since it chooses the order of sums by the number of rows. Such a difference becomes another token
+    only where two logits nearly tie; activations that are rounded to int8 make it larger.
 
     Args:
         decoder: Its `max_length` is the number of positions in all blocks together.

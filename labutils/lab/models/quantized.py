@@ -67,6 +67,17 @@ def _forget_pages(tensors: list[torch.Tensor]) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole_pages), mmap.MADV_DONTNEED)
 
 
+def fast_llama(model: nn.Module, *, max_length: int) -> FastLlama:
+    """The fastest decoder of a model, packed or float32: in C where the kernels can be built.
+
+    Raises:
+        KernelError: for packed layers without the C kernels; float32 goes through NumPy and PyTorch then.
+        ValueError: for an architecture that `FastLlama` does not know.
+    """
+    in_float = fast_float_llama if find_kernels()[0] else FastLlama
+    return (fast_packed_llama if packed_layers(model) else in_float)(model, max_length=max_length)
+
+
 class FloatMatrix(Linear):
     """A fused float32 matrix in an arena, where C finds it; float32 layers' own weights become views of it."""
 
@@ -81,10 +92,9 @@ class FloatMatrix(Linear):
 
 
 def fast_float_llama(model: nn.Module, *, max_length: int) -> FastLlama:
-    """`FastLlama` in float32 with C between its matrices: what `fast_packed_llama` gains by its steps, not its weights.
+    """`FastLlama` in float32, all in C: what `fast_packed_llama` gains by its steps, not its weights.
 
-    One token goes through C. Several go through PyTorch's product, which reads a weight once for all of them. The
-    model's float32 weights move into one piece of memory, as packed ones do, and are shared.
+    The model's float32 weights move into one piece of memory, as packed ones do, and are shared.
 
     Raises:
         KernelError: without the C kernels.
@@ -94,7 +104,7 @@ def fast_float_llama(model: nn.Module, *, max_length: int) -> FastLlama:
     nbytes = sum(4 * weight_of(layer).numel() + 64 for _, layer in linear_layers(model, with_head=True))
     decoder = FastLlama(model, max_length=max_length, fuse=partial(FloatMatrix, Arena(nbytes)))
     if FewTokens.fits(decoder):
-        decoder.few_tokens = FewTokens(library, decoder, max_tokens=1)
+        decoder.few_tokens = FewTokens(library, decoder)
     return decoder
 
 

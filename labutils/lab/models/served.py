@@ -1,8 +1,7 @@
 """A loaded model as chapter 11 serves it: its decoder over paged memory, and its tokenizer's part of the server."""
 
-from labutils.generation.fast_llama import FastLlama
 from labutils.lab.models.load import LanguageModel
-from labutils.lab.models.quantized import fast_packed_llama, packed_layers
+from labutils.lab.models.quantized import fast_llama
 from labutils.lab.models.tokenizer import chat_ids, text_ids
 from labutils.serving.paged import PagedLlama
 from labutils.serving.server import Served
@@ -15,8 +14,7 @@ def paged_llama(model, *, positions: int, block_size: int = 16) -> PagedLlama:
         ValueError: For an architecture that `FastLlama` does not know, or no room for a block.
         KernelError: For packed weights without the C kernels.
     """
-    make = fast_packed_llama if packed_layers(model) else FastLlama
-    return PagedLlama(make(model, max_length=positions), block_size=block_size)
+    return PagedLlama(fast_llama(model, max_length=positions), block_size=block_size)
 
 
 def served_model(loaded: LanguageModel, name: str) -> Served:
