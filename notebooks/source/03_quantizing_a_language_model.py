@@ -1497,6 +1497,10 @@ my_int4.compare(32 / 4.5)
 # batch) a weight that has been loaded meets eight tokens before the next is loaded, and with AVX-512 two of these vectors, of 16 rows,
 # share a register: half as many instructions for the same exact sums of integers, so a token's result keeps its bits.
 #
+# A sum of floats has other bits in another order. The float32 kernel of the same file therefore fixes one order for every batch, thread and
+# processor: eight sums a row, over inputs 0, 8, 16 …, over 1, 9, 17 … and so on, each product added with a single rounding (a *fused
+# multiply-add*), and then these eight in pairs. Several tokens share a loaded weight there, too.
+#
 # With 4 bits a byte holds *two* codes. Which two? Not neighbours: code k goes into the low half and code k + 16 into the
 # high half. Then one mask yields 16 codes in order, and one shift the next 16; nothing has to be shuffled.
 

@@ -150,8 +150,8 @@ plt.show()
 #
 # A matrix times one vector waits for the matrix to be read. A matrix times a few vectors reads as much and computes more, so a curve is
 # flat as long as the machine waits for memory and follows the dotted slope once it waits for arithmetic. Attention shares nothing:
-# each row reads the whole cache again, so a long context tilts the curve. A jump from one row to two is neither: in float32 a single
-# row and several go to different kernels. A packed kernel that is written for a few rows has no such step.
+# each row reads the whole cache again, so a long context tilts the curve. A jump from one row to two is neither: the float32 decoder here goes
+# through NumPy and PyTorch, where a single row and several go to different kernels. A kernel that is written for a few rows has no such step.
 # </details>
 #
 # Keep this curve in mind, because a step that checks γ guesses has γ + 1 rows.
@@ -492,8 +492,9 @@ for name, proposer in free.items():
 # *LabLM int8, greedy, five prompts of each kind, up to 40 new tokens, at most 5 guesses a step. "Judged" leaves out guesses behind the
 # first that fell.*
 #
-# "Same text" is the point. The C kernels give a row the same bits alone and among others, so greedy output is equal to the last token. In float32
-# a matrix product of several rows may round differently from one of a single row, and a near-tie can then fall the other way. The
+# "Same text" is the point. The C kernels give a row the same bits alone and among others, so greedy output is equal to the last token. In NumPy
+# and PyTorch, which our float32 decoder uses here, a product of several rows may round differently from one of a single row, and a near-tie can
+# then fall the other way. The
 # next cell counts the texts that differ in float32, with the gap between the two best logits at the first difference.
 
 # %%
