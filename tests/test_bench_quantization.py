@@ -88,6 +88,14 @@ def test_memory_loading_bandwidth_and_the_pair_have_bars():
     assert judged(first, row("ours int8, again", *[29.5] * 5))[-1].endswith("1.02x [1.02, 1.02], True")
 
 
+def test_a_missed_ratio_says_what_all_of_the_bandwidth_would_give():
+    peer = row("llama.cpp Q8_0", *[10] * 5)
+    missed, _ = judged(row("ours int8", *[12] * 5, bandwidth_share=0.75), peer)
+    assert missed.endswith("1.5 times llama.cpp Q8_0: 1.20x [1.20, 1.20]; 1.60x if all bandwidth were used, False")
+    met, _ = judged(row("ours int8", *[15] * 5, bandwidth_share=0.75), peer)
+    assert met.endswith("1.50x [1.50, 1.50], True")
+
+
 def test_the_rate_is_of_new_tokens_or_of_the_prompt():
     assert Load("8 at once", 8, 16, 3).rate([0.0, 5.0, 6.0, 7.0]) == 8.0
     assert Load("prefill of 512", 1, 512, 1).rate([1.0, 3.0]) == 256.0
