@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from labutils.lab.layers.linears import linear_layers
+from labutils.lab.layers.linears import linear_layers, weight_of
 
 
 @dataclass
@@ -44,7 +44,7 @@ class InputStatistics:
         """Takes in more rows."""
         x = x.float()
         self.rows += len(x)
-        self.absmax = torch.maximum(self.absmax, x.abs().amax(dim=0))
+        torch.maximum(self.absmax, x.abs().amax(dim=0), out=self.absmax)
         self.sum_abs += x.abs().sum(dim=0)
         self.squares += (x * x).sum(dim=0)
         if self.gram is not None:
@@ -82,23 +82,22 @@ def input_statistics(
     Raises:
         ValueError: when there is no batch, or when an input is not finite.
     """
-    found: dict[str, InputStatistics] = {}
+    layers = [(name, layer) for name, layer in linear_layers(model, with_head=with_head) if only(name)]
+    # All sums first: where they lie among what the model needs for a moment, that memory cannot be given back.
+    found = {
+        name: InputStatistics.empty(weight_of(layer).shape[1], with_gram=with_gram, device=layer.weight.device)
+        for name, layer in layers
+    }
 
     def watch(name: str) -> Callable[[nn.Module, tuple], None]:
-        def hook(_module: nn.Module, inputs: tuple) -> None:
-            x = inputs[0].detach().flatten(0, -2)
-            if name not in found:
-                found[name] = InputStatistics.empty(x.shape[1], with_gram=with_gram, device=x.device)
-            found[name].add_(x)
-
-        return hook
+        return lambda _module, inputs: found[name].add_(inputs[0].detach().flatten(0, -2))
 
     with ExitStack() as hooks:
-        for name, layer in linear_layers(model, with_head=with_head):
-            if only(name):
-                hooks.callback(layer.register_forward_pre_hook(watch(name)).remove)
+        for name, layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(watch(name)).remove)
         for token_ids in batches:
             model(token_ids.to(next(model.parameters()).device))
+    found = {name: statistics for name, statistics in found.items() if statistics.rows}
     if not found:
         raise ValueError("calibration needs at least one batch that reaches a linear layer; got none")
     for name, statistics in found.items():
