@@ -13,7 +13,7 @@ from tiny_models import random_ids, tiny_model
 from labutils.course.bench import quantization, quantization_rows
 from labutils.course.bench.child import start
 from labutils.course.bench.decode import Settings
-from labutils.course.bench.engines import answered, made, memory, timed
+from labutils.course.bench.engines import answered, made, timed
 from labutils.course.bench.llama_cpp import FORKS, Parameters
 from labutils.course.bench.quantization import Load, bench_quantization, loads
 from labutils.course.bench.quantization_rows import LONG, EngineRow, as_markdown, as_table, judge, read_rows
@@ -23,6 +23,7 @@ from labutils.course.cli import bench
 from labutils.generation.decode import generate_cached
 from labutils.lab.models.gguf import export_gguf
 from labutils.lab.models.quantized import save_quantized
+from labutils.measurement.limits import status_bytes
 from labutils.quantization.affine import Scheme
 from labutils.quantization.kernels import find_kernels
 from labutils.quantization.packed import pack_model_
@@ -140,7 +141,7 @@ def test_our_engines_write_the_decoders_tokens_for_one_and_for_many(tmp_path):
     save_quantized(pack_model_(made.model, Scheme(8)), None, tmp_path / "int8", method="rtn")
     packed = Ours(str(tmp_path / "int8"), threads=1, packed=True)
     assert packed.generate(prompts, 5)[1][0] == packed.generate(prompts[:1], 5)[1][0]
-    assert memory("VmHWM") is None or memory("VmHWM") >= memory("VmRSS") > 1e7
+    assert status_bytes("VmHWM") is None or status_bytes("VmHWM") >= status_bytes("VmRSS") > 1e7
 
 
 def test_pytorchs_dynamic_int8_rounds_inputs_to_seven_bits_as_the_readme_says(tmp_path):

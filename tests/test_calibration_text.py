@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from labutils.course.bench.engines import memory
 from labutils.lab.data.corpus import held_out_documents
 from labutils.lab.layers.calibration import input_statistics
 from labutils.lab.models.calibration_text import calibration_batches
 from labutils.lab.models.load import load_model
+from labutils.measurement.limits import status_bytes
 from labutils.measurement.resources import PROC_SELF
 
 
@@ -47,7 +47,7 @@ def test_calibration_batches_refuse_nothing(tokenizer):
 def test_sums_of_inputs_pin_no_memory_that_the_model_needed_for_a_moment():
     """Glibc carves small pieces out of freed large ones, which then serve no large tensor any more."""
     model = load_model("lablm").model
-    before = memory("VmRSS")
+    before = status_bytes("VmRSS")
     statistics = input_statistics(model, [torch.randint(4096, (8, 512))], with_gram=True)
     assert len(statistics) == 42
-    assert memory("VmRSS") - before < 250e6
+    assert status_bytes("VmRSS") - before < 250e6

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tiny_models import CONFIGS, random_ids, tiny_model
 from torch import nn
 
-from labutils.course.bench.engines import memory
 from labutils.generation import decode
 from labutils.lab.layers.compile import KernelError, compile_c, compiler
 from labutils.lab.layers.linears import linear_layers, weight_of
 from labutils.lab.models.quantized import fast_float_llama, fast_packed_llama
+from labutils.measurement.limits import status_bytes
 from labutils.measurement.resources import PROC_SELF, peak_memory
 from labutils.quantization import packed_ops
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, dequantize, quantize
@@ -303,7 +303,7 @@ def test_packing_a_large_matrix_takes_no_second_copy():
         1.5 * codes.nbytes: lambda: PackedWeight.from_codes(codes, qparams),
     }
     for nbytes, work in works.items():
-        before = memory("VmRSS")
+        before = status_bytes("VmRSS")
         with peak_memory() as peak:
             work()
         assert peak.host_bytes - before < nbytes

@@ -185,9 +185,9 @@ def quantize(
         whole = ratio.add_(torch.rand(ratio.shape, generator=generator, device=ratio.device)).floor_()
     else:
         raise ValueError(f"rounding must be 'nearest-even' or 'stochastic'; got {rounding!r}")
-    codes = whole.add_(qparams.zero_point).clamp_(qparams.qmin, qparams.qmax)  # in place: a head's copies are large
-    fits_int8 = qparams.qmin >= -128 and qparams.qmax <= 127
-    return codes.to(torch.int8 if fits_int8 else torch.int32).reshape(x.shape)
+    kind = torch.int8 if qparams.qmin >= -128 and qparams.qmax <= 127 else torch.int32
+    # In place: a copy of a large model's head is large.
+    return whole.add_(qparams.zero_point).clamp_(qparams.qmin, qparams.qmax).to(kind).reshape(x.shape)
 
 
 def dequantize(codes: Int[Tensor, "*shape"], qparams: QParams) -> Float[Tensor, "*shape"]:

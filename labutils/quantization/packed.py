@@ -15,7 +15,6 @@ A token with infinity or NaN in it gets NaN in every output.
 
 import ctypes
 import math
-import os
 from dataclasses import replace
 
 import torch
@@ -91,8 +90,7 @@ class PackedWeight(nn.Module):
             codes.device
         )
         middle = 2 ** (bits - 1)
-        pieces = codes.split(PIECE), made.codes.split(PIECE * made.padded * bits // 8)
-        for rows, place in zip(*pieces, strict=True):
+        for rows, place in zip(codes.split(PIECE), made.codes.split(PIECE * made.padded * bits // 8), strict=True):
             unsigned = pad(rows.to(torch.int16) + middle, (0, made.padded - n, 0, -len(rows) % ROWS)).to(torch.uint8)
             place.copy_(pack_codes(unsigned, bits=bits))
         made.scales.copy_(made._tiles(qparams.scale.float()))
@@ -153,9 +151,7 @@ def return_freed_memory() -> None:
 
     That costs a tenth of a millisecond, and some more where there is much to return.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
+    getattr(ctypes.pythonapi, "malloc_trim", int)(0)  # where there is no such function, nothing is done
 
 
 def check_layout(*, bits: int, group_size: int | None, in_features: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from labutils.lab.layers.linears import linear_layers, weight_of
+from labutils.lab.layers.linears import Linear, linear_layers, weight_of
 
 
 @dataclass
@@ -34,8 +34,9 @@ class InputStatistics:
     gram: Float[Tensor, "n n"] | None
 
     @classmethod
-    def empty(cls, in_features: int, *, with_gram: bool, device: torch.device) -> "InputStatistics":
-        """Nothing seen yet."""
+    def empty(cls, layer: Linear, *, with_gram: bool) -> "InputStatistics":
+        """Nothing seen yet of what enters a layer."""
+        in_features, device = weight_of(layer).shape[1], layer.weight.device
         zeros = [torch.zeros(in_features, device=device) for _ in range(3)]
         gram = torch.zeros(in_features, in_features, device=device) if with_gram else None
         return cls(0, *zeros, gram)
@@ -84,17 +85,14 @@ def input_statistics(
     """
     layers = [(name, layer) for name, layer in linear_layers(model, with_head=with_head) if only(name)]
     # All sums first: where they lie among what the model needs for a moment, that memory cannot be given back.
-    found = {
-        name: InputStatistics.empty(weight_of(layer).shape[1], with_gram=with_gram, device=layer.weight.device)
-        for name, layer in layers
-    }
+    found = {name: InputStatistics.empty(layer, with_gram=with_gram) for name, layer in layers}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple], None]:
-        return lambda _module, inputs: found[name].add_(inputs[0].detach().flatten(0, -2))
+    def watch(seen: InputStatistics) -> Callable[[nn.Module, tuple], None]:
+        return lambda _module, inputs: seen.add_(inputs[0].detach().flatten(0, -2))
 
     with ExitStack() as hooks:
         for name, layer in layers:
-            hooks.callback(layer.register_forward_pre_hook(watch(name)).remove)
+            hooks.callback(layer.register_forward_pre_hook(watch(found[name])).remove)
         for token_ids in batches:
             model(token_ids.to(next(model.parameters()).device))
     found = {name: statistics for name, statistics in found.items() if statistics.rows}

@@ -56,10 +56,8 @@ def fast_packed_llama(model: nn.Module, *, max_length: int, int8_cache: bool = F
     def fuse(*layers: PackedLinear) -> FusedPacked:
         read = [buffer for layer in layers for buffer in layer.packed.buffers() if id(buffer) in in_file]
         fused = FusedPacked(library, arena, *layers)
-        if read:
-            _forget_pages(read)
-        else:
-            return_freed_memory()  # of the layers' own arrays
+        _forget_pages(read)
+        return_freed_memory()
         return fused
 
     decoder = FastLlama(model, max_length=max_length, matvec="numpy", fuse=fuse, kinds=(PackedLinear,))
