@@ -130,7 +130,7 @@ class FewTokens:
             "narrow": first.qkv.in_features,
             "wide": max(first.qkv.out_features, first.gate_up.out_features),
             "inner": max(first.output.in_features, first.down.in_features),
-            "scores": 4 * max_length,
+            "scores": 4 * (max_length + -max_length % MAX_BLOCK),
         }
         self.scratch = {name: np.empty(self.chunk * size, np.float32) for name, size in sizes.items()}
         self.one_block, self.count = np.zeros(1, np.int64), np.arange(self.chunk)

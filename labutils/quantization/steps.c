@@ -2,30 +2,74 @@
 // a layer. Called from Python one by one, they cost as much as a third of an int4 model's matrices. Compiled together
 // with kernels.c.
 
-static inline void store8(float *x, f32x8 v, int64_t n) {
-    if (n >= 8) memcpy(x, &v, sizeof v);
+// ---- a register full of numbers, each on its own: how many there are changes no bits -----------------------------------
+
+typedef Inputs floats;
+typedef int32_t ints __attribute__((vector_size(sizeof(floats)), aligned(4)));
+enum { LANES = sizeof(floats) / sizeof(float) };
+
+static inline floats load(const float *x, int64_t n, float rest) {  // n numbers, then `rest`
+    if (n >= LANES) return *(const floats *)x;
+    floats v = (floats){0} + rest;
+    memcpy(&v, x, n * sizeof(float));
+    return v;
+}
+
+static inline void store(float *x, floats v, int64_t n) {
+    if (n >= LANES) *(floats *)x = v;
     else memcpy(x, &v, n * sizeof(float));
 }
 
-static float largest_of(const float *x, int64_t n) {  // NaN does not count
-    f32x8 eight = (f32x8){0} - INFINITY;
-    for (int64_t i = 0; i < n; i += 8) {
-        f32x8 v = load8(x + i, n - i, -INFINITY);
-        i32x8 larger = v > eight;
-        eight = (f32x8)(((i32x8)v & larger) | ((i32x8)eight & ~larger));
-    }
-    for (int i = 1; i < 8; i++) eight[0] = eight[i] > eight[0] ? eight[i] : eight[0];
-    return eight[0];
+#ifdef WIDE
+static inline f32x8 fused8(f32x8 a, f32x8 b, f32x8 sum) {  // a b + sum, rounded once
+    return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+}
+static inline floats fused_all(floats a, floats b, floats sum) {
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+}
+#else
+#define fused8 fused
+#define fused_all fused
+#endif
+
+static inline floats larger(floats a, floats b) {  // NaN in a does not count
+#if defined(WIDE)
+    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__) && !defined(SCALAR)
+    return (floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    ints is = a > b;
+    return (floats)(((ints)a & is) | ((ints)b & ~is));
+#endif
 }
 
-// e^x for x <= 0: x = k ln 2 + r, |r| <= ln 2 / 2, e^x = 2^k e^r, and e^r by its series up to r^6 (error below 2e-7).
-static inline f32x8 exp8(f32x8 x) {
-    f32x8 k = x * 1.44269504f + 12582912.0f;  // rounds, as in quantize_token
-    i32x8 power = ((i32x8)k - 0x4B400000 + 127) << 23;
-    k -= 12582912.0f;
-    f32x8 r = x - k * 0.693359375f + k * 2.12194440e-4f;  // ln 2 in two parts: the first times k is exact
-    f32x8 e = 1 + r * (1 + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f))))));
-    return (f32x8)((i32x8)(e * (f32x8)power) & ~(x <= -87.0f));  // so: NaN stays NaN
+// e^x for x <= 0, as 2^k 2^r: k the whole part of x / ln 2 and |r| <= 1/2, whose power is a series to r^6.
+// Relative error below 2e-7 (1e-6 near e^-80, where ln 2 has too few digits).
+static inline floats exponential(floats x) {
+    const floats zero = {0}, per_octave = zero + 1.44269504f;
+    floats whole = fused_all(x, per_octave, zero + 12582912.0f);  // rounds, as in quantize_token
+    ints power = ((ints)whole << 23) + (127 << 23);
+    floats r = fused_all(x, per_octave, 12582912.0f - whole), e = fused_all(zero + 1.5403530e-4f, r, zero + 1.3333558e-3f);
+    e = fused_all(fused_all(e, r, zero + 9.6181291e-3f), r, zero + 5.5504109e-2f);
+    e = fused_all(fused_all(fused_all(e, r, zero + 2.4022651e-1f), r, zero + 6.9314718e-1f), r, zero + 1);
+    return (floats)((ints)(e * (floats)power) & ~(x <= -87.0f));  // so: NaN stays NaN
+}
+
+// x = e^(scale * (x - the largest)) for `length` numbers, 0 for those behind them up to `room`, a multiple of 16.
+// Returns the sum: number i is added to sum i % 16, so that 8 lanes and 16 add in the same order.
+static float exponentials(float *x, int64_t length, int64_t room, float scale) {
+    for (int64_t i = length; i < room; i++) x[i] = -INFINITY;
+    floats largest = (floats){0} - INFINITY, sums[16 / LANES] = {0};
+    for (int64_t i = 0; i < room; i += LANES) largest = larger(load(x + i, LANES, 0), largest);
+    for (int i = 1; i < LANES; i++) largest[0] = largest[i] > largest[0] ? largest[i] : largest[0];
+    for (int64_t i = 0; i < room; i += 16)
+        for (int part = 0; part < 16 / LANES; part++) {
+            float *near = x + i + part * LANES;
+            floats e = exponential((load(near, LANES, 0) - largest[0]) * scale);
+            sums[part] += e;
+            store(near, e, LANES);
+        }
+    return sum8(*(f32x8 *)sums) + sum8(*((f32x8 *)sums + 1));
 }
 
 // y = x / sqrt(mean(x^2) + eps) * gain
@@ -38,12 +82,12 @@ static void rms_norm(const float *x, const float *gain, float *y, int64_t n, flo
 
 // y = gate / (1 + e^-gate) * up; gate and up lie one behind the other, n numbers each
 static void swiglu(const float *gate_up, float *y, int64_t n) {
-    for (int64_t i = 0; i < n; i += 8) {
-        f32x8 gate = load8(gate_up + i, n - i, 0), up = load8(gate_up + n + i, n - i, 0);
-        i32x8 positive = gate > 0;
-        f32x8 e = exp8((f32x8)((i32x8)gate | INT32_MIN));  // e^-|gate|: never overflows
-        f32x8 share = (f32x8)(((i32x8)((f32x8){0} + 1) & positive) | ((i32x8)e & ~positive));
-        store8(y + i, gate * share / (1 + e) * up, n - i);
+    for (int64_t i = 0; i < n; i += LANES) {
+        floats gate = load(gate_up + i, n - i, 0), up = load(gate_up + n + i, n - i, 0);
+        ints positive = gate > 0;
+        floats e = exponential((floats)((ints)gate | INT32_MIN));  // e^-|gate|: never overflows
+        floats share = (floats)(((ints)((floats){0} + 1) & positive) | ((ints)e & ~positive));
+        store(y + i, gate * share / (1 + e) * up, n - i);
     }
 }
 
@@ -60,53 +104,6 @@ typedef struct {
     int64_t position;
 } Row;
 
-// score[j] = q . key[j] for `count` keys, one behind the other; eight at a time, for an addition waits for the one before.
-static void score_keys(const float *q, const float *keys, float *scores, int64_t count, int64_t dim) {
-    int64_t j = 0;
-    for (; j + 8 <= count; j += 8, keys += 8 * dim) {
-        f32x8 dots[8] = {0};
-        for (int64_t i = 0; i < dim; i += 8)
-            for (int n = 0; n < 8; n++) dots[n] += load8(q + i, 8, 0) * load8(keys + n * dim + i, 8, 0);
-        store8(scores + j, sum8_of_8(dots), 8);
-    }
-    for (; j < count; j++, keys += dim) {
-        f32x8 dot = {0};
-        for (int64_t i = 0; i < dim; i += 8) dot += load8(q + i, 8, 0) * load8(keys + i, 8, 0);
-        scores[j] = sum8(dot);
-    }
-}
-
-// 8 * eights numbers of the mixed values, from `values` on
-static inline __attribute__((always_inline)) void mix_values(
-    const float *weights, const float *values, float *out, const Row *row, int64_t block, int64_t dim, float total,
-    const int eights) {
-    f32x8 mixed[8] = {0};
-    for (int64_t start = 0, length = row->position + 1; start < length; start += block) {
-        const float *near = values + row->blocks[start / block] * block * dim;
-        for (int64_t j = start; j < length && j < start + block; j++, near += dim)
-            for (int n = 0; n < eights; n++) mixed[n] += weights[j] * load8(near + 8 * n, 8, 0);
-    }
-    for (int n = 0; n < eights; n++) store8(out + 8 * n, mixed[n] / total, 8);
-}
-
-static void attend_head(const float *q, const float *keys, const float *values, float *out, float *scores, const Row *row,
-                        int64_t block, int64_t dim) {
-    int64_t length = row->position + 1, i = 0;
-    for (int64_t start = 0; start < length; start += block)
-        score_keys(q, keys + row->blocks[start / block] * block * dim, scores + start,
-                   block < length - start ? block : length - start, dim);
-    float largest = largest_of(scores, length), scale = 1 / sqrtf((float)dim);
-    f32x8 sums = {0};
-    for (int64_t j = 0; j < length; j += 8) {
-        f32x8 e = exp8((load8(scores + j, length - j, -INFINITY) - largest) * scale);
-        sums += e;
-        store8(scores + j, e, length - j);
-    }
-    float total = sum8(sums);
-    for (; i + 64 <= dim; i += 64) mix_values(scores, values + i, out + i, row, block, dim, total, 8);
-    for (; i < dim; i += 8) mix_values(scores, values + i, out + i, row, block, dim, total, 1);
-}
-
 enum { SHARE = TOKENS / 2 };  // heads that read the same rounded keys and values in one pass, each with two codes
 
 typedef struct {
@@ -122,9 +119,13 @@ typedef struct {
     float eps;
 } Shape;
 
+// Scores have room for whole blocks of 64 positions.
+static int64_t room_of(const Shape *s) { return (s->max_length + 63) / 64 * 64; }
+
 // The same over a cache of int8: see cache.c.
 static void store_rounded(const float *key, const float *value, const Layer *layer, const Shape *s, int64_t kv, int64_t p);
-static void attend_rounded(const float *q, float *out, float *scores, const Layer *layer, const Shape *s, int64_t length);
+static void attend_rounded(const float *q, float *out, float *scores, const Layer *layer, const Shape *s, int64_t kv,
+                           int64_t length, int64_t heads);
 
 // Rotates queries and keys of one token (in place) and stores key and value at its position.
 // qkv (heads + 2 kv_heads, dim); dim a multiple of 8.
@@ -145,22 +146,95 @@ static void store_token(float *qkv, const float *cosine, const float *sine, cons
     }
 }
 
+// score[h][j] = q[h] . key[j] for `count` keys, one behind the other. Eight at a time, for a sum waits for the one before.
+static inline __attribute__((always_inline)) void score_keys(
+    const float *q, const float *keys, float *scores, int64_t room, int64_t count, int64_t dim, const int heads) {
+    const int at_once = 8 / heads;
+    for (int64_t j = 0; j < count; j += at_once) {
+        int64_t left = count - j < at_once ? count - j : at_once;
+        const float *key[8];
+        for (int n = 0; n < at_once; n++) key[n] = keys + (j + (n < left ? n : 0)) * dim;
+        f32x8 dots[8] = {0};
+        for (int64_t i = 0; i < dim; i += 8)
+#pragma GCC unroll 8
+            for (int h = 0; h < heads; h++)
+#pragma GCC unroll 8
+                for (int n = 0; n < at_once; n++) {
+                    f32x8 *dot = dots + h * at_once + n, its = load8(q + h * dim + i, 8, 0);
+                    *dot = fused8(its, load8(key[n] + i, 8, 0), *dot);
+                }
+        f32x8 made = sum8_of_8(dots);
+        for (int h = 0; h < heads; h++) memcpy(scores + h * room + j, (float *)&made + h * at_once, left * sizeof(float));
+    }
+}
+
+// `width` numbers of each head's mixed values, in `registers`, from `values` on
+static inline __attribute__((always_inline)) void mix_values(
+    const float *weights, int64_t room, const float *values, float *out, const Row *row, int64_t block, int64_t dim,
+    const float *total, int64_t width, const int heads, const int registers) {
+    floats mixed[SHARE][4] = {0};
+    for (int64_t start = 0, length = row->position + 1; start < length; start += block) {
+        const float *near = values + row->blocks[start / block] * block * dim;
+        for (int64_t j = start; j < length && j < start + block; j++, near += dim)
+#pragma GCC unroll 8
+            for (int n = 0; n < registers; n++) {
+                floats v = load(near + n * LANES, width, 0);
+#pragma GCC unroll 8
+                for (int h = 0; h < heads; h++)
+                    mixed[h][n] = fused_all((floats){0} + weights[h * room + j], v, mixed[h][n]);
+            }
+    }
+    for (int h = 0; h < heads; h++)
+        for (int n = 0; n < registers; n++) store(out + h * dim + n * LANES, mixed[h][n] / total[h], width);
+}
+
+// Heads that read the same keys and values, so that each is loaded once. q, out (heads, dim); scores (heads, room).
+static inline __attribute__((always_inline)) void attend_heads(
+    const float *q, const float *keys, const float *values, float *out, float *scores, const Row *row, const Shape *s,
+    const int heads) {
+    const int registers = LANES == 16 || heads <= 2 ? 4 : 2;
+    int64_t dim = s->dim, block = s->block, room = room_of(s), length = row->position + 1, i = 0;
+    for (int64_t start = 0; start < length; start += block)
+        score_keys(q, keys + row->blocks[start / block] * block * dim, scores + start, room,
+                   block < length - start ? block : length - start, dim, heads);
+    float total[SHARE];
+    for (int h = 0; h < heads; h++)
+        total[h] = exponentials(scores + h * room, length, (length + 15) / 16 * 16, 1 / sqrtf((float)dim));
+    for (; i + registers * LANES <= dim; i += registers * LANES)
+        mix_values(scores, room, values + i, out + i, row, block, dim, total, LANES, heads, registers);
+    for (; i < dim; i += LANES) mix_values(scores, room, values + i, out + i, row, block, dim, total, dim - i, heads, 1);
+}
+
+// One head's keys and values after the other's, for all rows, so that they stay in the cache. A row stays with one thread.
+static void attend_rows(const float *qkv, const Layer *layer, const Shape *s, const Row *row, int64_t rows, int64_t threads) {
+    int64_t dim = s->dim, group = s->heads / s->kv_heads, passes = (group + SHARE - 1) / SHARE;
+    for (int64_t pass = 0; pass < s->kv_heads * passes; pass++)
+#pragma omp for schedule(static) nowait
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t kv = pass / passes, first = pass % passes * SHARE, head = kv * group + first;
+            int64_t count = group - first < SHARE ? group - first : SHARE, at = kv * s->max_length * dim;
+            const float *q = qkv + (r * (s->heads + 2 * s->kv_heads) + head) * dim;
+            const float *keys = (float *)layer->keys + at, *values = (float *)layer->values + at;
+            float *out = s->inner + (r * s->heads + head) * dim;
+            float *scores = s->scores + (threads > 1 ? r : 0) * SHARE * room_of(s);  // one thread uses the same again
+            if (layer->key_scales) attend_rounded(q, out, scores, layer, s, kv, row[r].position + 1, count);
+            else if (count == 1) attend_heads(q, keys, values, out, scores, row + r, s, 1);
+            else if (count == 2) attend_heads(q, keys, values, out, scores, row + r, s, 2);
+            else if (count == 3) attend_heads(q, keys, values, out, scores, row + r, s, 3);
+            else attend_heads(q, keys, values, out, scores, row + r, s, 4);
+        }
+}
+
 // Tokens of one or several sequences, each attending to all of its own up to itself. qkv (rows, heads + 2 kv_heads, dim).
 static void attend(float *qkv, const float *cosine, const float *sine, const Layer *layer, const Shape *s,
                    const Row *row, int64_t rows, int64_t threads) {
     int64_t dim = s->dim, width = (s->heads + 2 * s->kv_heads) * dim;
     for (int64_t r = 0; r < rows; r++)
         store_token(qkv + r * width, cosine + r * dim, sine + r * dim, layer, s, row + r);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 1)
-    for (int64_t r = 0; r < rows; r++) {
-        float *out = s->inner + r * s->heads * dim, *scores = s->scores + r * SHARE * s->max_length;
-        if (layer->key_scales) attend_rounded(qkv + r * width, out, scores, layer, s, row[r].position + 1);
-        else for (int64_t head = 0; head < s->heads; head++) {
-            int64_t at = head * s->kv_heads / s->heads * s->max_length * dim;
-            attend_head(qkv + r * width + head * dim, (float *)layer->keys + at, (float *)layer->values + at,
-                        out + head * dim, scores, row + r, s->block, dim);
-        }
-    }
+    if (threads > 1 && rows > 1) {
+#pragma omp parallel num_threads(threads)
+        attend_rows(qkv, layer, s, row, rows, threads);
+    } else attend_rows(qkv, layer, s, row, rows, threads);
 }
 
 static void add(float *x, const float *y, int64_t n) {

@@ -99,8 +99,8 @@ static float find_least(const float *x, int64_t n, int64_t top_k, double mass) {
 static int64_t draw(float *x, int64_t n, const Sampling *s, double uniform) {
     float largest = x[argmax(x, n)], least = 0;
     if (!(fabsf(largest) < INFINITY)) return -1;
-    for (int64_t i = 0; i < n; i += 8)
-        store8(x + i, exp8((load8(x + i, n - i, -INFINITY) - largest) / (float)s->temperature), n - i);
+    for (int64_t i = 0; i < n; i += LANES)
+        store(x + i, exponential((load(x + i, n - i, -INFINITY) - largest) / (float)s->temperature), n - i);
     int64_t count = n, token = 0;
     if (s->top_k < n) least = find_least(x, n, s->top_k, 0);
     double sum = sum_from(x, n, least, &count);
