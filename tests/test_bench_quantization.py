@@ -13,7 +13,7 @@ from tiny_models import random_ids, tiny_model
 from labutils.course.bench import quantization, quantization_rows
 from labutils.course.bench.child import start
 from labutils.course.bench.decode import Settings
-from labutils.course.bench.engines import answered, made, memory, timed
+from labutils.course.bench.engines import answered, made, timed
 from labutils.course.bench.llama_cpp import FORKS, Parameters
 from labutils.course.bench.quantization import Load, bench_quantization, loads
 from labutils.course.bench.quantization_rows import LONG, EngineRow, as_markdown, as_table, judge, read_rows
@@ -23,6 +23,7 @@ from labutils.course.cli import bench
 from labutils.generation.decode import generate_cached
 from labutils.lab.models.gguf import export_gguf
 from labutils.lab.models.quantized import save_quantized
+from labutils.measurement.limits import status_bytes
 from labutils.quantization.affine import Scheme
 from labutils.quantization.kernels import find_kernels
 from labutils.quantization.packed import pack_model_
@@ -88,6 +89,14 @@ def test_memory_loading_bandwidth_and_the_pair_have_bars():
     assert judged(first, row("ours int8, again", *[29.5] * 5))[-1].endswith("1.02x [1.02, 1.02], True")
 
 
+def test_a_missed_ratio_says_what_all_of_the_bandwidth_would_give():
+    peer = row("llama.cpp Q8_0", *[10] * 5)
+    missed, _ = judged(row("ours int8", *[12] * 5, bandwidth_share=0.75), peer)
+    assert missed.endswith("1.5 times llama.cpp Q8_0: 1.20x [1.20, 1.20]; 1.60x if all bandwidth were used, False")
+    met, _ = judged(row("ours int8", *[15] * 5, bandwidth_share=0.75), peer)
+    assert met.endswith("1.50x [1.50, 1.50], True")
+
+
 def test_the_rate_is_of_new_tokens_or_of_the_prompt():
     assert Load("8 at once", 8, 16, 3).rate([0.0, 5.0, 6.0, 7.0]) == 8.0
     assert Load("prefill of 512", 1, 512, 1).rate([1.0, 3.0]) == 256.0
@@ -132,7 +141,7 @@ def test_our_engines_write_the_decoders_tokens_for_one_and_for_many(tmp_path):
     save_quantized(pack_model_(made.model, Scheme(8)), None, tmp_path / "int8", method="rtn")
     packed = Ours(str(tmp_path / "int8"), threads=1, packed=True)
     assert packed.generate(prompts, 5)[1][0] == packed.generate(prompts[:1], 5)[1][0]
-    assert memory("VmHWM") is None or memory("VmHWM") >= memory("VmRSS") > 1e7
+    assert status_bytes("VmHWM") is None or status_bytes("VmHWM") >= status_bytes("VmRSS") > 1e7
 
 
 def test_pytorchs_dynamic_int8_rounds_inputs_to_seven_bits_as_the_readme_says(tmp_path):

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from labutils.lab.data.corpus import held_out_documents
+from labutils.lab.layers.calibration import input_statistics
 from labutils.lab.models.calibration_text import calibration_batches
 from labutils.lab.models.load import load_model
+from labutils.measurement.limits import status_bytes
+from labutils.measurement.resources import PROC_SELF
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +41,13 @@ def test_calibration_batches_depend_on_the_seed_alone(tokenizer):
 def test_calibration_batches_refuse_nothing(tokenizer):
     with pytest.raises(ValueError, match="got 0 and 0"):
         calibration_batches(tokenizer, code=0, dialogues=0)
+
+
+@pytest.mark.skipif(not PROC_SELF.exists(), reason="needs Linux's /proc")
+def test_sums_of_inputs_pin_no_memory_that_the_model_needed_for_a_moment():
+    """Glibc carves small pieces out of freed large ones, which then serve no large tensor any more."""
+    model = load_model("lablm").model
+    before = status_bytes("VmRSS")
+    statistics = input_statistics(model, [torch.randint(4096, (8, 512))], with_gram=True)
+    assert len(statistics) == 42
+    assert status_bytes("VmRSS") - before < 250e6

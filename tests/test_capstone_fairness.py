@@ -113,7 +113,7 @@ def test_interval_of_a_gap_has_the_width_of_theory():
 
 
 def test_mixed_statistics_weigh_the_tokens():
-    one, two = (InputStatistics.empty(2, with_gram=True, device="cpu") for _ in range(2))
+    one, two = (InputStatistics.empty(torch.nn.Linear(2, 1), with_gram=True) for _ in range(2))
     one.add_(torch.tensor([[1.0, 0.0]]))
     two.add_(torch.tensor([[0.0, 2.0]]))
     seen = {"en": {"layer": one}, "zh": {"layer": two}}

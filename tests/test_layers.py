@@ -113,7 +113,7 @@ def test_layer_error_equals_the_output_error(out_features, in_features, seed):
 
 
 def test_statistics_by_hand():
-    statistics = InputStatistics.empty(2, with_gram=True, device=torch.device("cpu"))
+    statistics = InputStatistics.empty(nn.Linear(2, 1), with_gram=True)
     statistics.add_(torch.tensor([[3.0, -1.0], [-4.0, 0.0]]))
     assert statistics.absmax.tolist() == [4, 1] and statistics.mean_abs.tolist() == [3.5, 0.5]
     assert statistics.norms.tolist() == [5, 1] and statistics.gram.tolist() == [[25, -3], [-3, 1]]

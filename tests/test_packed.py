@@ -16,6 +16,8 @@ from labutils.generation import decode
 from labutils.lab.layers.compile import KernelError, compile_c, compiler
 from labutils.lab.layers.linears import linear_layers, weight_of
 from labutils.lab.models.quantized import fast_float_llama, fast_packed_llama
+from labutils.measurement.limits import status_bytes
+from labutils.measurement.resources import PROC_SELF, peak_memory
 from labutils.quantization import packed_ops
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, dequantize, quantize
 from labutils.quantization.kernels import Weight, find_kernels, float_weight, load_library, read_sources
@@ -289,6 +291,22 @@ def test_packing_keeps_codes_scales_and_values(scheme):
     assert torch.equal(packed.dequantize(), dequantize(codes, qparams))
     rows = torch.tensor([12, 0, 7])
     assert torch.equal(packed.dequantize(rows), packed.dequantize()[rows])
+
+
+@pytest.mark.skipif(not PROC_SELF.exists(), reason="needs Linux's /proc")
+def test_packing_a_large_matrix_takes_no_second_copy():
+    weight = torch.ones(16_384, 1024)
+    qparams = choose_qparams(weight, Scheme(8))
+    codes = quantize(weight, qparams)
+    works = {
+        1.75 * weight.nbytes: lambda: quantize(weight, qparams),
+        1.5 * codes.nbytes: lambda: PackedWeight.from_codes(codes, qparams),
+    }
+    for nbytes, work in works.items():
+        before = status_bytes("VmRSS")
+        with peak_memory() as peak:
+            work()
+        assert peak.host_bytes - before < nbytes
 
 
 def test_packed_bytes_by_hand():

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from tiny_models import LLAMAS, random_ids, tiny_model
 from torch import nn
 
+from labutils.course.bench.subject import speed_subject
 from labutils.generation.decode import forward_logits
 from labutils.generation.sampling import Sampler, draw
 from labutils.lab.layers.compile import compile_c
 from labutils.lab.layers.linears import linear_layers
 from labutils.lab.models import quantized
 from labutils.lab.models.quantized import fast_float_llama, fast_packed_llama
+from labutils.measurement.limits import status_bytes
+from labutils.measurement.resources import peak_memory
 from labutils.quantization.affine import Scheme
 from labutils.quantization.kernels import KernelError, find_kernels, load_library, read_sources
 from labutils.quantization.packed import PackedLinear, pack_model_, replace_packed_
@@ -403,6 +406,16 @@ def test_decoders_of_one_model_share_its_matrices_and_a_copy_has_its_own(scheme)
     assert addresses(make(copy.deepcopy(model), max_length=20)).isdisjoint(addresses(first))
     ids = random_ids(5)
     assert torch.equal(first.generate(ids, 8), second.generate(ids, 8))
+
+
+@needs_kernels
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux's /proc")
+def test_a_decoder_of_a_float_model_takes_no_second_copy_of_its_weights():
+    model = speed_subject(num_hidden_layers=2, vocab_size=4096).model
+    before = status_bytes("VmRSS")
+    with peak_memory() as peak:
+        decoder = fast_float_llama(model, max_length=8)
+    assert peak.host_bytes - before < 0.5 * decoder.weight_bytes
 
 
 @needs_kernels

@@ -16,7 +16,6 @@ from tiny_models import CONFIGS, random_ids, tiny_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from labutils.course.bench.child import start
-from labutils.course.bench.engines import memory
 from labutils.course.bench.subject import speed_subject
 from labutils.generation.decode import forward_logits, generate_cached
 from labutils.lab.models import gguf
@@ -30,6 +29,7 @@ from labutils.lab.models.quantized import (
     packed_layers,
     save_quantized,
 )
+from labutils.measurement.limits import status_bytes
 from labutils.quantization.affine import Scheme
 from labutils.quantization.kernels import find_kernels
 from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWeight, pack_model_, replace_packed_
@@ -77,7 +77,7 @@ def test_weights_are_mapped_and_what_was_changed_stays_changed(tmp_path):
 
 @pytest.mark.slow
 @needs_kernels
-@pytest.mark.skipif(memory("VmHWM") is None, reason="the high-water mark is Linux'")
+@pytest.mark.skipif(status_bytes("VmHWM") is None, reason="the high-water mark is Linux'")
 def test_decoding_holds_one_copy_of_the_weights(tmp_path):
     subject = speed_subject(num_hidden_layers=3)
     save_quantized(pack_model_(subject.model, Scheme(8)), None, tmp_path, method="rtn")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")  # tests put another /proc and other control groups here
+PROC_SELF = Path("/proc/self")
 
 
 def available_cores(root: Path = ROOT) -> int:
@@ -27,6 +28,12 @@ def memory_limit_bytes(root: Path = ROOT) -> int | None:
 def memory_left_bytes(root: Path = ROOT) -> int | None:
     """What the fullest group has left, file cache that was not read lately included; None without a limit."""
     return min((max(limit - used, 0) for limit, used in _memory_limits(root)), default=None)
+
+
+def status_bytes(name: str, proc: Path = PROC_SELF) -> int | None:
+    """An entry of Linux's `/proc/self/status`: VmRSS is the memory in use, VmHWM the most there was; None elsewhere."""
+    entry = re.search(rf"^{name}:\s*(\d+)", _read(proc / "status"), re.MULTILINE)
+    return 1024 * int(entry[1]) if entry else None
 
 
 def free_disk_bytes(folder: Path) -> int:

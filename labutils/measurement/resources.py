@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from labutils.lab.layers.architecture import layer_caches
+from labutils.measurement.limits import PROC_SELF, status_bytes
 
-PROC_SELF = Path("/proc/self")
 NOT_MEASURED = "not measured"
 
 
@@ -54,7 +54,7 @@ def peak_memory(proc: Path = PROC_SELF) -> Iterator[PeakMemory]:
         if torch.cuda.is_available():
             peak.cuda_bytes = torch.cuda.max_memory_allocated()
         if resettable:
-            peak.host_bytes, peak.host_source = _status_bytes(proc, "VmHWM"), "VmHWM, reset at entry"
+            peak.host_bytes, peak.host_source = status_bytes("VmHWM", proc), "VmHWM, reset at entry"
         elif before is not None and (after := _rusage_peak_bytes()) > before:
             peak.host_bytes, peak.host_source = after, "ru_maxrss, raised inside the region"
 
@@ -132,16 +132,9 @@ def kv_cache_bytes(config, positions: int, *, element_bytes: int = 4) -> int:
 def _reset_high_water(proc: Path) -> bool:
     try:
         (proc / "clear_refs").write_text("5")
-        return _status_bytes(proc, "VmHWM") is not None
+        return status_bytes("VmHWM", proc) is not None
     except OSError:
         return False
-
-
-def _status_bytes(proc: Path, name: str) -> int | None:
-    for line in (proc / "status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _rusage_peak_bytes() -> int | None:

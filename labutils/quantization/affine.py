@@ -175,18 +175,19 @@ def quantize(
     >>> quantize(torch.tensor([0.5, 1.5, -9.0]), QParams(torch.tensor(1.0), torch.tensor(0), -7, 7))
     tensor([ 0,  2, -7], dtype=torch.int8)
     """
+    infinite = x.isinf().any()
     ratio = grouped(x.to(torch.promote_types(x.dtype, torch.float32)), qparams.group_size) / qparams.scale
-    if x.isinf().any() or ratio.isnan().any():
+    if infinite or ratio.isnan().any():
         raise ValueError("only a finite number has a code; got inf or nan in x or in the scale")
     if rounding == "nearest-even":
-        whole = torch.round(ratio)
+        whole = ratio.round_()
     elif rounding == "stochastic":
-        whole = torch.floor(ratio + torch.rand(ratio.shape, generator=generator, device=ratio.device))
+        whole = ratio.add_(torch.rand(ratio.shape, generator=generator, device=ratio.device)).floor_()
     else:
         raise ValueError(f"rounding must be 'nearest-even' or 'stochastic'; got {rounding!r}")
-    codes = (whole + qparams.zero_point).clamp(qparams.qmin, qparams.qmax)
-    fits_int8 = qparams.qmin >= -128 and qparams.qmax <= 127
-    return codes.to(torch.int8 if fits_int8 else torch.int32).reshape(x.shape)
+    kind = torch.int8 if qparams.qmin >= -128 and qparams.qmax <= 127 else torch.int32
+    # In place: a copy of a large model's head is large.
+    return whole.add_(qparams.zero_point).clamp_(qparams.qmin, qparams.qmax).to(kind).reshape(x.shape)
 
 
 def dequantize(codes: Int[Tensor, "*shape"], qparams: QParams) -> Float[Tensor, "*shape"]:

@@ -22,8 +22,10 @@
 typedef float f32x8 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t i32x8 __attribute__((vector_size(32), aligned(4)));
 
-// Up to TOKENS share each weight that is loaded; AHEAD: bytes fetched before they are needed. Both found by measuring.
-enum { ROWS = 8, CHUNK = 32, MAX_BLOCK = 64, TOKENS = 8, STREAMS = 4, AHEAD = 2048 };
+// Up to TOKENS share each weight that is loaded; AHEAD: bytes fetched before they are needed. Found by measuring, as was
+// how many tiles a single token meets at once.
+enum { ROWS = 8, CHUNK = 32, MAX_BLOCK = 64, TOKENS = 8, MAX_STREAMS = 4, AHEAD = 2048 };
+static inline int streams_of(int64_t bits) { return bits == 8 ? 2 : MAX_STREAMS; }
 
 typedef struct {
     const uint8_t *codes;
@@ -265,49 +267,49 @@ static inline __attribute__((always_inline)) void pair_times_tokens(
     if (apart) store_rows(w, (const f32x8 *)sum + 1, 2, y, tile + apart, token, tokens);
 }
 
-// One token meets four tiles, each read front to back: its inputs are spread over registers once for all four. A vector
+// One token meets some tiles, each read front to back: its inputs are spread over registers once for all. A vector
 // holds 8 inputs of 8 rows, so a row has two sums, one in each half of a register. 4 bits: the high halves stay where they
 // are in their bytes, so their sum is 16 times too large, exactly. A tile beyond the last is the first again, and not stored.
+// Read so, the CPU fetches ahead by itself; asking it to made this loop slower.
 static inline __attribute__((always_inline)) void tiles_times_token(
     const Weight *w, const Activations *x, float *y, int64_t tile, int64_t apart, const int bits) {
+    const int streams = streams_of(bits);
     const int64_t blocks = w->padded / w->block, groups = (w->padded + w->group - 1) / w->group;
     const int64_t tiles = (w->out + ROWS - 1) / ROWS;
     const __m512i low_half = _mm512_set1_epi8(15), ones = _mm512_set1_epi32(1);
     __m512i places[4] = {_mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(1), 1)};  // 8 times 0, 8 times 1
     for (int i = 1; i < 4; i++) places[i] = _mm512_add_epi32(places[i - 1], _mm512_add_epi32(ones, ones));
-    int64_t at[STREAMS];
-    f32x8 sum[STREAMS] = {0};
-    for (int j = 0; j < STREAMS; j++) at[j] = tile + j * apart < tiles ? tile + j * apart : tile;
+    int64_t at[MAX_STREAMS];
+    f32x8 sum[MAX_STREAMS] = {0};
+    for (int j = 0; j < streams; j++) at[j] = tile + j * apart < tiles ? tile + j * apart : tile;
     for (int64_t g = 0, b = 0; g < groups; g++) {
-        f32x8 scale[STREAMS], zero[STREAMS];
-        for (int j = 0; j < STREAMS; j++) {
+        f32x8 scale[MAX_STREAMS], zero[MAX_STREAMS];
+        for (int j = 0; j < streams; j++) {
             scale[j] = *(const f32x8 *)(w->scales + (at[j] * groups + g) * ROWS);
             zero[j] = (f32x8){0} + (bits == 8 ? 128.0f : 8.0f);
             if (w->zeros) zero[j] = *(const f32x8 *)(w->zeros + (at[j] * groups + g) * ROWS);
         }
         for (; b < blocks && b * w->block < (g + 1) * w->group; b++) {
-            __m512i dot[STREAMS] = {0}, high[STREAMS] = {0};
+            __m512i dot[MAX_STREAMS] = {0}, high[MAX_STREAMS] = {0};
             for (int64_t k = b * w->block; k < (b + 1) * w->block; k += CHUNK) {
                 __m512i inputs = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(x->codes + k))), spread[4];
                 for (int i = 0; i < 4; i++) spread[i] = _mm512_permutexvar_epi32(places[i], inputs);
-                for (int j = 0; j < STREAMS; j++)
+                for (int j = 0; j < streams; j++)
                     for (int i = 0; i < bits / 2; i++) {
-                        const uint8_t *codes = w->codes + (at[j] * w->padded + k) * bits + 64 * i;
-                        __m512i v = _mm512_loadu_si512(codes);
-                        __builtin_prefetch(codes + AHEAD);
+                        __m512i v = _mm512_loadu_si512(w->codes + (at[j] * w->padded + k) * bits + 64 * i);
                         dot[j] = _mm512_dpbusd_epi32(dot[j], bits == 8 ? v : _mm512_and_si512(v, low_half), spread[i]);
                         if (bits == 4)
                             high[j] = _mm512_dpbusd_epi32(high[j], _mm512_andnot_si512(low_half, v), spread[i + 2]);
                     }
             }
-            for (int j = 0; j < STREAMS; j++) {
+            for (int j = 0; j < streams; j++) {
                 if (bits == 4) dot[j] = _mm512_add_epi32(dot[j], _mm512_srai_epi32(high[j], 4));
                 __m256i both = _mm256_add_epi32(_mm512_castsi512_si256(dot[j]), _mm512_extracti64x4_epi64(dot[j], 1));
                 sum[j] += (scale[j] * x->scales[b]) * ((f32x8)_mm256_cvtepi32_ps(both) - zero[j] * x->sums[b]);
             }
         }
     }
-    for (int j = 0; j < STREAMS; j++)
+    for (int j = 0; j < streams; j++)
         if (tile + j * apart < tiles) store_rows(w, sum + j, 1, y, at[j], 0, 1);
 }
 #endif
@@ -486,7 +488,7 @@ static void product(const Weight *w, const float *x, Activations *q, float *y, i
         return;
     }
     const int64_t blocks = w->padded / w->block, tiles = (w->out + ROWS - 1) / ROWS;
-    const int64_t together = !TWO_TILES ? 1 : tokens == 1 ? STREAMS : 2, steps = (tiles + together - 1) / together;
+    const int64_t together = !TWO_TILES ? 1 : tokens == 1 ? streams_of(w->bits) : 2, steps = (tiles + together - 1) / together;
 #pragma omp for
     for (int64_t t = 0; t < tokens; t++)
         quantize_token(x + t * w->in, w->in, w->block, q->codes + t * w->padded, q->scales + t * blocks, q->sums + t * blocks);

@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
+
+from labutils.measurement.limits import status_bytes
 
 ENGINES = {
     "llama": ("labutils.course.bench.llama_cpp", "Llama"),
@@ -37,18 +38,6 @@ def timed(engine, prompts: list[list[int]], count: int, threads: int | None = No
     return {"ticks": ticks, "tokens": tokens}
 
 
-def memory(name: str) -> int | None:
-    """An entry of Linux's `/proc/self/status` in bytes: VmRSS is the memory in use, VmHWM the most there was.
-
-    `measurement.resources` reads it, too, but brings PyTorch along, which a peer's process is to be without.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
-
-
 def answered(engine, job: dict) -> dict:
     """What becomes of a job."""
     arguments = {key: value for key, value in job.items() if key != "do"}
@@ -59,7 +48,7 @@ def made(name: str, settings: dict) -> tuple[object, float, int | None]:
     """An engine, the seconds that it took to load, and the memory that the process had before."""
     module, kind = ENGINES[name]
     make = getattr(importlib.import_module(module), kind)
-    before, began = memory("VmRSS"), time.perf_counter()
+    before, began = status_bytes("VmRSS"), time.perf_counter()
     return make(**settings), time.perf_counter() - began, before
 
 
@@ -70,7 +59,7 @@ def main() -> None:
     engine, load_s, before = made(*json.loads(sys.argv[1]))
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        answer, most = answered(engine, json.loads(line)), memory("VmHWM")
+        answer, most = answered(engine, json.loads(line)), status_bytes("VmHWM")
         peak = None if before is None or most is None else most - before
         print(json.dumps(answer | {"load_s": load_s, "peak_bytes": peak}), file=answers, flush=True)
 

@@ -139,6 +139,8 @@ def _against_others(ours: EngineRow, here: Sequence[EngineRow]) -> Iterator[Bar]
         ratio = paired_ratio(ours.samples, other.samples)
         holds = ratio.value >= factor
         spent = "" if holds or not ours.profile else f"; time: {as_shares(ours.profile)}"
+        if not holds and ours.bandwidth_share:
+            spent = f"; {ratio.value / ours.bandwidth_share:.2f}x if all bandwidth were used{spent}"
         yield Bar(f"{place(ours)}: {ours.engine} at least {factor} times {other.engine}", f"{ratio}{spent}", holds)
 
 

@@ -16,9 +16,8 @@ from labutils.course.bench.decode import Clock
 from labutils.course.bench.engines import WARM_TOKENS
 from labutils.course.bench.serving_profile import matrices_s
 from labutils.generation.decode import generate_static
-from labutils.generation.fast_llama import FastLlama
 from labutils.generation.sampling import greedy
-from labutils.lab.models.quantized import fast_float_llama, fast_packed_llama, load_quantized
+from labutils.lab.models.quantized import fast_llama, fast_packed_llama, load_quantized
 from labutils.lab.models.served import paged_llama
 from labutils.quantization.packed_steps import Arena
 from labutils.serving.engine import Engine
@@ -38,17 +37,16 @@ class Ours:
 
     def __init__(self, folder: str, *, threads: int, packed: bool) -> None:
         torch.set_num_threads(threads)
-        self.packed = packed
         self.model = load_quantized(Path(folder)).model if packed else load_float(folder)
         # NumPy puts large arrays in huge pages, memory whether they are used or not: little room, until asked for more.
-        self.decoder, self.long = self._decoder(128), None
+        self.decoder, self.long = fast_llama(self.model, max_length=128), None
 
     def generate(self, prompts: list[list[int]], count: int) -> Ticks:
         """See `Llama.generate`; one prompt's tokens come in blocks, and the clock is read after each."""
         if len(prompts) > 1:
             return self._serve(prompts, count)
         if len(prompts[0]) + count > self.decoder.max_length:
-            self.decoder = self._decoder(len(prompts[0]) + count)
+            self.decoder = fast_llama(self.model, max_length=len(prompts[0]) + count)
         ticks, decoder = [time.perf_counter()], self.decoder
         decoder.truncate(0)
         made = [int(greedy(decoder.prefill(torch.tensor(prompts))))]
@@ -86,9 +84,6 @@ class Ours:
     def size(self) -> dict:
         """Bytes of the weights that a token reads."""
         return {"weight_bytes": self.decoder.weight_bytes}
-
-    def _decoder(self, positions: int) -> FastLlama:
-        return (fast_packed_llama if self.packed else fast_float_llama)(self.model, max_length=positions)
 
     def _serve(self, prompts: list[list[int]], count: int) -> Ticks:
         length = len(prompts[0])

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from labutils.lab.layers.linears import linear_layers
+from labutils.lab.layers.linears import Linear, linear_layers, weight_of
 
 
 @dataclass
@@ -34,8 +34,9 @@ class InputStatistics:
     gram: Float[Tensor, "n n"] | None
 
     @classmethod
-    def empty(cls, in_features: int, *, with_gram: bool, device: torch.device) -> "InputStatistics":
-        """Nothing seen yet."""
+    def empty(cls, layer: Linear, *, with_gram: bool) -> "InputStatistics":
+        """Nothing seen yet of what enters a layer."""
+        in_features, device = weight_of(layer).shape[1], layer.weight.device
         zeros = [torch.zeros(in_features, device=device) for _ in range(3)]
         gram = torch.zeros(in_features, in_features, device=device) if with_gram else None
         return cls(0, *zeros, gram)
@@ -44,7 +45,7 @@ class InputStatistics:
         """Takes in more rows."""
         x = x.float()
         self.rows += len(x)
-        self.absmax = torch.maximum(self.absmax, x.abs().amax(dim=0))
+        torch.maximum(self.absmax, x.abs().amax(dim=0), out=self.absmax)
         self.sum_abs += x.abs().sum(dim=0)
         self.squares += (x * x).sum(dim=0)
         if self.gram is not None:
@@ -82,23 +83,19 @@ def input_statistics(
     Raises:
         ValueError: when there is no batch, or when an input is not finite.
     """
-    found: dict[str, InputStatistics] = {}
+    layers = [(name, layer) for name, layer in linear_layers(model, with_head=with_head) if only(name)]
+    # All sums first: where they lie among what the model needs for a moment, that memory cannot be given back.
+    found = {name: InputStatistics.empty(layer, with_gram=with_gram) for name, layer in layers}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple], None]:
-        def hook(_module: nn.Module, inputs: tuple) -> None:
-            x = inputs[0].detach().flatten(0, -2)
-            if name not in found:
-                found[name] = InputStatistics.empty(x.shape[1], with_gram=with_gram, device=x.device)
-            found[name].add_(x)
-
-        return hook
+    def watch(seen: InputStatistics) -> Callable[[nn.Module, tuple], None]:
+        return lambda _module, inputs: seen.add_(inputs[0].detach().flatten(0, -2))
 
     with ExitStack() as hooks:
-        for name, layer in linear_layers(model, with_head=with_head):
-            if only(name):
-                hooks.callback(layer.register_forward_pre_hook(watch(name)).remove)
+        for name, layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(watch(found[name])).remove)
         for token_ids in batches:
             model(token_ids.to(next(model.parameters()).device))
+    found = {name: statistics for name, statistics in found.items() if statistics.rows}
     if not found:
         raise ValueError("calibration needs at least one batch that reaches a linear layer; got none")
     for name, statistics in found.items():

@@ -25,7 +25,13 @@ from labutils.lab.models.checkpoint import verify_checksums, write_checksums, wr
 from labutils.lab.models.load import LanguageModel, LoadError
 from labutils.lab.training.loop import require_finite
 from labutils.quantization.kernels import KernelError, find_kernels, float_weight
-from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWeight, replace_packed_
+from labutils.quantization.packed import (
+    PackedEmbedding,
+    PackedLinear,
+    PackedWeight,
+    replace_packed_,
+    return_freed_memory,
+)
 from labutils.quantization.packed_steps import Arena, FewTokens, FusedPacked, arena_bytes
 
 SCHEMES, WEIGHTS, VERSION = "quantization.json", "model.safetensors", 1
@@ -51,6 +57,7 @@ def fast_packed_llama(model: nn.Module, *, max_length: int, int8_cache: bool = F
         read = [buffer for layer in layers for buffer in layer.packed.buffers() if id(buffer) in in_file]
         fused = FusedPacked(library, arena, *layers)
         _forget_pages(read)
+        return_freed_memory()
         return fused
 
     decoder = FastLlama(model, max_length=max_length, matvec="numpy", fuse=fuse, kinds=(PackedLinear,))
@@ -89,6 +96,7 @@ class FloatMatrix(Linear):
             if layer.weight.dtype == torch.float32:
                 layer.weight.data = view
         self.parts = [(float_weight(self.array, self.bias), None)]
+        return_freed_memory()  # of the layers' own matrices
 
 
 def fast_float_llama(model: nn.Module, *, max_length: int) -> FastLlama:
