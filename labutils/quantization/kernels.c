@@ -396,6 +396,15 @@ static inline f32x8 sum8_of_8(const f32x8 *v) {  // number i: sum8(v[i]), the sa
 #endif
 }
 
+static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 sum) {
+#if defined(__FMA__) && !defined(SCALAR)
+    return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    for (int i = 0; i < 8; i++) sum[i] = __builtin_fmaf(a[i], b[i], sum[i]);
+    return sum;
+#endif
+}
+
 #ifdef WIDE
 typedef f32x16 Inputs;
 enum { SIDE = 2, VECTORS = 3, AT_ONCE = 8 };
@@ -405,14 +414,7 @@ static inline Inputs fused(f32x8 w, Inputs x, Inputs sum) {
 #else
 typedef f32x8 Inputs;
 enum { SIDE = 1, VECTORS = 3, AT_ONCE = 4 };
-static inline Inputs fused(f32x8 w, Inputs x, Inputs sum) {
-#if defined(__FMA__) && !defined(SCALAR)
-    return (Inputs)_mm256_fmadd_ps((__m256)w, (__m256)x, (__m256)sum);
-#else
-    for (int i = 0; i < 8; i++) sum[i] = __builtin_fmaf(w[i], x[i], sum[i]);
-    return sum;
-#endif
-}
+static inline Inputs fused(f32x8 w, Inputs x, Inputs sum) { return fma8(w, x, sum); }
 #endif
 
 // Loops over registers must be unrolled: an array that is indexed at run time lies in memory.
@@ -465,9 +467,30 @@ static void lay_inputs(const float *x, int64_t in, int64_t tokens, int64_t first
         }
 }
 
+enum { PARTS = 4 };
+
+// One token: a row of each of PARTS parts of the matrix, so that the CPU sees as many streams and fetches ahead in all.
+static void rows_times_token(const Weight *w, const float *x, float *y, int64_t first, int64_t apart) {
+    const float *row[PARTS];
+    f32x8 sums[PARTS] = {0};
+    for (int j = 0; j < PARTS; j++)
+        row[j] = (const float *)w->codes + (first + j * apart < w->out ? first + j * apart : first) * w->in;
+    for (int64_t k = 0; k < w->in - 7; k += 8)
+        EACH(j, PARTS) sums[j] = fma8(load8(row[j] + k, 8, 0), load8(x + k, 8, 0), sums[j]);
+    for (int64_t j = 0, k = w->in / 8 * 8; j < PARTS && first + j * apart < w->out; j++) {
+        if (k < w->in) sums[j] = fma8(load8(row[j] + k, w->in - k, 0), load8(x + k, w->in - k, 0), sums[j]);
+        y[first + j * apart] = sum8(sums[j]) + (w->bias ? w->bias[first + j * apart] : 0);
+    }
+}
+
 // As `product`.
 static void float_product(const Weight *w, const float *x, Inputs *laid, float *y, int64_t tokens) {
-    const int64_t eights = (w->in + 7) / 8, all = (tokens + SIDE - 1) / SIDE;
+    const int64_t eights = (w->in + 7) / 8, all = (tokens + SIDE - 1) / SIDE, apart = (w->out + PARTS - 1) / PARTS;
+    if (tokens == 1) {
+#pragma omp for
+        for (int64_t row = 0; row < apart; row++) rows_times_token(w, x, y, row, apart);
+        return;
+    }
 #pragma omp for
     for (int64_t v = 0; v < all; v += VECTORS)
         lay_inputs(x, w->in, tokens, v, all - v < VECTORS ? all - v : VECTORS, laid + v * eights);
