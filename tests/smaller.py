@@ -22,7 +22,7 @@ SMALLER = {
         "count=40": "count=20",
         "[:255]": "[:63]",
         "ROWS, N = 16384, 8192": "ROWS, N = 512, 1024",
-        "speed_subject(num_hidden_layers=8)": "speed_subject(num_hidden_layers=1)",
+        "speed_subject(num_hidden_layers=6": "speed_subject(num_hidden_layers=1",
         "state_bits=7": "state_bits=4",
     },
     "04_pruning": {
