@@ -149,12 +149,12 @@ static void store_token(float *qkv, const float *cosine, const float *sine, cons
 // score[h][j] = q[h] . key[j] for `count` keys, one behind the other. Eight at a time, for a sum waits for the one before.
 static inline __attribute__((always_inline)) void score_keys(
     const float *q, const float *keys, float *scores, int64_t room, int64_t count, int64_t dim, const int heads) {
-    const int at_once = 8 / heads;
+    const int at_once = LANES == 16 && heads > 2 ? 4 : 8 / heads;  // 32 registers, or 16
     for (int64_t j = 0; j < count; j += at_once) {
         int64_t left = count - j < at_once ? count - j : at_once;
         const float *key[8];
         for (int n = 0; n < at_once; n++) key[n] = keys + (j + (n < left ? n : 0)) * dim;
-        f32x8 dots[8] = {0};
+        f32x8 dots[16] = {0};
         for (int64_t i = 0; i < dim; i += 8)
 #pragma GCC unroll 8
             for (int h = 0; h < heads; h++)
@@ -163,8 +163,8 @@ static inline __attribute__((always_inline)) void score_keys(
                     f32x8 *dot = dots + h * at_once + n, its = load8(q + h * dim + i, 8, 0);
                     *dot = fused8(its, load8(key[n] + i, 8, 0), *dot);
                 }
-        f32x8 made = sum8_of_8(dots);
-        for (int h = 0; h < heads; h++) memcpy(scores + h * room + j, (float *)&made + h * at_once, left * sizeof(float));
+        f32x8 made[2] = {sum8_of_8(dots), sum8_of_8(dots + 8)};
+        for (int h = 0; h < heads; h++) memcpy(scores + h * room + j, (float *)made + h * at_once, left * sizeof(float));
     }
 }
 
