@@ -533,12 +533,14 @@ for name in names:
 del wide, wide_paged, engines
 
 # %% [markdown]
-# Each engine has its own mean step, for its steps have more rows or fewer. Where a step of several rows takes longer by as much as steps were saved, nothing is won. Whose fault is that? Ask the matrix alone:
+# Each engine has its own mean step, for its steps have more rows or fewer. Where a step of several rows takes longer by as much as steps were saved, nothing is won. What do more rows cost? Ask the matrix alone, in two libraries and in our own kernels, which have computed the steps above:
 
 # %%
 import numpy as np
 
-draws = np.random.default_rng(0)
+from labutils.quantization.kernels import find_kernels, float_weight
+
+draws, library = np.random.default_rng(0), find_kernels()[0]
 matrices = [
     draws.standard_normal((5632, 1024), dtype=np.float32) for _ in range(10)
 ]  # 231 MB, read one after the other
@@ -546,18 +548,24 @@ tensors = [torch.from_numpy(matrix) for matrix in matrices]
 columns = {}
 
 
-def both_libraries(x):
-    """All products of some rows, by each library."""
-    rows_of_torch = torch.from_numpy(x)
+def by_each(x):
+    """All products of some rows: by each library, and by our kernels where they can be built."""
+    rows_of_torch, made = torch.from_numpy(x), np.empty((len(x), 5632), np.float32)
+    weights, threads = [float_weight(matrix) for matrix in matrices], torch.get_num_threads()
+
+    def ours():
+        for weight in weights:
+            library.packed_linear(weight, x.ctypes.data, made.ctypes.data, len(x), threads)
+
     return {
         "NumPy": lambda: [x @ matrix.T for matrix in matrices],
         "torch": lambda: [torch.nn.functional.linear(rows_of_torch, tensor) for tensor in tensors],
-    }
+    } | ({"ours": ours} if library else {})
 
 
 # %%
 for rows in (1, 2, 8, 16):
-    products = both_libraries(draws.standard_normal((rows, 1024), dtype=np.float32))
+    products = by_each(draws.standard_normal((rows, 1024), dtype=np.float32))
     columns[rows] = {n: t.median_s for n, t in measure_interleaved(products, repeats=5, warmup=1).items()}
     print(f"rows {rows:>2}: " + ", ".join(f"{name} {1e3 * seconds:5.1f} ms" for name, seconds in columns[rows].items()))
 print(f"8 rows ÷ 1 row: {', '.join(f'{n} {columns[8][n] / columns[1][n]:.1f}' for n in products)}")
@@ -566,8 +574,9 @@ del matrices, tensors
 # %% [markdown]
 # <details><summary>Explain</summary>
 #
-# Reading the weights is only the least that a product costs. For one row a library streams the matrix once. For two it takes its general product, which first copies the matrix, piece by piece, into another order; that pays with hundreds of rows and not with two. So "rows come free" is a
-# property of kernels, not of memory: our packed kernels of chapter 03 were written for a few rows, and serving engines bring kernels of their own. Our float32 path gives one row to the faster of the two libraries, and several rows to torch.
+# Reading the weights is only the least that a product costs. For one row a library streams the matrix once. For two it takes its general product, which first copies the matrix, piece by piece, into another order; that pays with hundreds of rows and not with two. Our
+# kernels read the matrix as it lies and let each weight that they have loaded meet several rows (chapter 03). So "rows come free" is a property of kernels, not of memory alone, and serving engines bring kernels of their own. Rows stop being free where
+# their arithmetic takes longer than the reading.
 # </details>
 #
 # ## 5 · Long prompts and short steps
@@ -1013,7 +1022,7 @@ ch11_steps.preempted(preempted)
 # After chunks, shared blocks, copies and preemptions, is the text still right? Under greedy decoding each request has one right answer: the one
 # that it gets when it is alone.
 #
-# **Predict:** how many of the 12 answers differ in float32, in int8 with attention in NumPy, and in int8 with attention in our C code?
+# **Predict:** how many of the 12 answers differ in float32 and in int8, each with NumPy between the matrices and with everything in our C code?
 
 # %%
 float_model = load_model("lablm").model
@@ -1053,30 +1062,31 @@ def parted(ours, theirs):
 
 # %%
 WAYS = {"all at once": {}, "steps of 16 tokens": {"token_budget": 16}, "40 blocks": {}}
-for name, net in (("float32", float_model), ("int8, NumPy", model), ("int8, C", model)):
+for name in ("float32, NumPy", "float32, C", "int8, NumPy", "int8, C"):
+    net = float_model if "float32" in name else model
     memories = {way: paged_llama(net, positions=40 * 16 if way == "40 blocks" else 4096) for way in WAYS}
     for memory in memories.values():
-        memory.decoder.few_tokens = memory.decoder.few_tokens if name == "int8, C" else None  # all layers in one call
+        memory.decoder.few_tokens = memory.decoder.few_tokens if "C" in name else None  # all layers in one call
     truth = crowd(memories["all at once"], one_by_one=True)
     for way, limits in WAYS.items():
         done = crowd(memories[way], max_running=8, **limits)
         gaps, preemptions = list(parted(done, truth)), sum(request.preemptions for request in done[1])
         print(
-            f"{name:<11} {way:<19} {12 - len(gaps):>2}/12 answers equal, {preemptions} preemptions, {len(done[0].times)} steps"
+            f"{name:<14} {way:<19} {12 - len(gaps):>2}/12 answers equal, {preemptions} preemptions, {len(done[0].times)} steps"
         )
         for gap, moved in gaps:
             verdict = "a near-tie" if gap < 2 * moved else "look for a bug"
             print(
-                f"{'':<12}parted where the best two logits were {gap:.4f} apart and had moved by up to {moved:.4f}: {verdict}"
+                f"{'':<15}parted where the best two logits were {gap:.4f} apart and had moved by up to {moved:.4f}: {verdict}"
             )
 
 # %% [markdown]
 # <details><summary>Explain</summary>
 #
-# The quantized matrices give a token's row the same bits in any company: integers add up alike in any order. Attention adds floats. The C code takes
-# one token at a time through the keys of its own text, first to last, so its order of sums is the same alone, in a crowd and after any cut of the
-# prompt. NumPy hands a whole chunk to a library, which chooses the order by the chunk's size, and that moves the last bits of the logits. Our int8
-# kernels also round the *inputs* of each matrix to 8 bits, and a value at the edge between two codes then falls to the other side: a whole step
+# The quantized matrices give a token's row the same bits in any company: integers add up alike in any order. Floats do not, so our C code fixes the
+# order of every sum: a float32 matrix adds its products in the same eight lanes for each token, and attention goes through the keys of the token's own
+# text, first to last. So the bits are the same alone, in a crowd and after any cut of the prompt. NumPy and PyTorch hand a whole chunk to a library, which
+# chooses the order by the chunk's size, and that moves the last bits of the logits. Our int8 kernels also round the *inputs* of each matrix to 8 bits, and a value at the edge between two codes then falls to the other side: a whole step
 # instead of a last bit. Where the best two tokens are closer than that, the texts part. It is chapter 10's near-tie again, with a larger lever. Such
 # a difference is no bug of the scheduler, but only the two numbers can tell.
 # </details>
