@@ -2,9 +2,9 @@
 # FAISS' 8-bit quantizer brings the largest number back larger, and 0 as something else.
 #
 # Guess: trained on a minimum and a maximum, a scalar quantizer gives both back exactly, like any min-max scheme of 256 levels.
-# Seen (faiss-cpu 1.15.1): numbers are cut off to one of 255 steps and read from the middle of a step, so 0 and 1 come back as
-# 0.002 and 1.002, and in 4 bits as 0.033 and 1.033. The error is half a step and more, to one side at each end; the largest
-# number has a step beyond the range of its own. A vector of zeros has a length, and a normalized one grows.
+# Seen (faiss-cpu 1.15.1): encoding cuts x · 255 down to a whole code, decoding reads (code + 0.5) / 255. So 0 and 1 come back as
+# 0.002 and 1.002, and in 4 bits as 0.033 and 1.033: beyond the range, where the largest number has a step of its own. A vector
+# of zeros gets a length, and a normalized one grows.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

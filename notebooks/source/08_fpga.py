@@ -279,7 +279,7 @@ appeared = np.diff(frames.sums[:, -1, -1]).nonzero()[0][-1] + 1
 print(f"section 2's last sum appeared in cycle {appeared}; the formula: {total_cycles(3, frames.rows)}")
 for n in (8, 256):
     shares = {rows: rows / total_cycles(n, rows) for rows in (1, 16, 128, 1024)}
-    print(f"N = {n:>3}: " + ", ".join(f"{rows} rows {share:.1%}" for rows, share in shares.items()))
+    print(f"N = {n:>3}, rows " + ", ".join(f"{rows}: {share:.1%}" for rows, share in shares.items()))
 my_share.compare(100 / total_cycles(8, 1))
 
 # %% [markdown]
