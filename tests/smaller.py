@@ -17,6 +17,11 @@ SMALLER = {
         "range(300)": "range(30)",
         "runs=9": "runs=1",
     },
+    "01_how_generation_works": {
+        "CHARACTERS = 2000": "CHARACTERS = 200",
+        "NEW_TOKENS = 32": "NEW_TOKENS = 8",
+        "speed_subject()": "speed_subject(num_hidden_layers=2)",
+    },
     "03_quantizing_a_language_model": {
         "LIMIT_BYTES = 1000": "LIMIT_BYTES = 400",
         "count=40": "count=20",
@@ -47,6 +52,12 @@ SMALLER = {
         "lessons[:10]": "lessons[:2]",
         "0.05, 200)": "0.05, 12)",
         "1e-2, 200)": "1e-2, 12)",
+    },
+    "07_tpu_and_xla": {'["input_ids"][:100]': '["input_ids"][:60]'},
+    "11_serving_many": {
+        "COUNT = 20_000": "COUNT = 2_000",
+        "4.0), 100, []": "4.0), 20, []",
+        "vocab_size=4096)": "vocab_size=4096, num_hidden_layers=2)",
     },
     "12_applications": {
         "10_000": "1_000",
