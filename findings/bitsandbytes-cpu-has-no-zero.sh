@@ -9,7 +9,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet torch==2.13.0 numpy==2.4.6 packaging
+"$folder/venv/bin/pip" install --quiet torch==2.13.0 numpy==2.4.6 packaging==26.4
 "$folder/venv/bin/pip" install --quiet --no-deps bitsandbytes==0.50.2
 "$folder/venv/bin/python" -W ignore - <<'PYTHON'
 from importlib.metadata import version

@@ -10,7 +10,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet torch==2.13.0 numpy==2.4.6 transformers==5.23.0 pydantic jsonschema
+"$folder/venv/bin/pip" install --quiet torch==2.13.0 numpy==2.4.6 transformers==5.23.0 pydantic==2.14.4 jsonschema==4.26.0
 "$folder/venv/bin/pip" install --quiet --no-deps xgrammar==0.2.8 apache-tvm-ffi==0.1.15.post2
 "$folder/venv/bin/python" -W ignore - <<'PYTHON'
 import json

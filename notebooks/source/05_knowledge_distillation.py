@@ -1378,7 +1378,8 @@ figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
 reply_s = took["LabLM, one greedy reply"].median_s
 plots.draw_classifiers(axes, points, items=len(new.texts))
 axes.axvline(1000 * reply_s, color="0.4", linestyle=":")
-axes.text(1000 * reply_s, 0.5, "LabLM, one greedy reply", rotation=90, va="center", ha="right", fontsize="small")
+beside = {"xytext": (-3, 0), "textcoords": "offset points", "rotation": 90, "va": "center", "ha": "right"}
+axes.annotate("LabLM, one greedy reply", (1000 * reply_s, 0.5), fontsize="small", **beside)
 taught_ones = [point for name, series in points.items() if "LabLM" in name and name != "LabLM" for point in series]
 worth = [point for point in taught_ones if point[1] >= teacher_right["test"] - 0.1]
 if worth:
