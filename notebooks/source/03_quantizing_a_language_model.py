@@ -7,8 +7,8 @@
 # | | |
 # | --- | --- |
 # | Prerequisites | chapters 01 and 02 |
-# | Time | 5 hours for you; two sessions serve best, sections 1 to 9 on methods and the rest on speed; all cells run in about 6 minutes on one core (measured: 322 s, the build included) |
-# | Memory, download | 3.3 GB at the peak (measured); nothing is downloaded |
+# | Time | 5 hours for you; two sessions serve best, sections 1 to 9 on methods and the rest on speed; all cells run in about 6 minutes on one core (measured: 325 s, the build included) |
+# | Memory, download | 1.6 GB at the peak (measured); nothing is downloaded |
 # | Hardware | any computer; a C compiler helps |
 # | Exercises | 14 (3.1 to 3.7 on methods, 3.8 to 3.10 on speed, 3.11 to 3.13 on formats, 3.14 a contest), each checked in the cell below it; those marked *core* fit into two sessions of two hours |
 
