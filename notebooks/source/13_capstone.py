@@ -320,7 +320,7 @@ for rung, start in ((RUNGS[1], 500), (RUNGS[2], 2000)):
 print(f"cpu, threads: {torch.get_num_threads()}, {rung.running} requests in a step")
 
 # %% [markdown]
-# That was one search each. `python -m labutils bench users` climbs the whole ladder and searches each rung several times, each time with other arrivals. Here is what it stored, on the machine named below it. Each row differs in one
+# That was one search each. `python -m labutils bench users` climbs the whole ladder and searches each rung several times, each time with other arrivals. Here is what it stored, on the machine named below it, before chapter 03 had its float32 kernel: float32 went through PyTorch then, so compare its rows with the other rows and not with the search above. Each row differs in one
 # thing from the row that its last column names. All searches of a row begin at the same number and end in a bracket of a factor of at most 1.25, so equal results mean the same bracket.
 
 # %%
