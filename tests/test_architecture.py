@@ -54,7 +54,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 320, 45
 TABLES = {"lab/data/service_grammar.py"}  # data, not code
 # The design's aims were 500 lines a topic and 5,000 in all; the checks' hints and references alone take 1,400 for four
 # chapters. These bounds keep growth in sight: raise one only beside a chapter that needs it.
-MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_540, 30_150
+MAX_TOPIC_CODE_LINES, MAX_CODE_LINES = 1_540, 30_170
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

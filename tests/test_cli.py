@@ -239,10 +239,36 @@ def test_suite_runs_programs_side_by_side_and_no_test_twice(monkeypatch, capfdbi
     said = capfdbinary.readouterr().out.decode().splitlines()
     ignored = " ".join(f"--ignore=tests/test_{name}.py" for name in ("alpha", "beta", "gamma"))
     assert said == [
-        f"said by rest None {ignored} --no-cov",
-        "said by test_alpha 0 tests/test_alpha.py tests/test_beta.py --no-cov",
-        "said by test_gamma None tests/test_gamma.py --no-cov",
+        f"said by rest None {ignored} --no-cov -o cache_dir=.pytest_cache/2",
+        "said by test_alpha 0 tests/test_alpha.py tests/test_beta.py --no-cov -o cache_dir=.pytest_cache/0",
+        "said by test_gamma None tests/test_gamma.py --no-cov -o cache_dir=.pytest_cache/1",
     ]
+
+
+@pytest.mark.parametrize("wrong", ["assert seen.exists()", "assert False"], ids=["beside", "alone"])
+def test_suite_runs_again_alone_what_has_failed(monkeypatch, capfdbinary, tmp_path, wrong):
+    (tmp_path / "tests").mkdir()
+    test = "def test_it():\n    try:\n        {}\n    finally:\n        seen.touch()\n\n\ndef test_right():\n    pass\n"
+    seen = "import pathlib\n\nseen = pathlib.Path('SEEN')\n\n\n" + test
+    (tmp_path / "tests" / "test_alpha.py").write_text(seen.format(wrong))
+    (tmp_path / "tests" / "test_other.py").write_text("def test_right():\n    pass\n")
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    monkeypatch.setattr(suite, "BESIDE", (({}, ["alpha"]),))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cov", "--rootdir=.", "-c", "/dev/null"]
+    monkeypatch.setattr(
+        suite, "pytest_command", lambda rest, *, fast: [*command, *(rest if rest[0][:2] != "--" else ["tests", *rest])]
+    )
+    monkeypatch.setattr(suite, "ALONE", ("--last-failed",))
+    assert suite.run_whole([], dict(os.environ), fast=False) == (1 if "False" in wrong else 0)
+    said = capfdbinary.readouterr().out.decode()
+    assert said.count("run again alone") == 1 and "1 failed, 1 passed" in said
+    assert ("1 failed, 1 deselected" if "False" in wrong else "1 passed, 1 deselected") in said
+
+
+def test_a_killed_program_is_a_failed_one(monkeypatch):
+    monkeypatch.setattr(suite, "run_attached", lambda command, **_: -9)
+    monkeypatch.setattr(suite, "BESIDE", ())
+    assert suite.run_whole([], dict(os.environ), fast=False) == -9
 
 
 def test_what_runs_beside_the_rest_is_there():

@@ -25,6 +25,7 @@ BESIDE = (
     ({"LABUTILS_CHECK_SHAPES": "0"}, ["lanes"]),
     ({}, ["grade", "handout", "check", "distributed_faults", "conventions_again", "floors"]),
 )
+FAILED, ALONE = 1, ("--last-failed", "--no-cov")  # pytest's status where tests have failed, and how they run again
 REPORTS = ("--durations", "--no-cov", "-q", "-v")  # options that choose no test: with them it is still the whole suite
 # Their chapters are tested too; in an environment of one's own only where they are there.
 EXTRAS = ("tpu", "fpga", "gpu", "serve", "speech", "applications", "zh")
@@ -52,21 +53,34 @@ def names_tests(rest: Sequence[str]) -> bool:
 
 
 def run_whole(rest: Sequence[str], environ: dict[str, str], *, fast: bool) -> int:
-    """Runs the whole suite as programs side by side: their worst status; what those of `BESIDE` said stands last."""
+    """Runs the whole suite as programs side by side: the first status but 0; what those of `BESIDE` said stands last.
 
-    def run_beside(share: tuple[dict[str, str], Sequence[str]]) -> subprocess.CompletedProcess:
-        command = pytest_command([*(f"tests/test_{name}.py" for name in share[1]), *rest], fast=fast)
+    What fails beside others is run again alone, and counts if it fails again: a neighbour may have been the reason.
+    """
+
+    def command_of(number: int, *chosen: str) -> list[str]:  # each program remembers its own failures
+        return [*pytest_command([*chosen, *rest], fast=fast), "-o", f"cache_dir=.pytest_cache/{number}"]
+
+    def run_beside(program: tuple[list[str], dict[str, str]]) -> subprocess.CompletedProcess:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
-        return subprocess.run(command, cwd=ROOT, env=environ | share[0], check=False, **pipes)
+        return subprocess.run(program[0], cwd=ROOT, env=program[1], check=False, **pipes)
 
-    left = [f"--ignore=tests/test_{name}.py" for _, names in BESIDE for name in names]
+    beside = [
+        (command_of(number, *(f"tests/test_{name}.py" for name in names)), environ | more)
+        for number, (more, names) in enumerate(BESIDE)
+    ]
+    left = command_of(len(beside), *(f"--ignore=tests/test_{name}.py" for _, names in BESIDE for name in names))
     with ThreadPoolExecutor() as pool:
-        beside = pool.map(run_beside, BESIDE)  # begins at once
-        status = run_attached(pytest_command([*left, *rest], fast=fast), cwd=ROOT, env=environ)
-        for ended in beside:
-            print(ended.stdout, end="")
-            status = ended.returncode or status
-    return status
+        ended = pool.map(run_beside, beside)  # begins at once
+        statuses = [run_attached(left, cwd=ROOT, env=environ)]
+        for each in ended:
+            print(each.stdout, end="")
+            statuses.append(each.returncode)
+    for number, (command, its) in enumerate([(left, environ), *beside]):
+        if statuses[number] == FAILED:
+            print("labutils: what failed beside other programs is run again alone", flush=True)
+            statuses[number] = run_attached([*command, *ALONE], cwd=ROOT, env=its)
+    return next((status for status in statuses if status), 0)  # a program that was killed has a negative one
 
 
 def one_thread_each(environ: dict[str, str]) -> dict[str, str]:
