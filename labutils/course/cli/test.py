@@ -18,9 +18,9 @@ HELP = (
 NEEDS_ENVIRONMENT = True
 PASSES_ON = True
 ROOT = Path(__file__).resolve().parents[3]
-# Run by a program of its own beside the rest, which takes about as long: whole chapters, hand-ins and the lowest versions,
-# without the checks of shapes that treble the time of thousands of small steps. What a test times it times in rounds
-# that alternate: a neighbour blurs that and decides nothing.
+# Run by a program of its own beside the rest, which takes about as long: whole chapters, hand-ins and the lowest
+# versions, without the checks of shapes that treble the time of thousands of small steps. What a test times it times
+# in rounds that alternate: a neighbour blurs that and decides nothing.
 BESIDE = (({"LABUTILS_CHECK_SHAPES": "0"}, ["lanes", "grade", "handout", "check", "floors"]),)
 FAILED, ALONE = 1, ("--last-failed", "--no-cov")  # pytest's status where tests have failed, and how they run again
 REPORTS = ("--durations", "--no-cov", "-q", "-v")  # options that choose no test: with them it is still the whole suite
