@@ -94,7 +94,7 @@ def test_grade_a_class_of_thirty(root, tmp_path, capsys):
     expected["learner_00_a_vandal/90_demo.ipynb"] = RRR
     assert len(expected) == 30
     said, begin = [], time.monotonic()
-    options = Options(root, timeout_s=20, limits=LIMITS, jobs=2)
+    options = Options(root, timeout_s=40, limits=LIMITS, jobs=2)
     table = grade(folder, out, options, say=lambda line: (said.append(line), print(line)))
     with capsys.disabled():
         print(f"\nthirty hand-ins graded in {time.monotonic() - begin:.0f} s")
