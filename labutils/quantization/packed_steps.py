@@ -165,9 +165,8 @@ class FewTokens:
             MemoryError: when there is no room for the tokens' codes.
         """
         if len(token_ids) > self.chunk:
-            first = (
-                len(token_ids) % self.chunk or self.chunk
-            )  # a full call comes last: only an earlier one may have one row
+            # A full call comes last: only an earlier one may have one row.
+            first = len(token_ids) % self.chunk or self.chunk
             ends = range(first, len(token_ids) + 1, self.chunk)
             made = []
             for start, end in zip([0, *ends[:-1]], ends, strict=True):
@@ -199,8 +198,8 @@ class FewTokens:
         tokens, stops = np.full(count + 1, token), np.array(list(stop), np.int64)
         self._place(1, position)
         addresses = tokens.ctypes.data, count, self.rows.ctypes.data, stops.ctypes.data
-        sampling = None if sampler is None else self._sampling(sampler, count)
-        pointer = None if sampling is None else ctypes.addressof(sampling[0])
+        sampling = sampler and self._sampling(sampler, count)
+        pointer = sampling and ctypes.addressof(sampling[0])
         made = self.library.decode_tokens(self.model, *addresses, len(stops), pointer, torch.get_num_threads())
         if tokens[made] < 0:
             raise ValueError("a token is drawn from finite logits; got NaN or infinity among them")

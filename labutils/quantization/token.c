@@ -83,15 +83,14 @@ static double sum_from(const float *x, int64_t n, float least, int64_t *count) {
 // as integers do, so 30 halvings find it among all floats from 0 to 1.
 static float find_least(const float *x, int64_t n, int64_t top_k, double mass) {
     union { int32_t i; float f; } low = {0}, high = {.f = 1}, middle;
-    while (high.i - low.i > 1) {
+    for (high.i++; high.i - low.i > 1;) {  // the float behind 1: none reaches it
         int64_t count;
         middle.i = low.i + (high.i - low.i) / 2;
         double sum = sum_from(x, n, middle.f, &count);
         if (count >= top_k && sum >= mass) low = middle;
         else high = middle;
     }
-    int64_t count;
-    return sum_from(x, n, high.f, &count) >= mass && count >= top_k ? high.f : low.f;
+    return low.f;
 }
 
 // Turns logits into e^((logit - largest) / temperature), keeps the top k, of these the top p, and takes the first token up to
