@@ -103,6 +103,8 @@ def test_a_token_starts_from_its_row_of_the_embedding(kind, name):
     for token in range(97):
         decoder.extend([token])
         assert np.array_equal(decoder.few_tokens.hidden[:1], decoder.embedding(torch.tensor([token])).numpy(force=True))
+    every = decoder.embedding(torch.arange(97)).numpy(force=True)
+    assert np.array_equal(decoder.few_tokens.embed(range(97)), every)
 
 
 @needs_kernels
@@ -155,6 +157,7 @@ def test_an_id_that_is_no_token_s_is_refused_before_c_reads_its_row(name, wrong)
         lambda: decoder.decode_one_token(one),
         lambda: decoder.extend([1, wrong]),
         lambda: next(decoder.blocks(wrong, 4)),
+        lambda: decoder.few_tokens.embed([1, wrong]),
     ):
         with pytest.raises(IndexError, match=f"token ids must be 0 to 96; got {wrong}"):
             feed()

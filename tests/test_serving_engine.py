@@ -163,6 +163,19 @@ def test_a_model_that_fails_or_gives_no_numbers_ends_the_step_s_requests_only():
         assert_as_alone(run(serving, [Request([1], max_new_tokens=2)]))
 
 
+def test_a_row_without_numbers_ends_its_request_alone_and_a_tie_goes_to_the_first():
+    serving = engine()
+    rows = torch.tensor([[0.0, 2.0, 2.0], [0.0, np.nan, 2.0], [np.inf, 0.0, 1.0], [3.0, 1.0, 3.0]])
+    serving.model = lambda step: rows
+    requests = run(serving, [Request([1], max_new_tokens=1) for _ in rows])
+    assert [(r.end, r.new_ids) for r in requests] == [
+        (End.LENGTH, [1]),
+        (End.ERROR, []),
+        (End.ERROR, []),
+        (End.LENGTH, [0]),
+    ]
+
+
 def test_a_stop_token_ends_a_text_and_is_kept():
     free = run(engine(), [Request([3, 1, 4], max_new_tokens=6)])[0].new_ids
     stopped = run(engine(), [Request([3, 1, 4], max_new_tokens=6, stop=frozenset({free[2]}))])[0]

@@ -80,6 +80,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.packed_linear.argtypes = (ctypes.POINTER(Weight), pointer, pointer, count, count)
     library.decode_layers.argtypes = (pointer, ctypes.POINTER(Shape), *[pointer] * 4, *[count] * 2)
     library.head_of.argtypes = (ctypes.POINTER(Model), count, count, pointer, count)
+    library.embed.argtypes = (ctypes.POINTER(Model), pointer, count, pointer)
     library.read_tokens.argtypes = (ctypes.POINTER(Model), pointer, count, pointer, count, pointer, count)
     library.decode_tokens.argtypes = (ctypes.POINTER(Model), pointer, count, pointer, pointer, count, pointer, count)
     for name in ("packed_linear", "decode_layers", "head_of", "read_tokens", "decode_tokens"):

@@ -205,6 +205,17 @@ class FewTokens:
             raise ValueError("a token is drawn from finite logits; got NaN or infinity among them")
         return self.normed[:1].copy(), tokens[1 : made + 1].tolist()
 
+    def embed(self, token_ids: Sequence[int]) -> Float[np.ndarray, "tokens width"]:
+        """The embedding's rows of any number of tokens.
+
+        Raises:
+            IndexError: for an id that is no token's.
+        """
+        self._require_tokens(token_ids)
+        tokens, hidden = np.array(token_ids, np.int64), np.empty((len(token_ids), self.hidden.shape[1]), np.float32)
+        self.library.embed(self.model, tokens.ctypes.data, len(tokens), hidden.ctypes.data)
+        return hidden
+
     def head(self, hidden: Float[np.ndarray, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
         """The last norm and the head, for any number of tokens.
 

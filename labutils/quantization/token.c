@@ -33,11 +33,16 @@ int64_t head_of(const Model *m, int64_t first, int64_t rows, float *logits, int6
     return packed_linear(&m->head, m->normed, logits, rows, threads);
 }
 
+// The embedding's rows of some tokens; hidden (count, width).
+void embed(const Model *m, const int64_t *tokens, int64_t count, float *hidden) {
+    for (int64_t t = 0; t < count; t++) unpack_row(&m->embedding, tokens[t], hidden + t * m->head.in);
+}
+
 // Tokens of one sequence at `position` and behind it; logits after the last `rows` of them. 0, or -1 without memory.
 int64_t read_tokens(const Model *m, const int64_t *tokens, int64_t count, const Row *row, int64_t rows, float *logits,
                 int64_t threads) {
-    int64_t width = m->head.in, at = row->position * m->shape->dim;
-    for (int64_t t = 0; t < count; t++) unpack_row(&m->embedding, tokens[t], m->hidden + t * width);
+    int64_t at = row->position * m->shape->dim;
+    embed(m, tokens, count, m->hidden);
     return decode_layers(m->layers, m->shape, m->hidden, m->cosine + at, m->sine + at, row, count, threads)
          | head_of(m, count - rows, rows, logits, threads);
 }
