@@ -100,8 +100,8 @@ def test_a_missed_ratio_says_what_all_of_the_bandwidth_would_give():
 def test_the_rate_is_of_new_tokens_or_of_the_prompt():
     assert Load("8 at once", 8, 16, 3).rate([0.0, 5.0, 6.0, 7.0]) == 8.0
     assert Load("prefill of 512", 1, 512, 1).rate([1.0, 3.0]) == 256.0
-    assert [load.count for load in loads(32, small=False)] == [33, 1, 17, 17, 1]
-    assert [load.count for load in loads(32, small=True)] == [129, 1, 65, 65, 1]
+    assert [load.count for load in loads(32, small=False)] == [33, 1, 17, 5, 1]
+    assert [load.count for load in loads(32, small=True)] == [129, 1, 65, 17, 1]
 
 
 def test_tables_show_what_ran_and_why_something_did_not(tmp_path):

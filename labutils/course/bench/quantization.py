@@ -92,10 +92,11 @@ class Contender:
 
 
 def loads(new_tokens: int, *, small: bool) -> list[Load]:
-    """All loads; a model in the cache decodes more tokens, since it needs so little time for each."""
+    """All loads, the batches with as many new tokens together; a model in the cache decodes more, as it is faster."""
     many = new_tokens * (IN_CACHE if small else 1)
-    batches = [Load(name, int(name.split()[0]), PROMPT_TOKENS, many // 2 + 1) for name in BATCHES]
-    return [Load(DECODE, 1, PROMPT_TOKENS, many + 1), Load(PREFILL, 1, 512, 1), *batches, Load(LONG, 1, POSITIONS, 1)]
+    batches = {name: int(name.split()[0]) for name in BATCHES}
+    several = [Load(name, rows, PROMPT_TOKENS, max(4 * many // rows, 2) + 1) for name, rows in batches.items()]
+    return [Load(DECODE, 1, PROMPT_TOKENS, many + 1), Load(PREFILL, 1, 512, 1), *several, Load(LONG, 1, POSITIONS, 1)]
 
 
 def bench_quantization(
