@@ -18,7 +18,7 @@ from labutils.distributed.disaggregation import break_even_bytes_per_s
 from labutils.distributed.launch import launch
 from labutils.distributed.pipeline import bubble, measured_bubble, stage_layers
 from labutils.distributed.ring_attention import merge_attention, partial_attention
-from labutils.distributed.tensor_parallel import heads_of, span
+from labutils.distributed.tensor_parallel import VocabParallelEmbedding, heads_of, span
 from labutils.lab.layers.architecture import Architecture
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="tried on POSIX only")
@@ -42,6 +42,17 @@ def test_tensor_parallel_logits_equal_the_single_process(found, name):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(eager, expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(step, after, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("token_id", [-1, 5, 6])
+def test_a_cut_embedding_refuses_an_id_that_is_no_token_s(token_id):
+    """Every rank refuses it, so that none waits for the others; unchecked, their sum would be a row of zeros."""
+    alone = SimpleNamespace(all_reduce_=lambda rows: rows)
+    first, second = (VocabParallelEmbedding(torch.ones(len(m), 2), m, 5, alone) for m in (range(3), range(3, 5)))
+    assert (first(torch.tensor([[0, 4]])) + second(torch.tensor([[0, 4]])) == 1).all()
+    for rank in (first, second):
+        with pytest.raises(IndexError, match=f"^token ids must be 0 to 4; got {token_id}$"):
+            rank(torch.tensor([[0, token_id]]))
 
 
 @pytest.mark.parametrize("name", MODELS)

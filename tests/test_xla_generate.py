@@ -50,6 +50,16 @@ def test_generate_a_single_token_and_too_many(tiny):
             decoder.generate([1, 2, 3], new_tokens)
 
 
+@pytest.mark.parametrize("token_id", [-1, 97])
+def test_an_id_that_is_no_token_s_is_refused(tiny, token_id):
+    model, decoder = tiny
+    assert model.config.vocab_size == 97
+    for read in (decoder.read, lambda ids: decoder.generate(ids, 2), lambda ids: AsTorch(decoder)(torch.tensor([ids]))):
+        read([0, 96])
+        with pytest.raises(IndexError, match=f"^token ids must be 0 to 96; got {token_id}$"):
+            read([0, token_id, 5])
+
+
 def test_one_program_for_all_lengths_of_a_bucket():
     decoder = XlaLlama(tiny_model("llama-gqa-tied"), max_length=32, buckets=(8, 16))
     with runtime.compilations("prefill") as seen:

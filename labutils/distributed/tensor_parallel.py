@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from labutils.distributed.collectives import Comm
+from labutils.lab.layers.architecture import require_token_ids
 
 
 def span(size: int, rank: int, ranks: int) -> range:
@@ -63,12 +64,17 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """Each rank looks up the tokens whose rows it holds and gives zeros for the others; one all-reduce adds up."""
 
-    def __init__(self, weight: Float[Tensor, "mine hidden"], mine: range, comm: Comm) -> None:
+    def __init__(self, weight: Float[Tensor, "mine hidden"], mine: range, vocab: int, comm: Comm) -> None:
         super().__init__()
-        self.weight, self.mine, self.comm = nn.Parameter(weight, requires_grad=False), mine, comm
+        self.weight, self.mine, self.vocab, self.comm = nn.Parameter(weight, requires_grad=False), mine, vocab, comm
 
     def forward(self, token_ids: Int[Tensor, "batch positions"]) -> Float[Tensor, "batch positions hidden"]:
-        """Looks up what is here."""
+        """Looks up what is here.
+
+        Raises:
+            IndexError: For an id that is no token's, on every rank: each would give zeros for it.
+        """
+        require_token_ids(token_ids.flatten().tolist(), self.vocab)
         absent = (token_ids < self.mine.start) | (token_ids >= self.mine.stop)
         rows = nn.functional.embedding((token_ids - self.mine.start).masked_fill(absent, 0), self.weight)
         return self.comm.all_reduce_(rows.masked_fill(absent[..., None], 0.0))
@@ -137,7 +143,7 @@ def vocabulary_parallel_(model: nn.Module, comm: Comm) -> nn.Module:
     table, head = model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
     rows = table[mine.start : mine.stop].clone()
     head_rows = rows if head.data_ptr() == table.data_ptr() else head[mine.start : mine.stop].clone()
-    model.model.embed_tokens = VocabParallelEmbedding(rows, mine, comm)
+    model.model.embed_tokens = VocabParallelEmbedding(rows, mine, vocab, comm)
     sizes = [len(span(vocab, rank, comm.size)) for rank in range(comm.size)]
     model.lm_head = VocabParallelHead(head_rows, sizes, comm)
     model.lm_head.weight = model.model.embed_tokens.weight if head_rows is rows else model.lm_head.weight

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from labutils.lab.layers.architecture import require_token_ids
 from labutils.lab.layers.linears import Linear, linear_layers, output_head, replace_module_, weight_of
 from labutils.quantization.affine import QParams, Scheme, choose_qparams, quantize
 from labutils.quantization.packed_ops import CHUNK, MAX_BLOCK, ROWS, packed_linear, unpack_codes
@@ -210,9 +211,9 @@ class PackedEmbedding(nn.Module):
         Raises:
             IndexError: for an id that is no row's, as `nn.Embedding` does; compiled code does not look.
         """
-        ids, rows = token_ids.flatten(), self.packed.out_features  # behind them, zeros may fill the last tile
-        if not torch.compiler.is_compiling() and (wrong := [i for i in ids.tolist() if not 0 <= i < rows]):
-            raise IndexError(f"token ids must be 0 to {rows - 1}; got {wrong[0]}")
+        ids = token_ids.flatten()
+        if not torch.compiler.is_compiling():
+            require_token_ids(ids.tolist(), self.packed.out_features)  # behind them, zeros may fill the last tile
         return self.packed.dequantize(ids).view(*token_ids.shape, self.packed.in_features)
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
+from labutils.lab.layers.architecture import require_token_ids
 from labutils.xla import llama
 from labutils.xla.lazy import Array, jax, jnp, lax
 
@@ -117,7 +118,13 @@ class XlaLlama:
         return decode_scan(step, cache, token, position, new_tokens=new_tokens)
 
     def read(self, token_ids: Sequence[int]) -> tuple[Float[Array, " vocab"], llama.Cache]:
-        """Reads a prompt through its bucket into an empty cache: the logits after its last token, and the cache."""
+        """Reads a prompt through its bucket into an empty cache: the logits after its last token, and the cache.
+
+        Raises:
+            IndexError: For an id that is no token's: XLA would read another token's row in silence.
+            ValueError: For no token, or more than the largest bucket.
+        """
+        require_token_ids(token_ids, len(self.params["embedding"]))
         padded = np.zeros(bucket_for(len(token_ids), self.buckets), np.int32)
         padded[: len(token_ids)] = token_ids
         cache = llama.empty_cache(self.shape, dtype=self.dtype)
@@ -127,6 +134,7 @@ class XlaLlama:
         """Greedy continuation of `new_tokens` tokens: step by step from Python, or all steps in one program.
 
         Raises:
+            IndexError: For an id that is no token's.
             ValueError: If the text would not fit into `max_length`.
         """
         end = len(token_ids) + new_tokens
@@ -154,7 +162,12 @@ class AsTorch:
         self._logits = jax.jit(_named("all_logits", rows))
 
     def __call__(self, input_ids: Int[torch.Tensor, "batch positions"], **_) -> SimpleNamespace:
-        """Returns an object whose `logits` are those of every position, through the same buckets."""
+        """Returns an object whose `logits` are those of every position, through the same buckets.
+
+        Raises:
+            IndexError: For an id that is no token's.
+        """
+        require_token_ids(input_ids.flatten().tolist(), len(self.decoder.params["embedding"]))
         count = input_ids.shape[1]
         padded = np.zeros((len(input_ids), bucket_for(count, self.decoder.buckets)), np.int32)
         padded[:, :count] = input_ids.numpy()

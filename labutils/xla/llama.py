@@ -48,14 +48,8 @@ def shape_of(config, *, max_length: int) -> Shape:
     """
     known = require_llama(config, families=("llama",), ropes=ROPES)
     require({"max_length must be at least 1": (max_length, max_length >= 1)})
-    return Shape(
-        layers=known.layers,
-        heads=known.heads,
-        kv_heads=known.kv_heads,
-        head_dim=known.head_dim,
-        max_length=max_length,
-        eps=config.rms_norm_eps,
-    )
+    sizes = {name: getattr(known, name) for name in ("layers", "heads", "kv_heads", "head_dim")}
+    return Shape(**sizes, max_length=max_length, eps=config.rms_norm_eps)
 
 
 def params_of(model: nn.Module, shape: Shape, *, dtype: str = "float32") -> dict:

@@ -6,7 +6,7 @@ what does each layer keep of a token (`layer_caches`)? The second is measured wh
 
 import copy
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,6 +123,18 @@ def require(rules: dict[str, tuple[object, bool]]) -> None:
     for rule, (value, holds) in rules.items():
         if not holds:
             raise ValueError(f"{rule}; got {value}")
+
+
+def require_token_ids(token_ids: Sequence[int], vocab: int) -> None:
+    """Refuses an id that is no row of an embedding: a lookup would take another token's row, or other memory.
+
+    >>> require_token_ids([0, 96], 97)
+
+    Raises:
+        IndexError: naming the rule and the first such id.
+    """
+    if wrong := [each for each in token_ids if not 0 <= each < vocab]:
+        raise IndexError(f"token ids must be 0 to {vocab - 1}; got {int(wrong[0])}")
 
 
 def require_layer(module: nn.Module | None, name: str, *kinds: type[nn.Module]) -> None:
