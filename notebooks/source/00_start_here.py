@@ -274,9 +274,10 @@ plt.show()
 # ## 5 · What this machine can do at best
 #
 # To write one token, a dense model must read all its weights from memory once. (A mixture of experts reads only the experts that
-# the token is sent to, and an embedding table that is not also the head is read by one row.) So memory bandwidth sets a ceiling for
-# one stream of text, however fast the arithmetic is. First measure the bandwidth: several probes, the best taken, on data
-# that does not fit the cache. On a busy machine even the best is too low: measure again when nothing else runs.
+# the token is sent to, and an embedding table that is not also the head is read by one row. Chapter 10's speculative decoding checks
+# several tokens in one reading; here a reading gives each text one token.) So memory bandwidth sets a ceiling for one stream of text,
+# however fast the arithmetic is. First measure the bandwidth: several probes, the best taken, on data that does not fit the cache. On a
+# busy machine even the best is too low: measure again when nothing else runs.
 
 # %%
 from labutils.measurement.roofline import measure_roofline

@@ -280,8 +280,8 @@ my_fading.compare(change["without"][4.0])
 
 # %% [markdown]
 # *Norm of the loss's gradient by the logits of LabLM-small on 200 tokens of held-out code, LabLM the teacher; both axes
-# logarithmic.* Where T is large the line with T² is level, as derived. Near T = 1 it falls as well: there the two distributions are still
-# sharp and differ most. On the level part T changes *what* is taught, and λ how much.
+# logarithmic.* Where T is large the line with T² is level, as derived. Near T = 1 it falls as well: the approximation is for large T. On the
+# level part T changes *what* is taught, and λ how much.
 
 # %% [markdown]
 # ## Exercise 5.3: hinton_loss (core)
@@ -364,7 +364,7 @@ plt.show()
 # %% [markdown]
 # *A two-mode teacher over 32 tokens and, by each divergence, the best of the bells reached from three starts.* Where a
 # divergence ends in several places, their losses say which of these were traps. Forward KL's trap is a bell that grows so wide that it says nothing;
-# the others' is to keep to a single bell of the teacher, or to lie between the two. For one next token, forward KL is the
+# the others' is the smaller of the teacher's bells, or a place between the two. For one next token, forward KL is the
 # usual choice: it keeps the student's probabilities honest. For whole texts that the student writes by itself, reverse KL
 # avoids what the teacher would never say (MiniLLM, Gu et al. 2023, arXiv:2306.08543).
 
@@ -728,7 +728,8 @@ plt.show()
 # *Held-out bits per byte of one small student while it learns, minus those of the same seed with CE: mean over seeds, bands: Student's
 # 95% interval of the mean; below the dashed line is better.* A seed moves all three losses together, so their differences are surer
 # than the curves themselves. Training losses of the three cannot be compared: they are different quantities. Only held-out quality
-# can. Equal steps are not equal time: the teacher must answer too, unless its answers are stored.
+# can. Equal steps are not equal time: the teacher must answer too, unless its answers are stored. (The times above leave out the optimizer's
+# step, the same for all three.)
 
 # %% [markdown]
 # ## 10 · The experiment
@@ -775,8 +776,9 @@ plt.show()
 # together with training on short sequences. A likely reason, which no cell here tests: there a pruned model forgets how to copy from far back.
 #
 # So the teacher helps the two larger students, by a little. For the smallest these runs do not settle it: compare its two differences,
-# on validation text and on the held-out modules. An effect that changes its sign with the text is no effect to explain, even where its
-# right answers, counted on a hundred items a task, look better. (A *capacity gap*, Cho and Hariharan 2019, arXiv:1910.01348, would be an explanation if one were needed.)
+# on validation text and on the held-out modules. An effect that changes its sign with the text is no effect to explain. Its right answers
+# are judged by an interval over seeds alone, on a hundred items a task, which says nothing of other items. (A *capacity gap*, Cho and Hariharan
+# 2019, arXiv:1910.01348, would be an explanation if one were needed.)
 
 # %% [markdown]
 # ## 11 · Looking inside the teacher
@@ -1199,7 +1201,7 @@ print(f"published: DistilGPT2 perplexity {21.1 / 16.3:.3f} times its teacher's; 
 # The course wants a small sibling that meets four aims. LabLM-small was chosen by short runs, one each, which
 # `data/results/lablm_small_choices.jsonl` keeps, then trained on for thousands of steps (the model card tells how).
 #
-# **Predict:** all these beginnings have 2.23 million weights. How far apart are they after 90 steps?
+# **Predict:** all these beginnings have equally many weights, but for a few norms. How far apart are they after 90 steps?
 
 # %%
 import json
@@ -1215,9 +1217,9 @@ for c in sorted(choices, key=lambda c: c["curve"][-1]["validation_bits_per_byte"
     )
 
 # %% [markdown]
-# In these runs, one each, the choice of layers decides more than the choice of loss or of learning rate. Does the shipped LabLM-small
+# In these runs, one each, the choice of layers can decide more than the choice of loss or of learning rate. Does the shipped LabLM-small
 # meet its aims? The last two lines say on how much they rest: where a point is a single item, a few points are within the error. And
-# LabLM itself was trained briefly, which makes it easier to follow.
+# LabLM itself was trained briefly, which may make it easier to follow.
 
 # %%
 reference, sibling = known["lablm"], known["lablm-small"]

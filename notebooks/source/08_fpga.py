@@ -455,7 +455,7 @@ print(f"against the unquantized layer: SQNR {sqnr_db(x @ weight.T, y):.1f} dB (c
 
 # %% [markdown]
 # **Explain.** Quantization is the only place where anything was lost. From codes to codes, hardware, torch and numpy agree in every
-# bit: integers leave no room for "almost equal", which is why hardware people like them.
+# bit: integers leave no room for "almost equal".
 
 # %% [markdown]
 # ## 5 · Bits as area
@@ -522,8 +522,9 @@ plt.show()
 # %% [markdown]
 # *Four-input tables of a signed b × b multiplier, synthesised two ways; dotted: the square law, drawn through the point at 8 bits.*
 #
-# **Explain.** A multiplier is b rows of b bits, so area goes roughly with b² (at 2 and 3 bits it lies below the dotted line): quantization pays
-# *twice* here, where a memory only pays once. And the synthesis script matters as much as a bit or two, so an area without its script says little.
+# **Explain.** A multiplier is b rows of b bits, so area goes roughly with b² (with Booth's recoding it stays below the dotted line at every smaller
+# width): quantization pays *twice* here, where a memory only pays once. The script matters as well, so an area without its script says little: of
+# the next cell's scripts that use no DSP, the dearest takes more than twice the LUTs of the cheapest.
 # **Booth's recoding** reads one factor two bits at a time, which halves the rows. The netlist above may hold nothing but LUT4s, so that numpy can
 # run it: `-noccu2` forbids the chip's **carry chains** (cell CCU2C, two bits of an adder each). All other areas of this chapter allow them. The
 # next cell prints the same 8-bit multiplier under six scripts.
@@ -563,11 +564,11 @@ for name in ("int8", "int4"):
     print(f"{name} on a DSP: {dsp.luts} LUTs and {dsp.dsps} of the chip's 28 DSPs")
 
 # %% [markdown]
-# *LUTs for one product of each precision: the adder for the sum, as wide as 8.5 asks, and the rest, the multiplier.*
+# *LUTs for one product of each precision: the adder for the sum, as wide as 8.5 asks, and the rest, the multiplier (for binary x 8: XNORs and their count).*
 #
-# **Explain.** The multiplier shrinks with b², the adder hardly at all: for a single sign it is nearly everything, until eight signs share
-# one. DSPs are free area while they last: a 25k chip has 28, an 8 × 8 array needs 64. And unlike a CPU, an FPGA has no favourite
-# widths: five bits are as good as four or eight.
+# **Explain.** The multiplier shrinks roughly with b², the adder only with the width of the sum (the LUTs printed beside a DSP are the adder
+# alone): for a single sign it is nearly everything, until eight signs share one. DSPs are free area while they last: a 25k chip has 28, an
+# 8 × 8 array needs 64. And unlike a CPU, LUTs have no favourite widths: five bits are as good as four or eight.
 
 # %% [markdown]
 # An int4 product leaves most of an 18 × 18 multiplier idle. **Packing** puts two weights into one factor, 8 bits apart:
@@ -659,11 +660,13 @@ print(f"{len(placed.cells)} cells placed; the file for the chip: {placed.bitstre
 
 # %% [markdown]
 # *Where nextpnr put the 4 × 4 int4 array: left on the whole ECP5-25k, right enlarged. One label "k,j" for each element, near the middle of
-# its cells, neighbours in different colours where six allow it; grey: the shell. Each element gathers in patches, in no tidy grid.*
+# its cells, the array's neighbours in different colours (on the chip equal colours may meet); grey: the shell. Each element gathers in patches,
+# in no tidy grid.*
 #
 # **Explain.** In this pair of runs, one seed each, a register lifts the clock by the ratio printed above, for registers that lie idle
-# beside every table anyway. Fmax is nextpnr's estimate from the chip's timing model; it moves by several percent from seed to seed, so
-# the ratio's first digit is safe and its second is not.
+# beside every table anyway. Fmax is nextpnr's estimate from the chip's timing model and moves from seed to seed (section 7 prints the range of
+# three), so the ratio's second digit is not safe. And the int4 row changes two things at once, the bits and where products are made, in LUTs:
+# section 7's rows without a DSP change the bits alone.
 
 # %% [markdown]
 # ## 7 · The honest comparison
@@ -687,7 +690,7 @@ for row in saved["rows"]:
 
 # %% [markdown]
 # And this computer? To be fair, it uses its best int8: PyTorch's quantized linear layer (fbgemm or its like) and the C kernels of
-# chapter 03. (`torch._int_mm` falls back to slow code on many CPUs, so comparing with it would mislead.) Decoding one sequence has one row,
+# chapter 03. (`torch._int_mm` falls back to slow code on some CPUs, so comparing with it could mislead.) Decoding one sequence has one row,
 # a batch has many, so there is a column for each. **Predict:** how many 8 × 8 int8 arrays does one core equal in each?
 
 # %%
@@ -739,7 +742,7 @@ my_arrays.compare(best[64] / arrays["8x8 int8, acc25, pipelined, LUT"][1])
 # cycle, at many times the clock. FPGAs of another size do compete: LUT-LLM (arXiv:2511.06174) reports a 1.7B language model on an AMD V80,
 # with tables in place of multipliers; FlightLLM (arXiv:2401.03868) runs 7B models on a U280 with HBM.
 #
-# And we have not fed it yet. The OrangeCrab board carries this chip and a 16-bit DDR3L memory; Lattice's memory guide (FPGA-TN-02035,
+# And we have not fed it yet. The OrangeCrab board carries this chip and a 16-bit DDR3L memory; Lattice's note on fast I/O (FPGA-TN-02035,
 # table 6.1) allows 400 MHz, two transfers a cycle: 1.6 GB/s *at best, by the datasheets, not measured*. **Predict:** does one sequence wait for
 # the memory or for the array?
 
@@ -932,7 +935,8 @@ print(
 )
 
 # %% [markdown]
-# **Explain.** A fixed weight costs a fraction of a multiplier, because its zeros and equal bits need no tables, and it needs no memory bandwidth at all.
+# **Explain.** A fixed weight costs a fraction of a multiplier: each bit of its product is one table at most, and zeros and equal bits need none. It
+# needs no memory bandwidth at all.
 # The price is that *every* weight now takes area, used or not, where the array reused its multipliers for all of them. So whole networks in tables
 # are small networks, or tables of *groups* of values in a large memory.
 
