@@ -935,8 +935,8 @@ print(
 )
 
 # %% [markdown]
-# **Explain.** A fixed weight costs a fraction of a multiplier: each bit of its product is one table at most, and zeros and equal bits need none. It
-# needs no memory bandwidth at all.
+# **Explain.** A fixed weight costs a fraction of a multiplier: each bit of its product is one table at most, zeros and equal bits need none,
+# and it needs no memory bandwidth at all.
 # The price is that *every* weight now takes area, used or not, where the array reused its multipliers for all of them. So whole networks in tables
 # are small networks, or tables of *groups* of values in a large memory.
 
