@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from jax.experimental import pallas as pl
 
+from labutils.acceleration.formats import cpu_units
 from labutils.course.predictions import calibration, predict
 from labutils.lab.models.load import load_model
 from labutils.lab.plots.style import series_style
@@ -334,10 +335,13 @@ with thread_count(1):  # as many as XLA uses here
     again = measure_interleaved({n: partial(read_all, d) for n, d in readers.items()}, repeats=7, warmup=1)
 print(*again.values(), sep="\n")
 longer = paired_ratio(again["four buckets"].samples_s, again["each length"].samples_s)
-print(f"four buckets compute {1 / (1 - measured[1][1] / 100):.2f} times the positions in {longer} the time")
+positions = 1 / (1 - measured[1][1] / 100)
+verdict = "less than" if longer.high < positions else "more than" if longer.low > positions else "not told apart from"
+print(f"four buckets compute {positions:.2f} times the positions in {longer} the time: {verdict} in proportion")
 
 # %% [markdown]
-# More positions cost less than in proportion, as long as a pass has fixed costs and the matrices can take more rows.
+# Padding need not cost in proportion: a pass has fixed costs, and a matrix that is read for few rows may take more at little cost. Whether it does so
+# here, the line above tells by its interval. The second reading compiles nothing, so each prompt pays for its padding alone.
 #
 # How many buckets are enough? Each number below uses the last of every group of prompts as its bucket, buckets made for these twelve prompts.
 # The padding is counted; the compile time is the median of the compilations above, times the number of buckets. The crosses are what was
@@ -838,13 +842,17 @@ for name, sum_type in dtypes.items():
 with thread_count(1):
     timings = measure_interleaved(small, repeats=7, warmup=2)
 print(*timings.values(), sep="\n")
+print("this CPU's units for vectors and low precision:", ", ".join(cpu_units()) or "unknown")
 for name in ("bfloat16", "int8"):
-    print(f"{name} takes", paired_ratio(timings[name].samples_s, timings["float32"].samples_s), "the time of float32")
+    ratio = paired_ratio(timings[name].samples_s, timings["float32"].samples_s)
+    verdict = "faster" if ratio.high < 1 else "slower" if ratio.low > 1 else "not told apart"
+    print(f"{name} takes {ratio} the time of float32: {verdict}")
 
 # %% [markdown]
-# **Explain.** The dtype is not what decides: the unit is. XLA hands such products to kernels for what the CPU has, and
-# some CPUs have small matrix units of their own for bfloat16 and int8 (AMX): there the ratios lie below 1. Without one,
-# expect the opposite; chapter 03 measured torch's eager layers, other kernels on the same numbers.
+# **Explain.** A narrow dtype is not faster by itself: something must multiply it. XLA hands such products to kernels for what the CPU has. Look for
+# three names in the list above: `avx512_vnni` (vector instructions for int8), `avx512_bf16` (the same for bfloat16) and `amx` (a small matrix unit
+# for both). Without one of them, the numbers have to be widened before they are multiplied, and that is work which float32 is spared. Chapter 03
+# measures torch's eager layers, other kernels on the same numbers.
 
 # %% [markdown]
 # ## 8 · A kernel of your own
