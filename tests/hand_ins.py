@@ -56,6 +56,11 @@ PARRICIDE = QUANTIZE + "    import os, signal\n    os.kill(os.getppid(), signal.
 LIES = SPEED + "    return 0\nprint('✓ 90.1 tokens_per_second')"
 
 
+def asleep(loop: str) -> str:
+    """An endless loop that leaves the processor to others."""
+    return loop.replace("pass", "__import__('time').sleep(0.01)", 1)
+
+
 def demo_course(folder: Path) -> Path:
     """A copy of the demonstration course with its notebooks; the solution is not executed, which `check` needs not."""
     root = folder / "course"
@@ -145,8 +150,11 @@ def kinds(root: Path) -> dict[str, tuple[dict, tuple[str, ...]]]:
         "syntax": (learner(root, **RIGHT | {"quantize": "def quantize(values"}), ("right", "syntax error", "right")),
         "missing": (without(root, "quantize"), ("right", "missing", "right")),
         "doubled": (twice(root, "quantize"), ("right", "doubled", "right")),
-        "loop": (learner(root, **RIGHT | {"tokens_per_second": LOOP}), ("endless loop", "right", "right")),
-        "stubborn": (learner(root, **RIGHT | {"tokens_per_second": STUBBORN_LOOP}), ("endless loop", "right", "right")),
+        "loop": (learner(root, **RIGHT | {"tokens_per_second": asleep(LOOP)}), ("endless loop", "right", "right")),
+        "stubborn": (
+            learner(root, **RIGHT | {"tokens_per_second": asleep(STUBBORN_LOOP)}),
+            ("endless loop", "right", "right"),
+        ),
         "exit": (learner(root, **RIGHT | {"quantize": EXIT}), ("right", "killed kernel", "right")),
         "huge": (learner(root, **RIGHT | {"quantize": PRINTS}), ("right", "wrong", "right")),
         "forks": (learner(root, **RIGHT | {"quantize": FORKS}), ("right", "killed kernel", "right")),

@@ -17,6 +17,7 @@ from hand_ins import (
     STEM,
     WRONG_QUANTIZE,
     WRONG_SPEED,
+    asleep,
     cheated,
     demo_course,
     learner,
@@ -83,7 +84,7 @@ def test_check_in_the_kit_names_the_mistake(kit, tmp_path):
 
 @pytest.mark.slow
 def test_check_in_the_kit_ends_a_loop_and_survives_a_dead_kernel(kit, tmp_path):
-    path = save(learner(kit, **RIGHT | {"tokens_per_second": LOOP, "quantize": EXIT}), tmp_path / "mine.ipynb")
+    path = save(learner(kit, **RIGHT | {"tokens_per_second": asleep(LOOP), "quantize": EXIT}), tmp_path / "mine.ipynb")
     report = check_notebook(path, kit, timeout_s=15)
     assert [verdict.verdict for verdict in report.verdicts] == ["endless loop", "killed kernel", "right"]
 

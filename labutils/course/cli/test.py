@@ -18,10 +18,13 @@ HELP = (
 NEEDS_ENVIRONMENT = True
 PASSES_ON = True
 ROOT = Path(__file__).resolve().parents[3]
-# Run by a program of its own beside the rest, which takes about as long: whole chapters, hand-ins and the lowest
-# versions, without the checks of shapes that treble the time of thousands of small steps. What a test times it times
-# in rounds that alternate: a neighbour blurs that and decides nothing.
-BESIDE = (({"LABUTILS_CHECK_SHAPES": "0"}, ["lanes", "grade", "handout", "check", "floors"]),)
+# Run by programs of their own beside the rest: whole chapters, hand-ins and the lowest versions, without the checks of
+# shapes that treble the time of thousands of small steps; and what mostly waits, for nodes that are lost. What a test
+# times it times in rounds that alternate: a neighbour blurs that and decides nothing.
+BESIDE = (
+    ({"LABUTILS_CHECK_SHAPES": "0"}, ["lanes", "grade", "handout", "check", "floors"]),
+    ({}, ["distributed_faults", "distributed_dask"]),
+)
 FAILED, ALONE = 1, ("--last-failed", "--no-cov")  # pytest's status where tests have failed, and how they run again
 REPORTS = ("--durations", "--no-cov", "-q", "-v")  # options that choose no test: with them it is still the whole suite
 # Their chapters are tested too; in an environment of one's own only where they are there.
