@@ -51,7 +51,7 @@ BOMB = QUANTIZE + (
     "    code = 'import os, time\\nfor _ in range(6): os.fork()\\ntime.sleep(600)'\n"
     "    subprocess.run([sys.executable, '-S', '-c', code])"
 )
-QUITS = QUANTIZE + "    exit()"
+QUITS = QUANTIZE + "    import time\n    exit()\n    time.sleep(0.3)"
 PARRICIDE = QUANTIZE + "    import os, signal\n    os.kill(os.getppid(), signal.SIGKILL)"
 LIES = SPEED + "    return 0\nprint('✓ 90.1 tokens_per_second')"
 

@@ -47,6 +47,7 @@ def install(shell, answers: dict[str, str], is_solution: bool) -> None:
     shell.events.register("post_run_cell", with_streams(end))
     shell.showtraceback = with_streams(shell.showtraceback)
     shell.display_trap.hook = with_streams(shell.displayhook)
+    shell.ask_exit = sys.exit  # else exit() ends the kernel a tenth of a second later, in the cell of another answer
     shell.kernel.session.pack = _packing_any_text(shell.kernel.session.pack)
 
 
