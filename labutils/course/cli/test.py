@@ -18,12 +18,12 @@ HELP = (
 NEEDS_ENVIRONMENT = True
 PASSES_ON = True
 ROOT = Path(__file__).resolve().parents[3]
-# Run by programs of their own beside the rest: whole chapters, hand-ins and the lowest versions, without the checks of
-# shapes that treble the time of thousands of small steps; and what mostly waits, for nodes that are lost. What a test
-# times it times in rounds that alternate: a neighbour blurs that and decides nothing.
+# Run by programs of their own beside the rest, each for about as long: whole chapters and hand-ins, without the checks
+# of shapes that treble the time of thousands of small steps; and what mostly waits, for nodes that are lost, endless
+# loops and packages. What a test times it times in rounds that alternate: a neighbour blurs that and decides nothing.
 BESIDE = (
-    ({"LABUTILS_CHECK_SHAPES": "0"}, ["lanes", "grade", "handout", "check", "floors"]),
-    ({}, ["distributed_faults", "distributed_dask"]),
+    ({"LABUTILS_CHECK_SHAPES": "0"}, ["lanes", "grade", "handout"]),
+    ({}, ["distributed_faults", "distributed_dask", "check", "floors"]),
 )
 FAILED, ALONE = 1, ("--last-failed", "--no-cov")  # pytest's status where tests have failed, and how they run again
 REPORTS = ("--durations", "--no-cov", "-q", "-v")  # options that choose no test: with them it is still the whole suite
