@@ -12,7 +12,6 @@ SMALLER = {
     "00_start_here": {
         "prompt_ids, 8)": "prompt_ids, 1)",
         "NEW_TOKENS = 48": "NEW_TOKENS = 6",
-        "max_new_tokens=60": "max_new_tokens=8",
         "CHARACTERS = 2000": "CHARACTERS = 200",
         "measure_roofline(2.0": "measure_roofline(0.1",
         "range(300)": "range(30)",
@@ -54,12 +53,7 @@ SMALLER = {
         "0.05, 200)": "0.05, 12)",
         "1e-2, 200)": "1e-2, 12)",
     },
-    "07_tpu_and_xla": {
-        '["input_ids"][:100]': '["input_ids"][:60]',
-        "limit_bytes=1500": "limit_bytes=300",
-        "NEW_TOKENS, prompt = 64": "NEW_TOKENS, prompt = 8",
-        "for _ in range(3):": "for _ in range(1):",
-    },
+    "07_tpu_and_xla": {'["input_ids"][:100]': '["input_ids"][:60]'},
     "11_serving_many": {
         "COUNT = 20_000": "COUNT = 2_000",
         "4.0), 100, []": "4.0), 20, []",
@@ -71,25 +65,6 @@ SMALLER = {
         "(40, 20, 10, 0)": "(40, 0)",
         "(8, 6, 4, 3, 2), (0.2, 0.4, 0.5, 0.6, 0.8)": "(8, 2), (0.2, 0.8)",
         "resamples=300": "resamples=20",
-    },
-    "13_capstone": {
-        "REQUESTS = 40": "REQUESTS = 8",
-        "limit_bytes=400": "limit_bytes=100",
-        "MEANINGS = 40": "MEANINGS = 8",
-        "48, seed=13": "8, seed=13",
-        "steps=24": "steps=4",
-        "steps=6)": "steps=2)",
-        "evaluations=5": "evaluations=3",
-        "duration_s=3.0": "duration_s=1.0",
-        "drawn_texts(240,": "drawn_texts(48,",
-        "drawn_texts(120,": "drawn_texts(24,",
-        "each=12": "each=3",
-        "rows=16, context=256": "rows=4, context=64",
-        '"train", 10_000': '"train", 1_000',
-        "(2_000, 10_000)": "(500, 1_000)",
-        "SIGMAS = 0.05, 100": "SIGMAS = 0.05, 20",
-        "measure_time(student)": "measure_time(student, rounds=5)",
-        "tries=4": "tries=1",
     },
 }
 
