@@ -39,9 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def pytest_command(rest: Sequence[str], *, fast: bool) -> list[str]:
     """The whole suite with doctests and coverage, unless the caller names what to run."""
-    command = [sys.executable, "-m", "pytest"]
-    if fast:
-        command += ["-m", "not slow and not browser"]
+    command = [sys.executable, "-m", "pytest", *(["-m", "not slow and not browser"] if fast else [])]
     if not names_tests(rest):
         command += ["--doctest-modules", "--cov=labutils", "--cov-report=term", "tests", "labutils"]
     return [*command, *rest]
@@ -90,9 +88,8 @@ def one_thread_each(environ: dict[str, str]) -> dict[str, str]:
 
 def check_style() -> int:
     """Runs ruff over sources and notebooks; returns its worst status."""
-    ruff = [sys.executable, "-m", "ruff"]
-    commands = ([*ruff, "check", "--quiet", "."], [*ruff, "format", "--quiet", "--check", "."])
-    return max(run_attached(command, cwd=ROOT) for command in commands)
+    looks = (["check"], ["format", "--check"])
+    return max(run_attached([sys.executable, "-m", "ruff", *look, "--quiet", "."], cwd=ROOT) for look in looks)
 
 
 def run(args: Namespace) -> int:
@@ -103,11 +100,10 @@ def run(args: Namespace) -> int:
         for extra in EXTRAS:
             install_extra(extra)
     whole, environ = all(option.startswith(REPORTS) for option in args.rest), one_thread_each(dict(os.environ))
-    style = check_style() if whole else 0
-    if whole:
-        status = run_whole(args.rest, environ, fast=args.fast)
-    else:
-        status = run_attached(pytest_command(args.rest, fast=args.fast), cwd=ROOT, env=environ)
+    if not whole:
+        return run_attached(pytest_command(args.rest, fast=args.fast), cwd=ROOT, env=environ)
+    style = check_style()
+    status = run_whole(args.rest, environ, fast=args.fast)
     if style:
         print("labutils: the style check has failed: python -m ruff check --fix . && python -m ruff format .")
     return status or style
