@@ -57,8 +57,8 @@ def fast_tokens(model, ids, count=6):
 
 
 @needs_kernels
-def test_weights_are_mapped_and_what_was_changed_stays_changed(tmp_path):
-    """Two decoders of one model, a change in between, and the file gone: the pages given back are nobody's."""
+def test_what_was_changed_stays_changed_and_the_file_may_go(tmp_path):
+    """Two decoders of one model, a change in between, and the file gone."""
     model, ids = pack_model_(tiny_model("llama-gqa-tied"), Scheme(8)), random_ids(9)
     save_quantized(model, None, tmp_path / "saved", method="rtn")
     before = (tmp_path / "saved" / WEIGHTS).read_bytes()
@@ -73,6 +73,17 @@ def test_weights_are_mapped_and_what_was_changed_stays_changed(tmp_path):
     weights = model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
     assert torch.equal(fast_tokens(copy.deepcopy(loaded), ids), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("scheme", [Scheme(8, symmetric=False), GROUP_32], ids=["int8", "int4"])
+def test_weights_are_read_to_where_a_decoder_wants_them(scheme, tmp_path):
+    save_quantized(pack_model_(tiny_model("llama-gqa-tied"), scheme), None, tmp_path, method="rtn")
+    model = load_quantized(tmp_path).model
+    codes = [layer.packed.codes for layer in packed_layers(model).values()]
+    fast_packed_llama(model, max_length=8)
+    after = [layer.packed.codes for layer in packed_layers(model).values()]
+    assert [a.data_ptr() for a in codes] == [b.data_ptr() for b in after]  # nothing was copied once more
 
 
 @pytest.mark.slow
@@ -164,9 +175,10 @@ def test_a_mismatch_is_one_clear_sentence(saved, change, rule):
 def test_missing_and_damaged_files_are_named(tmp_path, name):
     save_quantized(pack_model_(tiny_model("llama-gqa-tied"), Scheme(8)), None, tmp_path, method="rtn")
     content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(LoadError, match=f"{name} in .* must have SHA-256"):
-        load_quantized(tmp_path)
+    for wrong in (content[:-1] + bytes([content[-1] ^ 1]), bytes([content[0] ^ 1]) + content[1:], content[:-1]):
+        (tmp_path / name).write_bytes(wrong)
+        with pytest.raises(LoadError, match=f"{name} in .* must have SHA-256"):
+            load_quantized(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(LoadError, match=f"must hold {name}"):
         load_quantized(tmp_path)

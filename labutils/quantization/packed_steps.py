@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from labutils.quantization.kernels import Layer, Model, Sampling, Shape, Weight, float_weight
-from labutils.quantization.packed import CHUNK, MAX_BLOCK, ROWS, PackedLinear, PackedWeight
+from labutils.quantization.packed import CHUNK, MAX_BLOCK, ROWS, PackedLinear, PackedWeight, return_freed_memory
 
 TOKENS_A_CALL = 64
 
@@ -41,22 +41,24 @@ class Arena:
         self._all[self.free.data_ptr()] = memory
 
     def put(self, tensors: list[Tensor]) -> Tensor:
-        """Copies tensors one behind the other along their first axis; returns them as one.
+        """Copies tensors one behind the other along their first axis; returns them as one. Raises what `take` raises.
 
         Those that lie so in an arena already stay there: a model's second decoder shares the matrices of the first.
-
-        Raises:
-            ValueError: when the arena is full.
         """
-        rows, nbytes = sum(len(t) for t in tensors), sum(t.nbytes for t in tensors)
+        return_freed_memory()  # of what was put before, among others
+        like = tensors[0].new_empty((sum(len(t) for t in tensors), *tensors[0].shape[1:]))
         if tensors[0].untyped_storage().data_ptr() in self._all and all(
             a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(tensors)
         ):
-            return tensors[0].as_strided((rows, *tensors[0].shape[1:]), tensors[0].stride())
-        if nbytes > len(self.free):
-            raise ValueError(f"an arena must have room; got {nbytes} bytes for {len(self.free)}")
-        taken, self.free = self.free[:nbytes], self.free[nbytes + -nbytes % 64 :]
-        return torch.cat(tensors, out=taken.view(tensors[0].dtype).view(rows, *tensors[0].shape[1:]))
+            return tensors[0].as_strided(like.shape, like.stride())
+        return torch.cat(tensors, out=self.take(like))
+
+    def take(self, like: Tensor) -> Tensor:
+        """Room for a tensor of this shape and type, not yet written to; ValueError when there is none."""
+        if like.nbytes > len(self.free):
+            raise ValueError(f"an arena must have room; got {like.nbytes} bytes for {len(self.free)}")
+        taken, self.free = self.free[: like.nbytes], self.free[like.nbytes + -like.nbytes % 64 :]
+        return taken.view(like.dtype).view(like.shape)
 
 
 class FusedPacked:

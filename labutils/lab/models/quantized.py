@@ -5,11 +5,13 @@ quantization.json names each packed layer's scheme: bits, group, zero points, si
 """
 
 import ctypes
+import hashlib
 import json
-import mmap
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -25,53 +27,30 @@ from labutils.lab.models.checkpoint import verify_checksums, write_checksums, wr
 from labutils.lab.models.load import LanguageModel, LoadError
 from labutils.lab.training.loop import require_finite
 from labutils.quantization.kernels import KernelError, find_kernels, float_weight
-from labutils.quantization.packed import (
-    PackedEmbedding,
-    PackedLinear,
-    PackedWeight,
-    replace_packed_,
-    return_freed_memory,
-)
+from labutils.quantization.packed import PackedEmbedding, PackedLinear, PackedWeight, replace_packed_
 from labutils.quantization.packed_steps import Arena, FewTokens, FusedPacked, arena_bytes
 
 SCHEMES, WEIGHTS, VERSION = "quantization.json", "model.safetensors", 1
-MAPPED = hasattr(mmap, "MADV_DONTNEED")  # elsewhere an open file could not be removed
-_IN_FILE: WeakKeyDictionary[nn.Module, dict[int, torch.Tensor]] = WeakKeyDictionary()  # by id: what is mapped, not read
+KINDS = ("codes", "scales", "zeros")
 
 
 def fast_packed_llama(model: nn.Module, *, max_length: int, int8_cache: bool = False) -> FastLlama:
     """`FastLlama` on a model whose linear layers are all packed: the layers of a few tokens in one call into C.
 
     Where schemes differ among layers that read the same input, NumPy does what lies between the matrices. The model's
-    packed weights move into one piece of memory and are shared, not copied; out of a file they move matrix by
-    matrix, whose pages are given back. `int8_cache` rounds keys and values too.
+    packed weights move into one piece of memory and are shared, not copied; `load_quantized` has put them there.
+    `int8_cache` rounds keys and values too.
 
     Raises:
         KernelError: without the C kernels; the model's own forward pass works all the same.
         ValueError: for an architecture that `FastLlama` does not know, or an int8 cache where steps in C do not fit.
     """
-    library, in_file = _kernels(), _IN_FILE.pop(model, {})
-    arena = Arena(arena_bytes(list(packed_layers(model).values())))
-
-    def fuse(*layers: PackedLinear) -> FusedPacked:
-        read = [buffer for layer in layers for buffer in layer.packed.buffers() if id(buffer) in in_file]
-        fused = FusedPacked(library, arena, *layers)
-        _forget_pages(read)
-        return_freed_memory()
-        return fused
-
+    library, arena = _kernels(), Arena(arena_bytes(list(packed_layers(model).values())))
+    fuse = partial(FusedPacked, library, arena)
     decoder = FastLlama(model, max_length=max_length, matvec="numpy", fuse=fuse, kinds=(PackedLinear,))
     if int8_cache or FewTokens.fits(decoder):
         decoder.few_tokens = FewTokens(library, decoder, int8_cache=int8_cache)
     return decoder
-
-
-def _forget_pages(tensors: list[torch.Tensor]) -> None:
-    """Gives back the memory of tensors in a mapped file, of which the system can read every page again."""
-    for tensor in tensors if MAPPED else []:
-        first = tensor.data_ptr() + -tensor.data_ptr() % mmap.PAGESIZE
-        whole_pages = max(0, tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole_pages), mmap.MADV_DONTNEED)
 
 
 def fast_llama(model: nn.Module, *, max_length: int) -> FastLlama:
@@ -96,7 +75,6 @@ class FloatMatrix(Linear):
             if layer.weight.dtype == torch.float32:
                 layer.weight.data = view
         self.parts = [(float_weight(self.array, self.bias), None)]
-        return_freed_memory()  # of the layers' own matrices
 
 
 def fast_float_llama(model: nn.Module, *, max_length: int) -> FastLlama:
@@ -169,8 +147,8 @@ def scheme_of(layer: PackedLinear) -> dict[str, int | bool | None]:
 def load_quantized(folder: Path) -> LanguageModel:
     """Loads what `save_quantized` wrote; the tokenizer is None where none was saved.
 
-    Weights are not read but mapped: a page comes into memory when it is used. The file must stay as it is meanwhile; it
-    may be removed. On Windows weights are read.
+    Weights are read once, each to where a decoder wants it, and hashed there before anything is made of them. The file
+    may change or be removed afterwards.
 
     Raises:
         LoadError: with one sentence, when a file is missing or damaged, or when the scheme, the configuration and the
@@ -181,20 +159,45 @@ def load_quantized(folder: Path) -> LanguageModel:
         if not (folder / name).is_file():
             raise LoadError(f"a quantized model's folder must hold {name}; {folder} does not")
     try:
-        verify_checksums(folder)
-        described = json.loads((folder / SCHEMES).read_text(encoding="utf-8"))
+        try:
+            described = json.loads((folder / SCHEMES).read_text(encoding="utf-8"))
+            tensors, digest = _read_weights(folder / WEIGHTS, described.get("layers", ()))
+        except (SafetensorError, ValueError):
+            verify_checksums(folder)  # where a file was damaged, its name says more
+            raise
+        verify_checksums(folder, {WEIGHTS: digest})
         if described.get("version") != VERSION:
             raise LoadError(f"{SCHEMES} must be of version {VERSION}; got {described.get('version')}")
         model = _empty_model(folder, described["architecture"])
         floats = dict(linear_layers(model, with_head=True))
         for name, scheme in described["layers"].items():
             _pack_empty_(model, name, floats.get(name), scheme)
-        _fill_(model, load_file(folder / WEIGHTS))
+        _fill_(model, tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
         raise LoadError(f"the quantized model in {folder} could not be loaded: {error}") from error
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
     return LanguageModel(model.eval(), tokenizer)
+
+
+def _read_weights(path: Path, layers: Iterable[str]) -> tuple[dict[str, torch.Tensor], str]:
+    """A file's tensors and its SHA-256; packed weights lie in an arena, side by side where a decoder fuses them."""
+    made = load_file(path)  # mapped, only to see where tensors lie: one behind the other, after the file's head
+    made = {n: torch.empty_like(made[n], device="meta") for n in sorted(made, key=lambda name: made[name].data_ptr())}
+    nbytes = [tensor.nbytes for tensor in made.values()]
+    arena = Arena(sum(nbytes) + 64 * len(nbytes))
+    siblings = [list(names) for _, names in groupby(layers, key=lambda name: name.rpartition(".")[0])]
+    for key in [f"{name}.packed.{kind}" for names in siblings for kind in KINDS for name in names]:
+        if key in made:
+            made[key] = arena.take(made[key])
+    made = {n: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor for n, tensor in made.items()}
+    with path.open("rb") as file, ThreadPoolExecutor(1) as aside:
+        digest = hashlib.sha256(file.read(path.stat().st_size - sum(nbytes)))
+        for tensor in made.values():
+            part = tensor.flatten().view(torch.uint8).numpy()
+            file.readinto(part)
+            aside.submit(digest.update, part)
+    return made, digest.hexdigest()
 
 
 def _empty_model(folder: Path, architecture: str) -> PreTrainedModel:
@@ -220,23 +223,16 @@ def _pack_empty_(model: nn.Module, name: str, layer: nn.Module | None, scheme: d
 
 
 def _fill_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    for name, embedding in model.named_modules():
-        if isinstance(embedding, PackedEmbedding):
-            head = next(n for n, layer in packed_layers(model).items() if layer.packed is embedding.packed)
-            prefix = f"{head}.packed."
-            shared = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            tensors |= {f"{name}.packed.{k}": t for k, t in shared.items()}
-    for name, buffer in model.named_buffers():
+    for name, buffer in model.named_buffers(remove_duplicate=False):
         if buffer.is_meta and name in tensors and tensors[name].shape == buffer.shape:
             if tensors[name].dtype != buffer.dtype:
                 raise LoadError(f"{name} in {WEIGHTS} must be of {buffer.dtype}; got {tensors[name].dtype}")
-            mapped = tensors[name] if MAPPED else tensors[name].clone()
-            model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], mapped)
+            model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], tensors[name])
+    for name, embedding in model.named_modules():
+        if isinstance(embedding, PackedEmbedding):  # whose weight is its head's
+            tensors |= {f"{name}.packed.{kind}": buffer for kind, buffer in embedding.packed.named_buffers()}
     try:
         model.load_state_dict(tensors)  # a packed weight is there already: copied onto itself, it is not touched
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         raise LoadError(f"{WEIGHTS} must fit config.json and {SCHEMES}; {first[0].strip()[:300]}") from error
-    packed = {id(buffer): buffer for buffer in model.buffers()}
-    _IN_FILE[model] = {id(tensor): tensor for tensor in tensors.values() if id(tensor) in packed}
-    _forget_pages([tensor for tensor in tensors.values() if id(tensor) not in packed])  # copied
