@@ -103,7 +103,7 @@ class Design:
         Raises:
             KernelError: For packed weights without a C compiler.
         """
-        return fast_decoder(self.build(), max_length=max_length)
+        return fast_llama(self.build().model, max_length=max_length)
 
 
 def pack_designed_(model: nn.Module, scheme: Scheme, seen: Mapping[str, InputStatistics]) -> None:
@@ -117,8 +117,3 @@ def pack_designed_(model: nn.Module, scheme: Scheme, seen: Mapping[str, InputSta
         packed[name] = PackedLinear(PackedWeight.from_codes(quantize(weight, qparams), qparams), layer.bias)
     for name, layer in packed.items():
         replace_packed_(model, name, layer)
-
-
-def fast_decoder(loaded: LanguageModel, *, max_length: int) -> FastLlama:
-    """The decoder for one stream of a built design."""
-    return fast_llama(loaded.model, max_length=max_length)

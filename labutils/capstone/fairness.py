@@ -16,7 +16,7 @@ from random import Random
 
 from labutils.applications.scores import Difference, paired_difference
 from labutils.applications.tasks import Outcome, Task, run_task
-from labutils.capstone.designs import Design, fast_decoder, pack_designed_
+from labutils.capstone.designs import Design, pack_designed_
 from labutils.decoding.target import Target
 from labutils.generation.fast_llama import FastLlama
 from labutils.lab.data import service
@@ -24,6 +24,7 @@ from labutils.lab.data.service_labels import read_answer
 from labutils.lab.layers.calibration import InputStatistics, input_statistics
 from labutils.lab.models.calibration_text import calibration_batches
 from labutils.lab.models.load import load_model
+from labutils.lab.models.quantized import fast_llama
 from labutils.lab.models.tokenizer import chat_ids
 from labutils.lab.paths import DATA
 from labutils.measurement.timing import quantile
@@ -230,7 +231,7 @@ def calibrated_decoder(design: Design, seen: Mapping[str, Statistics], shares: M
     """The decoder of a quantized design whose codes GPTQ chose on a mixture of texts."""
     loaded = load_model(design.model)
     pack_designed_(loaded.model, design.scheme, mixed(seen, shares))
-    return fast_decoder(loaded, max_length=512)
+    return fast_llama(loaded.model, max_length=512)
 
 
 def _stored_rows(path: Path) -> list[dict]:

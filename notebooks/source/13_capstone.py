@@ -28,10 +28,11 @@ import matplotlib.pyplot as plt
 import torch
 from transformers.utils import logging as transformers_logging
 
-from labutils.capstone.designs import Design, fast_decoder
+from labutils.capstone.designs import Design
 from labutils.course.predictions import calibration, predict
 from labutils.lab.data import service
 from labutils.lab.models.load import load_model
+from labutils.lab.models.quantized import fast_llama
 from labutils.lab.models.tokenizer import chat_ids, text_ids
 from labutils.lab.plots.style import plain_log_scale, series_style
 from labutils.measurement.timing import measure_interleaved, paired_ratio, quantile
@@ -463,7 +464,7 @@ designs = {Design(): "faster code"} | dict.fromkeys(quantized, "quantized")
 designs |= {Design(bits=8, pruned=share): "pruned" for share in (0.3, 0.5)}
 designs |= {Design(model=small, bits=b): "distilled" for b in (None, 8, 4)}
 built = {design: design.build() for design in designs}
-decoders = {design: fast_decoder(loaded, max_length=128) for design, loaded in built.items()}
+decoders = {design: fast_llama(loaded.model, max_length=128) for design, loaded in built.items()}
 bits = {design: tuple(bits_by_document(loaded.model, tokenizer, documents)) for design, loaded in built.items()}
 print(
     f"bits per byte: {len(documents)} held-out modules, the first {max(len(d.text.encode()) for d in documents)} bytes of each at most"
@@ -1476,7 +1477,7 @@ from labutils.measurement.timing import bootstrap_interval
 TIMES = (0, 1, 4, 16)
 found = {name: canary_tools.exposures(model, tokenizer, canaries) for name, model in versions.items()}
 by_times = {}
-print(f"{'exposure, bits':<18}" + "".join(f"{f'{k} times':>22}" for k in TIMES))
+print(f"{'exposure, bits':<18}" + "".join(f"{f'planted: {k}':>22}" for k in TIMES))
 for name, bits in found.items():
     row = ""
     for k in TIMES:
@@ -1496,7 +1497,7 @@ for row, name in enumerate(versions):
     axes.errorbar(places, mean, yerr=spread, capsize=2, linestyle="none", **series_style(row), label=name)
 axes.axhline(canary_tools.chance_exposure(1000), color="black", linewidth=0.8, linestyle=":")
 axes.axhline(math.log2(1000), color="black", linewidth=0.8)
-axes.set_xticks(range(len(TIMES)), [f"planted {k} times" for k in TIMES])
+axes.set_xticks(range(len(TIMES)), [f"planted: {k}" for k in TIMES])
 axes.set(ylabel="exposure, bits", ylim=(0, 10.5), title="Repetition exposes a secret")
 axes.legend(fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(0.0, 0.96))
 plt.show()
