@@ -602,7 +602,7 @@ A100 = {"flops_per_s": 312e12, "bytes_per_s": 2.039e12, "clock_hz": 1.41e9}  # N
 reading = 2 * BERT / A100["bytes_per_s"] * A100["clock_hz"]
 for tokens in (1, 128, 1024):
     arithmetic = 2 * BERT * tokens / A100["flops_per_s"] * A100["clock_hz"]
-    print(f"{tokens:4} tokens: {arithmetic:9,.0f} cycles of arithmetic and {reading:9,.0f} of reading, at least")
+    print(f"tokens: {tokens:4}; {arithmetic:9,.0f} cycles of arithmetic and {reading:9,.0f} of reading, at least")
 in_1000 = 1000 / A100["clock_hz"] * A100["bytes_per_s"]
 print(f"in 1,000 cycles an A100 reads {in_1000 / 1e6:.1f} MB: all of a model of {in_1000 / 2e6:.1f} million parameters")
 
