@@ -355,7 +355,7 @@ for name, draft in drafts.items():
 # from 0 to `len(step_s) - 1` with the highest speed-up over plain decoding, which takes `step_s[0]` for a token. Of equals, return the
 # smallest γ. 5 lines, 12 minutes, difficulty 2 of 3.
 #
-# <details><summary>Hint 1</summary>For each γ: <code>sum(acceptance**i for i in range(γ + 1))</code> tokens; a published formula had γ where α belongs (llama.cpp#3649).</details>
+# <details><summary>Hint 1</summary>For each γ: <code>sum(acceptance**i for i in range(γ + 1))</code> tokens; a published calculation had α where γ belongs, in the denominator (llama.cpp#3649).</details>
 # <details><summary>Hint 2</summary>Speed-up: tokens times <code>step_s[0]</code>, divided by <code>step_s[γ] + γ * draft_s</code>.</details>
 
 
@@ -1080,8 +1080,8 @@ ch10_cache.kept_positions(kept_positions)
 # %% [markdown]
 # ## Exercise 10.11: visible
 #
-# **A bug to hunt.** An engine (Mikyx-1/TinyLLM, PR #18) skipped its causal mask whenever the cache held something. That is right
-# for one new token and wrong for several, and a verifier reads several. The rule below has that bug. Write `visible(cached, new)`
+# **A bug to hunt.** An engine (Mikyx-1/TinyLLM, PR #18) skipped its causal mask whenever a cache was given, also for a prompt of many tokens. That is right
+# for one new token and wrong for several, and a verifier reads several. The rule below has the same bug once something is cached. Write `visible(cached, new)`
 # without it. Return a boolean (new, cached + new), True where a new query sees a key. 1 line, 8 minutes, difficulty 2 of 3.
 #
 # ```python

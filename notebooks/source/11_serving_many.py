@@ -684,7 +684,7 @@ plt.show()
 #
 # ### Who leaves, leaves at once
 #
-# Between two steps the scheduler clears who has ended. It sounds like nothing, but published code has kept ended requests in the batch, with their memory
+# Between two steps the scheduler clears who has ended. It sounds like nothing, but published pseudocode forgot it
 # (from-tin-to-tokens#1).
 
 # %% [markdown]
@@ -815,7 +815,7 @@ ch11_blocks.cached_tokens(cached_tokens)
 #
 # ## Exercise 11.10: take_block (a bug to hunt)
 #
-# In nano-vllm#163 and kvcached#362 an evicted block kept its old name. The next request with that beginning found the block by it, and read another
+# In nano-vllm#163 and kvcached#362 an evicted block kept its old name. The next request with that beginning can then find the block by it, and read another
 # text's keys and values. Nothing crashes; the answer is wrong.
 #
 # ```python
@@ -851,8 +851,8 @@ ch11_blocks.take_block(take_block)
 # %% [markdown]
 # ## Exercise 11.11: write_alone (core, two bugs to hunt)
 #
-# A prompt that is found whole computes its last token again and writes it into a block that others may hold. In MinivLLM#98 it wrote into the live block,
-# under the eyes of its readers. This course's own scheduler had the reverse bug: it rewrote a block of a single holder in place, the name still
+# A prompt that is found whole computes its last token again and writes it into a block that others may hold. Done in place, it changes the block
+# under the eyes of its readers. (In MinivLLM#98 hits on blocks in use corrupted texts in silence as well, for a reason of its own.) This course's own scheduler had the reverse bug: it rewrote a block of a single holder in place, the name still
 # led there, and a longer prompt shared it in the same step.
 #
 # ```python
