@@ -47,7 +47,7 @@ static void store_codes(const float *x, uint8_t *codes, float *scales, int64_t p
     int64_t dim = s->dim, part = part_of(dim), parts = dim / part;
     int8_t rounded[dim];
     float its[parts], sums[parts];
-    quantize_token(x, dim, part, rounded, its, sums);
+    quantize_token(x, dim, part, 1, 1, rounded, its, sums);
     for (int64_t b = 0; b < parts; b++)
         scales[values ? b * s->max_length + p : (p / TILE * parts + b) * TILE + p % TILE] = its[b];
     for (int64_t c = 0; c < dim; c++)
@@ -74,7 +74,7 @@ static inline __attribute__((always_inline)) void score_codes(
             floats scale = load(key_scales + (p / TILE * parts + b) * TILE + p % TILE, LANES, 0);
             for (int h = 0; h < heads; h++)
                 sum[h] += (scale * q->scales[h * parts + b])
-                        * (__builtin_convertvector(dot[h], floats) - (128.0f - CENTRED) * q->sums[h * parts + b]);
+                        * (__builtin_convertvector(dot[h], floats) - q->sums[h * parts + b]);
         }
         for (int h = 0; h < heads; h++) store(scores + h * room + p, sum[h], LANES);
     }
@@ -128,7 +128,7 @@ static inline __attribute__((always_inline)) void attend_codes(
     float xscales[heads * parts], sums[heads * parts], total[SHARE];
     Activations x = {codes, xscales, sums};
     for (int h = 0; h < heads; h++)
-        quantize_token(q + h * dim, dim, part, codes + h * dim, xscales + h * parts, sums + h * parts);
+        quantize_token(q + h * dim, dim, part, 1, 128 - CENTRED, codes + h * dim, xscales + h * parts, sums + h * parts);
     score_codes(&x, keys, key_scales, scores, room, count, dim, heads);
     for (int h = 0; h < heads; h++) total[h] = exponentials(scores + h * room, length, count, 1 / sqrtf((float)dim));
     memset(out, 0, heads * dim * sizeof(float));

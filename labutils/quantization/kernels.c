@@ -35,8 +35,10 @@ typedef struct {
 } Weight;
 
 typedef struct {
-    int8_t *codes;         // (tokens, padded); for weights in floats the inputs, as `lay_inputs` lays them
-    float *scales, *sums;  // (tokens, blocks)
+    // (tokens, padded), as a tile reads them: of TOKENS tokens 4 codes each, then 4 codes each of what is behind these;
+    // and so their scales and sums, (tokens, blocks). For weights in floats the inputs, as `lay_inputs` lays them.
+    int8_t *codes;
+    float *scales, *sums;  // sums: of a block's codes, times the middle where that is every zero point
 } Activations;
 
 // ---- chunk: dot[t][row] += sum over 32 inputs of code[row][k] * x[t][k], for each instruction set -------------------
@@ -65,19 +67,19 @@ static inline __m256i repeat(const int8_t *x) {  // 4 inputs, 8 times
 #ifdef DPBUSD
 // One instruction multiplies 32 unsigned bytes with 32 signed ones and adds groups of 4 into 8 int32.
 static inline __attribute__((always_inline)) void chunk(
-    i32x8 *dot, const uint8_t *w, const int8_t *x, int64_t stride, const int tokens, const int bits) {
+    i32x8 *dot, const uint8_t *w, const int8_t *x, const int tokens, const int bits) {
     const __m256i half = _mm256_set1_epi8(15);
     __m256i sums[2][TOKENS] = {0};  // each chunk's own, and two: an addition waits five cycles for the one before it
     for (int i = 0; i < bits; i++) {
         __m256i v = _mm256_loadu_si256((const __m256i *)(w + 32 * i));
         __m256i low = v & half, high = _mm256_srli_epi16(v, 4) & half;
         for (int t = 0; t < tokens; t++) {
-            const int8_t *xt = x + t * stride + 4 * i;
+            const int8_t *xt = x + 4 * (i * tokens + t);
             __m256i *even = &sums[0][t], *odd = &sums[tokens > 1 ? 0 : 1][t];
             if (bits == 8 && i % 2) *odd = DPBUSD(*odd, v, repeat(xt));
             if (bits == 8 && i % 2 == 0) *even = DPBUSD(*even, v, repeat(xt));
             if (bits == 4) *even = DPBUSD(*even, low, repeat(xt));
-            if (bits == 4) *odd = DPBUSD(*odd, high, repeat(xt + 16));
+            if (bits == 4) *odd = DPBUSD(*odd, high, repeat(xt + 16 * tokens));
         }
     }
     for (int t = 0; t < tokens; t++) dot[t] += (i32x8)_mm256_add_epi32(sums[0][t], sums[1][t]);
@@ -88,7 +90,7 @@ static inline __attribute__((always_inline)) void chunk(
 // 8 bits: of a centred code the size, up to 128, times x with the code's sign, two products: 32512 just fits.
 #define CENTRED 128
 static inline __attribute__((always_inline)) void chunk(
-    i32x8 *dot, const uint8_t *w, const int8_t *x, int64_t stride, const int tokens, const int bits) {
+    i32x8 *dot, const uint8_t *w, const int8_t *x, const int tokens, const int bits) {
     const __m256i half = _mm256_set1_epi8(15), centre = _mm256_set1_epi8(-128), one = _mm256_set1_epi16(1);
     __m256i sums[TOKENS] = {0};
     for (int i = 0; i < bits; i++) {
@@ -96,13 +98,13 @@ static inline __attribute__((always_inline)) void chunk(
         __m256i low = v & half, high = _mm256_srli_epi16(v, 4) & half;
         __m256i code = v ^ centre, size = _mm256_abs_epi8(code);
         for (int t = 0; t < tokens; t++) {
-            const int8_t *xt = x + t * stride + 4 * i;
+            const int8_t *xt = x + 4 * (i * tokens + t);
             if (bits == 8) {  // madd: 16 int16 times 1, pairs added into 8 int32
                 __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(repeat(xt), code));
                 dot[t] += (i32x8)_mm256_madd_epi16(pairs, one);
             } else {
                 sums[t] = _mm256_add_epi16(sums[t], _mm256_maddubs_epi16(low, repeat(xt)));
-                sums[t] = _mm256_add_epi16(sums[t], _mm256_maddubs_epi16(high, repeat(xt + 16)));
+                sums[t] = _mm256_add_epi16(sums[t], _mm256_maddubs_epi16(high, repeat(xt + 16 * tokens)));
             }
         }
     }
@@ -123,12 +125,12 @@ static inline int8x16_t repeat(const int8_t *x) {  // 4 inputs, 4 times
 }
 
 static inline __attribute__((always_inline)) void chunk(
-    i32x8 *dot, const uint8_t *w, const int8_t *x, int64_t stride, const int tokens, const int bits) {
+    i32x8 *dot, const uint8_t *w, const int8_t *x, const int tokens, const int bits) {
     for (int t = 0; t < tokens; t++) {
         int32x4_t sums[2];
         memcpy(sums, dot + t, sizeof sums);
         for (int i = 0; i < bits; i++) {
-            const int8_t *xt = x + t * stride + 4 * i;
+            const int8_t *xt = x + 4 * (i * tokens + t);
             for (int rows = 0; rows < 2; rows++) {
                 uint8x16_t v = vld1q_u8(w + 32 * i + 16 * rows);
                 if (bits == 8) {
@@ -138,7 +140,7 @@ static inline __attribute__((always_inline)) void chunk(
                     int8x16_t low = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15)));
                     int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
                     sums[rows] = vdotq_s32(sums[rows], low, repeat(xt));
-                    sums[rows] = vdotq_s32(sums[rows], high, repeat(xt + 16));
+                    sums[rows] = vdotq_s32(sums[rows], high, repeat(xt + 16 * tokens));
                 }
             }
         }
@@ -150,13 +152,13 @@ static inline __attribute__((always_inline)) void chunk(
 const char *const instruction_set = "plain C";
 
 static inline __attribute__((always_inline)) void chunk(
-    i32x8 *dot, const uint8_t *w, const int8_t *x, int64_t stride, const int tokens, const int bits) {
+    i32x8 *dot, const uint8_t *w, const int8_t *x, const int tokens, const int bits) {
     for (int t = 0; t < tokens; t++)
         for (int k = 0; k < CHUNK; k++)
             for (int r = 0; r < ROWS; r++) {
                 uint8_t byte = w[k / 4 % bits * 32 + 4 * r + k % 4];
                 int code = bits == 8 ? byte : k < 16 ? byte & 15 : byte >> 4;
-                dot[t][r] += code * x[t * stride + k];
+                dot[t][r] += code * x[(k / 4 * tokens + t) * 4 + k % 4];
             }
 }
 #endif
@@ -196,18 +198,18 @@ static inline __attribute__((always_inline)) void tile_times_tokens(
     f32x8 sum[TOKENS] = {0};
     for (int64_t g = 0, b = 0; g < groups; g++) {
         f32x8 scale = *(const f32x8 *)(w->scales + (tile * groups + g) * ROWS);
-        f32x8 zero = (f32x8){0} + (bits == 8 ? 128.0f : 8.0f);
-        if (w->zeros) zero = *(const f32x8 *)(w->zeros + (tile * groups + g) * ROWS);
-        if (bits == 8) zero -= CENTRED;
+        f32x8 none = {0}, zero = none;
+        if (w->zeros) zero = *(const f32x8 *)(w->zeros + (tile * groups + g) * ROWS) - (bits == 8 ? (float)CENTRED : 0.0f);
         for (; b < blocks && b * w->block < (g + 1) * w->group; b++) {
             i32x8 dot[TOKENS] = {0};
             for (int64_t k = 0; k < w->block; k += CHUNK, codes += CHUNK * bits) {
                 for (int line = 0; line < CHUNK * bits; line += 64) __builtin_prefetch(codes + AHEAD + line);
-                chunk(dot, codes, xcodes + b * w->block + k, w->padded, tokens, bits);
+                chunk(dot, codes, xcodes + (b * w->block + k) * tokens, tokens, bits);
             }
-            for (int t = 0; t < tokens; t++)
-                sum[t] += (scale * xscales[t * blocks + b])
-                        * (__builtin_convertvector(dot[t], f32x8) - zero * xsums[t * blocks + b]);
+            for (int64_t t = 0, at = b * tokens; t < tokens; t++, at++) {
+                f32x8 whole = __builtin_convertvector(dot[t], f32x8) - (w->zeros ? zero * xsums[at] : none + xsums[at]);
+                sum[t] += (scale * xscales[at]) * whole;
+            }
         }
     }
     store_rows(w, sum, 1, y, tile, token, tokens);
@@ -229,8 +231,10 @@ static inline __m512i repeat16(const int8_t *x) {
 }
 
 // Half the instructions of two tiles, each after the other. Tile i goes with tile i + half: both are read front to back.
+// Of a prompt, TOKENS tokens take a turn at these two tiles, and each turn fetches its share of the next two.
 static inline __attribute__((always_inline)) void pair_times_tokens(
-    const Weight *w, const Activations *x, float *y, int64_t tile, int64_t token, const int tokens, const int bits) {
+    const Weight *w, const Activations *x, float *y, int64_t tile, int64_t token, int64_t turns,
+    const int tokens, const int bits) {
     const int64_t blocks = w->padded / w->block, groups = (w->padded + w->group - 1) / w->group;
     const int64_t tiles = (w->out + ROWS - 1) / ROWS, half = (tiles + 1) / 2, apart = tile + half < tiles ? half : 0;
     const uint8_t *codes = w->codes + tile * w->padded * bits, *others = codes + apart * w->padded * bits;
@@ -238,29 +242,35 @@ static inline __attribute__((always_inline)) void pair_times_tokens(
     const float *xscales = x->scales + token * blocks, *xsums = x->sums + token * blocks;
     const __m512i low_half = _mm512_set1_epi8(15);
     f32x16 sum[TOKENS] = {0};
+    const int64_t ahead = turns > 1 ? w->padded * bits : AHEAD;
+    const uint8_t *next = codes + ahead + token / TOKENS * 64;
+    for (int t = 0; t < 2 * tokens; t++)  // what will be written lies far apart: a row of y
+        __builtin_prefetch(y + (token + t / 2) * w->out + (tile + t % 2 * apart) * ROWS, 1);
     for (int64_t g = 0, b = 0; g < groups; g++) {
         const int64_t at = (tile * groups + g) * ROWS, there = at + apart * groups * ROWS;
         f32x16 scale = (f32x16)pair(w->scales + at, w->scales + there);
-        f32x16 zero = (f32x16){0} + (bits == 8 ? 128.0f : 8.0f);
-        if (w->zeros) zero = (f32x16)pair(w->zeros + at, w->zeros + there);
+        const f32x16 none = {0}, zero = w->zeros ? (f32x16)pair(w->zeros + at, w->zeros + there) : none;
         for (; b < blocks && b * w->block < (g + 1) * w->group; b++) {
             __m512i dot[TOKENS] = {0};
+            for (const uint8_t *end = codes + ahead + w->block * bits; next < end; next += turns * 64) {
+                __builtin_prefetch(next, 0, 2);
+                __builtin_prefetch(next + (others - codes), 0, 2);
+            }
             for (int64_t k = 0; k < w->block; k += CHUNK, codes += CHUNK * bits, others += CHUNK * bits) {
-                const int8_t *near = xcodes + b * w->block + k;
-                for (int line = 0; line < CHUNK * bits; line += 64) __builtin_prefetch(codes + AHEAD + line);
-                for (int line = 0; line < CHUNK * bits; line += 64) __builtin_prefetch(others + AHEAD + line);
+                const int8_t *near = xcodes + (b * w->block + k) * tokens;
                 for (int i = 0; i < bits; i++) {
                     __m512i v = pair(codes + 32 * i, others + 32 * i), low = bits == 8 ? v : _mm512_and_si512(v, low_half);
                     __m512i high = _mm512_and_si512(_mm512_srli_epi16(v, 4), low_half);
                     for (int t = 0; t < tokens; t++)
-                        dot[t] = _mm512_dpbusd_epi32(dot[t], low, repeat16(near + t * w->padded + 4 * i));
+                        dot[t] = _mm512_dpbusd_epi32(dot[t], low, repeat16(near + 4 * (i * tokens + t)));
                     for (int t = 0; t < tokens && bits == 4; t++)
-                        dot[t] = _mm512_dpbusd_epi32(dot[t], high, repeat16(near + t * w->padded + 4 * i + 16));
+                        dot[t] = _mm512_dpbusd_epi32(dot[t], high, repeat16(near + 4 * ((i + 4) * tokens + t)));
                 }
             }
-            for (int t = 0; t < tokens; t++)
-                sum[t] += (scale * xscales[t * blocks + b])
-                        * ((f32x16)_mm512_cvtepi32_ps(dot[t]) - zero * xsums[t * blocks + b]);
+            for (int64_t t = 0, i = b * tokens; t < tokens; t++, i++) {
+                f32x16 whole = (f32x16)_mm512_cvtepi32_ps(dot[t]) - (w->zeros ? zero * xsums[i] : none + xsums[i]);
+                sum[t] += (scale * xscales[i]) * whole;
+            }
         }
     }
     store_rows(w, (const f32x8 *)sum, 2, y, tile, token, tokens);
@@ -283,10 +293,9 @@ static inline __attribute__((always_inline)) void tiles_times_token(
     f32x8 sum[MAX_STREAMS] = {0};
     for (int j = 0; j < streams; j++) at[j] = tile + j * apart < tiles ? tile + j * apart : tile;
     for (int64_t g = 0, b = 0; g < groups; g++) {
-        f32x8 scale[MAX_STREAMS], zero[MAX_STREAMS];
+        f32x8 scale[MAX_STREAMS], zero[MAX_STREAMS] = {0};
         for (int j = 0; j < streams; j++) {
             scale[j] = *(const f32x8 *)(w->scales + (at[j] * groups + g) * ROWS);
-            zero[j] = (f32x8){0} + (bits == 8 ? 128.0f : 8.0f);
             if (w->zeros) zero[j] = *(const f32x8 *)(w->zeros + (at[j] * groups + g) * ROWS);
         }
         for (; b < blocks && b * w->block < (g + 1) * w->group; b++) {
@@ -305,7 +314,8 @@ static inline __attribute__((always_inline)) void tiles_times_token(
             for (int j = 0; j < streams; j++) {
                 if (bits == 4) dot[j] = _mm512_add_epi32(dot[j], _mm512_srai_epi32(high[j], 4));
                 __m256i both = _mm256_add_epi32(_mm512_castsi512_si256(dot[j]), _mm512_extracti64x4_epi64(dot[j], 1));
-                sum[j] += (scale[j] * x->scales[b]) * ((f32x8)_mm256_cvtepi32_ps(both) - zero[j] * x->sums[b]);
+                f32x8 offset = w->zeros ? zero[j] * x->sums[b] : (f32x8){0} + x->sums[b];
+                sum[j] += (scale[j] * x->scales[b]) * ((f32x8)_mm256_cvtepi32_ps(both) - offset);
             }
         }
     }
@@ -315,10 +325,10 @@ static inline __attribute__((always_inline)) void tiles_times_token(
 #endif
 
 static inline __attribute__((always_inline)) void rows_times_tokens(
-    const Weight *w, const Activations *x, float *y, int64_t tile, int64_t token, const int tokens, const int bits,
-    const int wide) {
+    const Weight *w, const Activations *x, float *y, int64_t tile, int64_t token, int64_t turns, const int tokens,
+    const int bits, const int wide) {
 #ifdef WIDE
-    if (wide) pair_times_tokens(w, x, y, tile, token, tokens, bits);
+    if (wide) pair_times_tokens(w, x, y, tile, token, turns, tokens, bits);
     else
 #endif
         tile_times_tokens(w, x, y, tile, token, tokens, bits);
@@ -326,16 +336,16 @@ static inline __attribute__((always_inline)) void rows_times_tokens(
 
 static inline __attribute__((always_inline)) void tile_times_all(
     const Weight *w, const Activations *x, float *y, int64_t tile, int64_t tokens, const int bits, const int wide) {
-    int64_t t = 0;
-    for (; t + TOKENS <= tokens; t += TOKENS) rows_times_tokens(w, x, y, tile, t, TOKENS, bits, wide);
+    int64_t t = 0, turns = (tokens + TOKENS - 1) / TOKENS;
+    for (; t + TOKENS <= tokens; t += TOKENS) rows_times_tokens(w, x, y, tile, t, turns, TOKENS, bits, wide);
     switch (tokens - t) {  // each count compiled apart, so that the rest shares one pass over the weights as well
-        case 1: rows_times_tokens(w, x, y, tile, t, 1, bits, wide); break;
-        case 2: rows_times_tokens(w, x, y, tile, t, 2, bits, wide); break;
-        case 3: rows_times_tokens(w, x, y, tile, t, 3, bits, wide); break;
-        case 4: rows_times_tokens(w, x, y, tile, t, 4, bits, wide); break;
-        case 5: rows_times_tokens(w, x, y, tile, t, 5, bits, wide); break;
-        case 6: rows_times_tokens(w, x, y, tile, t, 6, bits, wide); break;
-        case 7: rows_times_tokens(w, x, y, tile, t, 7, bits, wide); break;
+        case 1: rows_times_tokens(w, x, y, tile, t, turns, 1, bits, wide); break;
+        case 2: rows_times_tokens(w, x, y, tile, t, turns, 2, bits, wide); break;
+        case 3: rows_times_tokens(w, x, y, tile, t, turns, 3, bits, wide); break;
+        case 4: rows_times_tokens(w, x, y, tile, t, turns, 4, bits, wide); break;
+        case 5: rows_times_tokens(w, x, y, tile, t, turns, 5, bits, wide); break;
+        case 6: rows_times_tokens(w, x, y, tile, t, turns, 6, bits, wide); break;
+        case 7: rows_times_tokens(w, x, y, tile, t, turns, 7, bits, wide); break;
     }
 }
 
@@ -343,10 +353,13 @@ static inline __attribute__((always_inline)) void tile_times_all(
 
 // One token to int8, block by block: scale = max|x| / 127, code = round(x / scale), ties to even.
 // A block with infinity or NaN gets the scale NaN, and so do all results; one below 1e-30 counts as zeros.
-static void quantize_token(const float *x, int64_t in, int64_t block, int8_t *codes, float *scales, float *sums) {
-    for (; in > 0; in -= block, x += block, codes += block) {
-        union { float f[MAX_BLOCK]; int32_t i[MAX_BLOCK]; } v = {{0}};
-        memcpy(v.f, x, (in < block ? in : block) * sizeof(float));
+// Every `apart`-th 4 codes, scale and sum are the token's.
+static void quantize_token(
+    const float *x, int64_t in, int64_t block, int64_t apart, float middle, int8_t *codes, float *scales, float *sums) {
+    for (; in > 0; in -= block, x += block, codes += block * apart, scales += apart, sums += apart) {
+        union { float f[MAX_BLOCK]; int32_t i[MAX_BLOCK]; } v;
+        if (in >= MAX_BLOCK && block == MAX_BLOCK) memcpy(v.f, x, sizeof v);
+        else for (int64_t k = 0; k < MAX_BLOCK; k++) v.f[k] = k < block && k < in ? x[k] : 0;
         union { int32_t i; float f; } largest = {0};  // as integers, |x| sorts with infinity and NaN on top
         for (int k = 0; k < MAX_BLOCK; k++) {
             int32_t size = v.i[k] & 0x7fffffff;
@@ -359,9 +372,11 @@ static void quantize_token(const float *x, int64_t in, int64_t block, int8_t *co
             v.i[k] = (int8_t)(v.i[k] - 0x4B400000);
             sum += v.i[k];
         }
-        for (int k = 0; k < block; k++) codes[k] = (int8_t)v.i[k];
-        *scales++ = largest.i >= 0x7f800000 ? NAN : largest.f > 1e-30f ? largest.f / 127.0f : 0.0f;
-        *sums++ = (float)sum;
+        int8_t rounded[MAX_BLOCK];
+        for (int k = 0; k < MAX_BLOCK; k++) rounded[k] = (int8_t)v.i[k];
+        for (int k = 0; k < block; k += 4) memcpy(codes + k * apart, rounded + k, 4);
+        *scales = largest.i >= 0x7f800000 ? NAN : largest.f > 1e-30f ? largest.f / 127.0f : 0.0f;
+        *sums = middle * (float)sum;
     }
 }
 
@@ -458,13 +473,22 @@ static inline __attribute__((always_inline)) void float_tile(
 }
 
 // The registers from `first` on, VECTORS of all or fewer: their inputs 0..7, then 8..15 ...; zeros where there is no token.
-static void lay_inputs(const float *x, int64_t in, int64_t tokens, int64_t first, int64_t vectors, Inputs *laid) {
+static void lay_inputs(
+    const float *x, int64_t stride, int64_t in, int64_t tokens, int64_t first, int64_t vectors, Inputs *laid) {
     for (int64_t k = 0; k < in; k += 8, laid += vectors)
         for (int64_t t = 0; t < vectors * SIDE; t++) {
             int64_t token = first * SIDE + t;
-            f32x8 its = load8(x + token * in + k, token < tokens ? in - k : 0, 0);
+            f32x8 its = load8(x + token * stride + k, token < tokens ? in - k : 0, 0);
             memcpy((float *)laid + 8 * t, &its, sizeof its);
         }
+}
+
+static void float_tile_times_all(const Weight *w, const Inputs *laid, float *y, int64_t tile, int64_t tokens) {
+    const int64_t eights = (w->in + 7) / 8, all = (tokens + SIDE - 1) / SIDE;
+    for (int64_t v = 0; v < all; v += VECTORS)
+        if (all - v == 1) float_tile(w, laid + v * eights, y, tile, v * SIDE, tokens, 1);
+        else if (all - v == 2) float_tile(w, laid + v * eights, y, tile, v * SIDE, tokens, 2);
+        else float_tile(w, laid + v * eights, y, tile, v * SIDE, tokens, VECTORS);
 }
 
 enum { PARTS = 4 };
@@ -493,13 +517,10 @@ static void float_product(const Weight *w, const float *x, Inputs *laid, float *
     }
 #pragma omp for
     for (int64_t v = 0; v < all; v += VECTORS)
-        lay_inputs(x, w->in, tokens, v, all - v < VECTORS ? all - v : VECTORS, laid + v * eights);
+        lay_inputs(x, w->in, w->in, tokens, v, all - v < VECTORS ? all - v : VECTORS, laid + v * eights);
 #pragma omp for
     for (int64_t tile = 0; tile < (w->out + ROWS - 1) / ROWS; tile++)
-        for (int64_t v = 0; v < all; v += VECTORS)
-            if (all - v == 1) float_tile(w, laid + v * eights, y, tile, v * SIDE, tokens, 1);
-            else if (all - v == 2) float_tile(w, laid + v * eights, y, tile, v * SIDE, tokens, 2);
-            else float_tile(w, laid + v * eights, y, tile, v * SIDE, tokens, VECTORS);
+        float_tile_times_all(w, laid, y, tile, tokens);
 }
 
 // ---- the product ---------------------------------------------------------------------------------------------------
@@ -511,10 +532,14 @@ static void product(const Weight *w, const float *x, Activations *q, float *y, i
         return;
     }
     const int64_t blocks = w->padded / w->block, tiles = (w->out + ROWS - 1) / ROWS;
+    const float middle = w->zeros ? 1 : w->bits == 8 ? 128 - CENTRED : 8;
     const int64_t together = !TWO_TILES ? 1 : tokens == 1 ? streams_of(w->bits) : 2, steps = (tiles + together - 1) / together;
 #pragma omp for
-    for (int64_t t = 0; t < tokens; t++)
-        quantize_token(x + t * w->in, w->in, w->block, q->codes + t * w->padded, q->scales + t * blocks, q->sums + t * blocks);
+    for (int64_t t = 0; t < tokens; t++) {
+        int64_t of = t % TOKENS, first = t - of, apart = tokens - first < TOKENS ? tokens - first : TOKENS;
+        quantize_token(x + t * w->in, w->in, w->block, apart, middle, q->codes + first * w->padded + 4 * of,
+                       q->scales + first * blocks + of, q->sums + first * blocks + of);
+    }
 #pragma omp for
     for (int64_t tile = 0; tile < steps; tile++) {
 #ifdef WIDE

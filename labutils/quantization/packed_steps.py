@@ -134,10 +134,10 @@ class FewTokens:
             "inner": max(first.output.in_features, first.down.in_features),
             "scores": 4 * (max_length + -max_length % MAX_BLOCK),
         }
-        self.scratch = {name: np.empty(self.chunk * size, np.float32) for name, size in sizes.items()}
+        self.scratch = {name: torch.empty(self.chunk * size) for name, size in sizes.items()}  # aligned to 64 bytes
         self.one_block, self.count = np.zeros(1, np.int64), np.arange(self.chunk)
         self.rows = np.full((self.chunk, 2), self.one_block.ctypes.data, np.int64)  # (block table, position) each
-        rooms = (array.ctypes.data for array in self.scratch.values())
+        rooms = (tensor.data_ptr() for tensor in self.scratch.values())
         self.shape = Shape(len(made), heads, kv_heads, dim, max_length, max_length, *rooms, decoder.eps)
         head = embedding = decoder.head.parts[0][0]
         if not decoder.tied:

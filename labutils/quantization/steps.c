@@ -188,13 +188,31 @@ static inline __attribute__((always_inline)) void mix_values(
         for (int n = 0; n < registers; n++) store(out + h * dim + n * LANES, mixed[h][n] / total[h], width);
 }
 
+// The same for `rows` tokens that read the same keys: a product of matrices, that one of `float_product`, with its bits.
+// scores (rows, SHARE, room), also of what lies behind a token. q: each token's `width` behind the one before.
+static void score_rows(const float *q, int64_t width, const float *keys, float *scores, const Shape *s, const Row *row,
+                       int64_t rows, int64_t heads) {
+    Inputs laid[s->dim / 8 * ((rows + SIDE - 1) / SIDE)];
+    int64_t dim = s->dim, length = 0, room = room_of(s);
+    for (int64_t r = 0; r < rows; r++) length = row[r].position >= length ? row[r].position + 1 : length;
+    for (int64_t h = 0; h < heads; h++) {
+        for (int64_t v = 0, all = (rows + SIDE - 1) / SIDE; v < all; v += VECTORS)
+            lay_inputs(q + h * dim, width, dim, rows, v, all - v < VECTORS ? all - v : VECTORS, laid + v * (dim / 8));
+        for (int64_t j = 0; j < length; j += ROWS) {
+            int64_t at = j + ROWS <= s->max_length ? j : s->max_length - ROWS;
+            Weight near = {.codes = (const uint8_t *)(keys + at * dim), .in = dim, .out = SHARE * room};
+            float_tile_times_all(&near, laid, scores + h * room + at, 0, rows);
+        }
+    }
+}
+
 // Heads that read the same keys and values, so that each is loaded once. q, out (heads, dim); scores (heads, room).
 static inline __attribute__((always_inline)) void attend_heads(
     const float *q, const float *keys, const float *values, float *out, float *scores, const Row *row, const Shape *s,
-    const int heads) {
+    int scored, const int heads) {
     const int registers = LANES == 16 || heads <= 2 ? 4 : 2;
     int64_t dim = s->dim, block = s->block, room = room_of(s), length = row->position + 1, i = 0;
-    for (int64_t start = 0; start < length; start += block)
+    for (int64_t start = 0; start < length && !scored; start += block)
         score_keys(q, keys + row->blocks[start / block] * block * dim, scores + start, room,
                    block < length - start ? block : length - start, dim, heads);
     float total[SHARE];
@@ -205,23 +223,31 @@ static inline __attribute__((always_inline)) void attend_heads(
     for (; i < dim; i += LANES) mix_values(scores, room, values + i, out + i, row, block, dim, total, dim - i, heads, 1);
 }
 
+enum { PROMPT = 12 };  // tokens whose scores are made at once where all lie in one block: twice VECTORS registers
+
 // One head's keys and values after the other's, for all rows, so that they stay in the cache. A row stays with one thread.
 static void attend_rows(const float *qkv, const Layer *layer, const Shape *s, const Row *row, int64_t rows, int64_t threads) {
     int64_t dim = s->dim, group = s->heads / s->kv_heads, passes = (group + SHARE - 1) / SHARE;
+    int64_t width = (s->heads + 2 * s->kv_heads) * dim, one_block = s->block == s->max_length && s->block >= ROWS;
+    int64_t together = one_block && !layer->key_scales ? PROMPT : 1;
     for (int64_t pass = 0; pass < s->kv_heads * passes; pass++)
 #pragma omp for schedule(static) nowait
-        for (int64_t r = 0; r < rows; r++) {
+        for (int64_t begin = 0; begin < rows; begin += together) {
+            int64_t end = begin + together < rows ? begin + together : rows, scored = end - begin > 1;
             int64_t kv = pass / passes, first = pass % passes * SHARE, head = kv * group + first;
             int64_t count = group - first < SHARE ? group - first : SHARE, at = kv * s->max_length * dim;
-            const float *q = qkv + (r * (s->heads + 2 * s->kv_heads) + head) * dim;
+            const float *q = qkv + begin * width + head * dim;
             const float *keys = (float *)layer->keys + at, *values = (float *)layer->values + at;
-            float *out = s->inner + (r * s->heads + head) * dim;
-            float *scores = s->scores + (threads > 1 ? r : 0) * SHARE * room_of(s);  // one thread uses the same again
-            if (layer->key_scales) attend_rounded(q, out, scores, layer, s, kv, row[r].position + 1, count);
-            else if (count == 1) attend_heads(q, keys, values, out, scores, row + r, s, 1);
-            else if (count == 2) attend_heads(q, keys, values, out, scores, row + r, s, 2);
-            else if (count == 3) attend_heads(q, keys, values, out, scores, row + r, s, 3);
-            else attend_heads(q, keys, values, out, scores, row + r, s, 4);
+            float *scores = s->scores + (threads > 1 ? begin : 0) * SHARE * room_of(s);  // one thread uses the same again
+            if (scored) score_rows(q, width, keys, scores, s, row + begin, end - begin, count);
+            for (int64_t r = begin; r < end; r++, q += width, scores += SHARE * room_of(s)) {
+                float *out = s->inner + (r * s->heads + head) * dim;
+                if (layer->key_scales) attend_rounded(q, out, scores, layer, s, kv, row[r].position + 1, count);
+                else if (count == 1) attend_heads(q, keys, values, out, scores, row + r, s, scored, 1);
+                else if (count == 2) attend_heads(q, keys, values, out, scores, row + r, s, scored, 2);
+                else if (count == 3) attend_heads(q, keys, values, out, scores, row + r, s, scored, 3);
+                else attend_heads(q, keys, values, out, scores, row + r, s, scored, 4);
+            }
         }
 }
 
