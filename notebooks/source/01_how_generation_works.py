@@ -454,7 +454,7 @@ for generate in (generate_naive, generate_cached):
 
 # %% [markdown]
 # The two phases also have two times, and one number for both would describe neither: the **time to first token** (TTFT) is prefill, the
-# **time per output token** (TPOT, the median gap, as in chapter 00) is decode.
+# **time per output token** (TPOT) is decode. Here it is the median gap, as in chapter 00; servers report the mean (chapter 11).
 #
 # **Predict:** the first token needs a pass over 256 positions, each other token a pass over one. How many times as long will the first take?
 
@@ -959,7 +959,7 @@ print(f"tokens in one pass to reach the ridge: about {machine.ridge_flop_per_byt
 # *Both roofs are measured; each point is a pass, with the share of the roof that it reached.* A pass "waits for memory" only if it comes near that roof: the
 # title calls whatever reaches less than half of its roof **overhead**: launches, Python, or a kernel that does not fit the shape.
 #
-# **Explain:** compare the two models' decode. Why are they limited by different things, and what would fewer bytes buy each of them?
+# **Explain:** compare the two models' decode. Are they limited by the same thing, and what would fewer bytes buy each of them?
 #
 # <details><summary>An explanation</summary>
 #

@@ -39,7 +39,7 @@ print(f"{THREADS}, float32 on cpu")
 # %% [markdown]
 # ## 1 · How to see a loss
 #
-# Three ways, from near to far:
+# Four ways, from near to far:
 #
 # - **one layer's output**: $\lVert X(W-\hat W)^\top \rVert^2 / \lVert XW^\top \rVert^2$;
 # - **bits per byte** on held-out code, and on held-out service dialogues, *paired*: the difference on the same texts, with its
@@ -205,7 +205,7 @@ my_flips.compare(100 * after / before)
 # %% [markdown]
 # ## 2 · Round to nearest
 #
-# **RTN** is the method that all others have to beat: chapter 02's `fake_quantize` on every linear layer, and for FP8, which most servers
+# **RTN** is the method that all others have to beat: chapter 02's `fake_quantize` on every linear layer, and for FP8, which many servers
 # run today, its float twin. "Row" means one scale a row, otherwise a group of 64 shares one. The embedding, which is
 # also the head, stays in 16 bits. Sizes count codes, scales and zero points, in the bits they need.
 #
@@ -776,7 +776,7 @@ plt.show()
 # One huge channel ruins a token's scale for all its channels. **Predict:** which of the two suffers more from outliers, and how many times
 # as much does static lose as dynamic?
 #
-# Servers with recent GPUs use FP8 on both sides instead. E4M3 keeps its relative error over four powers of ten (chapter 02), so
+# Servers with recent GPUs often use FP8 on both sides instead. E4M3 keeps its relative error over four powers of ten (chapter 02), so
 # one huge channel should cost the others little.
 
 # %%
@@ -947,8 +947,8 @@ plt.show()
 #
 # In the model, the residual stream is rotated inside the weights, once and for all: a norm without a gain commutes with a rotation, so
 # the gains are folded into the next layers first. (The head needs a matrix of its own then, where it was tied to the embedding.) The inputs of
-# `down_proj` stand behind a product, and are rotated online. SpinQuant (Liu et al. 2024, arXiv:2405.16406) *learns* the first, offline
-# rotation on calibration text and keeps Hadamard's matrix for the online one.
+# `down_proj` stand behind a product, and are rotated online. SpinQuant (Liu et al. 2024, arXiv:2405.16406) *learns* the offline
+# rotations on calibration text and keeps Hadamard's matrix for the online ones.
 
 # %%
 from labutils.quantization.rotation import fold_gains_, hadamard, rotate_, rotated_inputs
@@ -1206,7 +1206,7 @@ ch03.straight_through(straight_through)
 # $$\hat w = S \operatorname{round}(w / S + V), \qquad V \leftarrow \operatorname{clamp}\left(V - \eta\, \operatorname{sign}\frac{\partial\, d G d^\top}{\partial V},\, -\tfrac12, \tfrac12\right)$$
 #
 # Quantization-aware training (**QAT**) adjusts all weights of the whole model instead. Here it starts from float32, for up to 200 steps of
-# 2,048 tokens, and for 30 steps from what GPTQ left. That takes as long as all the rest of this page, so the page reads what a stored run
+# 2,048 tokens, and for 30 steps from what GPTQ left. That takes minutes, so the page reads what a stored run
 # found, `data/results/qat.json`; `training_run` below made it, and `TRAIN = True` makes it anew.
 #
 # **Predict:** of GPTQ, SignRound and QAT, which loses least on code at 2 bits, and which on dialogues? What share of plain
@@ -1410,7 +1410,7 @@ look("trellis 2, row", changed(trellis_of), size_of(Scheme(bits=2, scale_dtype=t
 #
 # ## 9 · The table of methods
 #
-# All weights-only variants so far, beside float32 and bfloat16, the format that LabLM ships in. Sizes count everything: codes, scales,
+# The weights-only variants so far, beside float32 and bfloat16, the format that LabLM ships in. Sizes count everything: codes, scales,
 # zero points (HQQ's are real numbers of 16 bits), the embedding in 16 bits. The embedding weighs so much in a small model that "2
 # bits" is far from 2 bits a weight; the second column says what it is.
 
@@ -1463,7 +1463,7 @@ except (ImportError, NotImplementedError, RuntimeError) as error:
 
 # %% [markdown]
 # There is no such function in `nn`. The second call finds no `nn.Linear` any more and does nothing. The packed weights
-# are no parameters, so `.to` moves nothing. The last line asks PyTorch's dispatcher for which devices this layer has a kernel. The
+# are no parameters, so `.to` moves nothing. The last line asks PyTorch's dispatcher for which devices this build has a kernel of the layer. The
 # repair is one call, on the CPU, or modules of your own as in the next section.
 
 # %% [markdown]

@@ -411,7 +411,7 @@ print(*[f"{name}: {words}" for name, words in faults.items()], sep="\n")
 # %% [markdown]
 # Memory is bounded too, in number and in bytes: requests may come from a generator, which is read only `window` requests and about
 # `window_bytes` bytes ahead of the oldest unanswered one (the test suite passes a million through). This is **backpressure**: a slow
-# cluster slows the reader instead of filling the memory. (The stopped node cost the most time above: for `timeout_s` nobody can tell it from a slow one.)
+# cluster slows the reader instead of filling the memory. (A stopped node costs at least `timeout_s`: until then nobody can tell it from a slow one.)
 # A user who waits is served by one more setting, `deadline_s`: a request that has not ended so long after it was read ends with an error that says so.
 # Two single points of failure remain: this notebook and the cluster's scheduler.
 #
@@ -621,7 +621,7 @@ COUNTS = (1, 2, 4, 8)
 four = launch("labutils.course.bench.ranks:four_ranks", 4, {"pace_s": 0.1, "counts": COUNTS}, device="cpu")
 idle = {m: measured_bubble([rank["times"][m] for rank in four]) for m in COUNTS}
 for m in COUNTS:
-    print(f"4 stages, {m} micro-batches: {idle[m]:.3f} idle, {bubble(4, m):.3f} by formula")
+    print(f"4 stages, micro-batches: {m}; {idle[m]:.3f} idle, {bubble(4, m):.3f} by formula")
 
 # %%
 figure, panels = plt.subplots(2, 1, figsize=(8, 4.4), layout="constrained", sharex=True)
@@ -685,7 +685,8 @@ my_token.compare(per_token["tensor"][slowest])
 
 # %% [markdown]
 # *Milliseconds a token of LabLM over two ranks, by link (medians of 5). The first is this machine's loopback; the others are **simulated**: every
-# message waits for latency + bytes / bandwidth on top of what it really takes. The control waits for nothing, and shows what the simulation itself costs.*
+# message waits for latency + bytes / bandwidth on top of what it really takes. The control waits for nothing: between it and the loopback
+# lies what the simulation itself costs, and what runs differ by.*
 
 # %% [markdown]
 # A simulation says what its author believes. On Linux, as root, the kernel can do better: two **network namespaces**, a virtual cable, and a
@@ -999,7 +1000,7 @@ print(*[f"  {link:<28} tensor {t:7.1f}   pipeline {p:7.1f}" for link, (t, p) in 
 # %% [markdown]
 # - the article's loop repaired, and its four steps with a promise: one answer or one named error per request;
 # - ranks that end with the notebook, whatever ends it;
-# - one model over several devices three ways, equal to the single process, with its bytes counted;
+# - one model cut over several ranks, by slices and by layers, with the tokens of the single process and its bytes counted;
 # - a planner that says which mesh a link deserves;
 # - a prompt read on one rank and answered on another, and the link speed that it needs.
 #

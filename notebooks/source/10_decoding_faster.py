@@ -151,7 +151,7 @@ plt.show()
 # A matrix times one vector waits for the matrix to be read. A matrix times a few vectors reads as much and computes more, so a curve is
 # flat as long as the machine waits for memory and follows the dotted slope once it waits for arithmetic. Attention shares nothing:
 # each row reads the whole cache again, so a long context tilts the curve. A jump from one row to two is neither: the float32 decoder here goes
-# through NumPy and PyTorch, where a single row and several go to different kernels. A kernel that is written for a few rows has no such step.
+# through NumPy and PyTorch, where a single row and several go to different kernels. A kernel that is written for a few rows need not have such a step.
 # </details>
 #
 # Keep this curve in mind, because a step that checks γ guesses has γ + 1 rows.
@@ -355,7 +355,7 @@ for name, draft in drafts.items():
 # from 0 to `len(step_s) - 1` with the highest speed-up over plain decoding, which takes `step_s[0]` for a token. Of equals, return the
 # smallest γ. 5 lines, 12 minutes, difficulty 2 of 3.
 #
-# <details><summary>Hint 1</summary>For each γ: <code>sum(acceptance**i for i in range(γ + 1))</code> tokens; a published formula had γ where α belongs (llama.cpp#3649).</details>
+# <details><summary>Hint 1</summary>For each γ: <code>sum(acceptance**i for i in range(γ + 1))</code> tokens; a published calculation had α where γ belongs, in the denominator (llama.cpp#3649).</details>
 # <details><summary>Hint 2</summary>Speed-up: tokens times <code>step_s[0]</code>, divided by <code>step_s[γ] + γ * draft_s</code>.</details>
 
 
@@ -664,7 +664,7 @@ for name in models:
 #
 # <details><summary>What does trimming cost?</summary>A draft can only be right where the target's next token is among the kept ones, so the share
 # of running text that they cover, printed above, limits its acceptance. FR-Spec trims vocabularies of 128,000 tokens, most of which hardly
-# occur. Of LabLM's 4,096 nearly every token is in use. Set <code>count=1024</code> and see.</details>
+# occur; LabLM has 4,096 in all. Compare c of the first two drafts as well: did fewer rows buy time here? Set <code>count=1024</code> and see.</details>
 #
 # How many tokens should a draft guess? The formula answers with what you have measured: α, c and the curve of section 1.
 
@@ -1080,8 +1080,8 @@ ch10_cache.kept_positions(kept_positions)
 # %% [markdown]
 # ## Exercise 10.11: visible
 #
-# **A bug to hunt.** An engine (Mikyx-1/TinyLLM, PR #18) skipped its causal mask whenever the cache held something. That is right
-# for one new token and wrong for several, and a verifier reads several. The rule below has that bug. Write `visible(cached, new)`
+# **A bug to hunt.** An engine (Mikyx-1/TinyLLM, PR #18) skipped its causal mask whenever a cache was given, also for a prompt of many tokens. That is right
+# for one new token and wrong for several, and a verifier reads several. The rule below has the same bug once something is cached. Write `visible(cached, new)`
 # without it. Return a boolean (new, cached + new), True where a new query sees a key. 1 line, 8 minutes, difficulty 2 of 3.
 #
 # ```python
@@ -1940,9 +1940,9 @@ plt.show()
 #
 # <details><summary>Explain</summary>
 #
-# A draft that owns a model must run it once for each guess. If one guess costs a share c of a target step, even perfect guesses gain at most
-# 1 / c. A free guess costs microseconds, so it need not be right often, and long repeats finish whole answers in a few steps. Where a text
-# repeats little, the best choice may be to draft nothing.
+# A draft that owns a model must run it once for each guess. If one guess costs a share c < 1 of a target step, even perfect guesses gain at most
+# 1 / c. A guess for nothing is free to make and not to check: it is one more row of the step, beside the verifier's own work. Is there one here that is right more often than not and
+# loses all the same? Long repeats finish whole answers in a few steps. Where a text repeats little, the best choice may be to draft nothing.
 # </details>
 #
 # ### The same drafts for a large target
@@ -2013,7 +2013,7 @@ my_gain.compare(gain.value)
 #
 # <details><summary>Explain</summary>
 #
-# By the curve, a plain step of 8 streams has 8 rows already, 24 more cost nearly in proportion, and little of the gain is left. What a plain step
+# By the curve, a plain step of 8 streams has 8 rows already, 24 more cost nearly in proportion, and little of the gain is left, or nothing. What a plain step
 # takes beyond the curve (last column) goes to bookkeeping in Python and to attention over each stream's own text. Drafts add the bookkeeping of
 # their check and share the rest among more tokens, so they may gain less than the curve foretells, or more: compare one stream with eight.
 # Whether a busy server should draft is a question to its own step, not to a rule.

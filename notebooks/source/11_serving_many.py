@@ -448,7 +448,7 @@ print(f"continuous batching is {gain} as fast (95% interval over 5 rounds)")
 my_gain.compare(gain.value)
 
 # %% [markdown]
-# Fewer steps are not the same share of less time: a step with eight rows takes longer than the single row that a static batch drags to its end.
+# The steps that continuous batching saves are no average steps: those that a static batch drags to its end have a single row.
 # How much do rows cost here?
 #
 # **Predict:** tokens per second for 16 requests, at 1, 2, 4, 8 and 16 at once. Where does the curve bend?
@@ -574,14 +574,14 @@ del matrices, tensors
 # %% [markdown]
 # <details><summary>Explain</summary>
 #
-# Reading the weights is only the least that a product costs. For one row a library streams the matrix once. For two it takes its general product, which first copies the matrix, piece by piece, into another order; that pays with hundreds of rows and not with two. Our
+# Reading the weights is only the least that a product costs. Look at what the *second* row costs each of the three. A library may stream the matrix for one row and take its general product for two, which first copies the matrix, piece by piece, into another order; that pays with hundreds of rows and not with two. Our
 # kernels read the matrix as it lies and let each weight that they have loaded meet several rows (chapter 03). So "rows come free" is a property of kernels, not of memory alone, and serving engines bring kernels of their own. Rows stop being free where
 # their arithmetic takes longer than the reading.
 # </details>
 #
 # ## 5 · Long prompts and short steps
 #
-# A step takes as long as its tokens. If somebody's prompt of 900 tokens is read in one step, everybody who decodes waits for that step. **Chunked
+# The more tokens a step has, the longer it takes. If somebody's prompt of 900 tokens is read in one step, everybody who decodes waits for that step. **Chunked
 # prefill** (Sarathi-Serve, arXiv:2403.02310) gives each step a *token budget*: decoding requests go first, one token each, and what is left of the
 # budget reads prompts in pieces.
 
@@ -684,7 +684,7 @@ plt.show()
 #
 # ### Who leaves, leaves at once
 #
-# Between two steps the scheduler clears who has ended. It sounds like nothing, but published code has kept ended requests in the batch, with their memory
+# Between two steps the scheduler clears who has ended. It sounds like nothing, but published pseudocode forgot it
 # (from-tin-to-tokens#1).
 
 # %% [markdown]
@@ -815,7 +815,7 @@ ch11_blocks.cached_tokens(cached_tokens)
 #
 # ## Exercise 11.10: take_block (a bug to hunt)
 #
-# In nano-vllm#163 and kvcached#362 an evicted block kept its old name. The next request with that beginning found the block by it, and read another
+# In nano-vllm#163 and kvcached#362 an evicted block kept its old name. The next request with that beginning can then find the block by it, and read another
 # text's keys and values. Nothing crashes; the answer is wrong.
 #
 # ```python
@@ -851,8 +851,8 @@ ch11_blocks.take_block(take_block)
 # %% [markdown]
 # ## Exercise 11.11: write_alone (core, two bugs to hunt)
 #
-# A prompt that is found whole computes its last token again and writes it into a block that others may hold. In MinivLLM#98 it wrote into the live block,
-# under the eyes of its readers. This course's own scheduler had the reverse bug: it rewrote a block of a single holder in place, the name still
+# A prompt that is found whole computes its last token again and writes it into a block that others may hold. Done in place, it changes the block
+# under the eyes of its readers. (In MinivLLM#98 hits on blocks in use corrupted texts in silence as well, for a reason of its own.) This course's own scheduler had the reverse bug: it rewrote a block of a single holder in place, the name still
 # led there, and a longer prompt shared it in the same step.
 #
 # ```python
@@ -978,7 +978,7 @@ plt.show()
 # %% [markdown]
 # *Median time to first token of a single request, 5 paired rounds, LabLM int8; the known beginning was computed by the request before.*
 #
-# What is left still grows with the beginning, but slowly: its blocks are looked up by name, and attention looks at all of it. Three things break a beginning in practice: a date or a name at the top of the
+# What is left may still grow with the beginning: its blocks are looked up by name, and attention looks at all of it. Three things break a beginning in practice: a date or a name at the top of the
 # instructions, a chat template that rewrites earlier turns, and a salt for each client. The last does it on purpose.
 #
 # ## 8 · When memory runs out
@@ -1453,7 +1453,7 @@ plt.show()
 # *Tokens per second against clients at once, medians of a stored run of interleaved rounds; both axes are logarithmic. Solid lines read float32 weights, dashed ones 8 bits, dotted ones 4. Intervals
 # stand in the table above for 8 at once.*
 #
-# A promise is kept or broken by the slow ones. How many of the requests of each rate get their first token within 0.1 s and each later one within 15 ms?
+# A promise is kept or broken by the slow ones. How many of the requests of each rate get their first token within 0.1 s and the later ones within 15 ms each on average?
 
 # %%
 OBJECTIVES = (0.1, 0.015)
@@ -1475,7 +1475,7 @@ for engine_name in dict.fromkeys(row["engine"] for row in closed):
 # <details><summary>Explain</summary>
 #
 # vLLM and transformers read float32 here, so compare them with our float32 first; the rest of a lead is low precision and not scheduling. An engine that
-# gains more from many clients has kernels that share one reading of the weights among many rows. A small model leaves little to share and shows what each step costs
+# gains more from many clients shares more among their rows: one reading of the weights, or what a step costs whatever its rows. A small model leaves little to share and shows what each step costs
 # apart from weights; the wide one shows the kernels. An order found with one machine, thread and model is not an order of engines.
 # </details>
 
@@ -1540,7 +1540,7 @@ for name in ("in turn", "by prefix"):
     print(f"{name:<9} {share:4.0%} of the prompts' tokens found in memory, {time.perf_counter() - begin:.2f} s for all")
 
 # %% [markdown]
-# The router asks no replica: it remembers what it sent where, as many blocks for each as a replica holds. Each memory has room for some of the documents. In turn, both replicas read nearly all of them, and each evicts what it will need again. Routed by prefix, each document stays in
+# The router asks no replica: it remembers what it sent where, as many blocks for each as a replica holds. In turn, each replica has to read every document for itself, and with too small a memory it also evicts what it will need again (give both fewer positions, and look). Routed by prefix, a document is read once and stays in
 # one place. The share depends on the order of requests alone; the seconds are those of one run each, and on two small replicas they may go either way. The slack keeps a popular document from burying one replica while the other is idle.
 #
 # ## 13 · Points for the ledger
@@ -1585,7 +1585,7 @@ print(speed_quality_table(records))
 # - TTFT, gaps and TPOT told apart, and goodput, which counts only what keeps its promise;
 # - an engine that decides before every step who is computed: decoding first, prompts in pieces;
 # - memory in blocks, whose names let beginnings be shared, and real bugs of real engines, ours among them, that you would now see;
-# - the same answers as alone, up to near-ties that you can tell from bugs, and a server whose clients cannot harm each other.
+# - the same answers as alone, up to near-ties that you can tell from bugs, and a server that goes on while clients vanish, stall, flood it or send nonsense.
 
 # %% [markdown]
 # **Open question:** your assistant must show its first word within 0.5 s for 99 of 100 customers. Mornings bring 5 requests a second, and a newsletter brings

@@ -546,9 +546,9 @@ print("you said", my_guess)
 #
 # <details><summary>Explain</summary>
 #
-# Read three things off your own figures. *Which techniques lead on every pair of axes?* Those are safe to recommend here. *Which change sides?* A model that is small and quick may still be worse on text outside its task: the
-# distilled student was trained on this service, and the two qualities ask different questions. *What does the vote buy?* Five samples cost about five times the compute of one answer; compare its interval with that of the same weights
-# without a vote, and with the same compute spent on more bits.
+# Read three things off your own figures. *Which techniques lead on every pair of axes?* Those are safe to recommend here. *Which change sides?* A model that is small and quick may answer
+# as well and still be worse on other text: the two qualities ask different questions. *What does the vote buy?* Five samples are made for one answer, and every token of them is drawn at random: the right panel says how many times the compute of
+# the same weights without a vote that is. Compare their intervals, and ask what more bits give for less.
 # </details>
 #
 # Both axes can be chosen here; everything that earlier chapters wrote into your ledger about LabLM joins in ("other chapters"). Energy has no points where no counter can be read (section 5).
@@ -661,7 +661,7 @@ ch13_search.inherit(inherit)
 # %% [markdown]
 # What is inherited is a beginning, not a model. A short *recovery* on answers of the training split follows: 48 steps in the stored runs, 24 here.
 #
-# **Predict:** LabLM-small's shape inherits from LabLM. How many bits per byte of 48 held-out answers does it need at once, after 24 steps, and how many does the hand-made LabLM-small need, which was trained for hours?
+# **Predict:** LabLM-small's shape inherits from LabLM. How many bits per byte of 48 held-out answers does it need at once, after 24 steps, and how many does the hand-made LabLM-small need, which was trained far longer (`data/MODEL_CARD.md`)?
 
 # %%
 my_guess = None  # three numbers
@@ -688,7 +688,7 @@ print(f"LabLM-small itself   {bits_per_byte(load_model('lablm-small')):.3f}; you
 #
 # *Random search* trains shapes at random. *Evolution* (Real et al. 2019, arXiv:1802.01548) lets the best so far have children: a tournament picks a parent, half the time another survivor adds
 # some of its axes (crossover), and one axis moves by one place (mutation). Evolution must earn its keep: both get the same number of trainings, begin with the same four shapes and never train one twice. Li and Talwalkar
-# (2019, arXiv:1902.07638) found that published searches often did not beat random search when it was given the same budget.
+# (2019, arXiv:1902.07638) found random search with early stopping at least as good as ENAS, a published search that was leading then.
 
 # %% [markdown]
 # ## Exercise 13.5: evolve_step
@@ -842,7 +842,7 @@ print(
 print(f"loss: {statistics.median(lost):+.2f} bits per byte in the median, {min(lost):+.2f} at best")
 
 # %% [markdown]
-# Half of the vocabulary saves no time in the middle, because the answers get longer, and it costs quality in every pair. Part of that is our recovery: 48 steps are too few to learn
+# Half of the vocabulary saves no time in the middle, because the answers get longer, and it costs quality in every pair. Part of that may be our recovery: 48 steps are few to learn
 # to write in shorter pieces, when the inherited weights were trained on long ones. A search with a *short* recovery prefers what is easy to inherit. That is a bias of the method and no law about vocabularies.
 #
 # ### The winners beside the hand-made model
@@ -874,7 +874,7 @@ print(
 # %% [markdown]
 # No shape within the time is better than the one that was drawn by hand. One of the six stored searches found it, a random one, although over 200 seeds evolution ends ahead far more often:
 # three seeds are an anecdote. The order after 48 steps is still the order after 384 here, which need not be so. And what separates the control from LabLM-small itself, the same shape,
-# is the length of training: eight times as many steps did more than any change of shape.
+# is training alone: eight times as many steps did more for the loss than any change of shape.
 
 # %% [markdown]
 # ## 5 · Energy: what a counter says, and what does not replace it
@@ -928,7 +928,7 @@ for name, decoder in decoders.items():
 print({name: tokenizer.decode(reply.token_ids) for name, reply in replies.items()})
 
 # %% [markdown]
-# Where a line above says "not measured", that is the result. Virtual machines have no counter, and since CVE-2020-8694, a side channel that read secrets
+# Where a line above says "not measured", that is the result. Most virtual machines have no counter, and since CVE-2020-8694, a side channel that read secrets
 # from power, most systems let only root read it. The temptation is to compute a number instead.
 
 # %% [markdown]
@@ -970,7 +970,7 @@ ch13_energy.joules_per_token(joules_per_token)
 # Here both end in joules. Before you quote grams of CO₂, ask where the tool thinks that you are: codecarbon looks your place up on the network, and
 # without one it takes Quebec, whose electricity is nearly all hydropower.
 #
-# Each answer reads the weights once a token, and multiplies and adds once a weight.
+# Each answer reads the weights once a token, and multiplies and adds once a weight; the whole prompt counts as one token.
 #
 # **Predict:** by what factor do the two differ for float32, and for int4?
 
@@ -1237,7 +1237,8 @@ print(
 # <details><summary>Explain</summary>
 #
 # Read three things off the tables. A compression may hurt either language: compare the signs of pruning and of the student. The group with the lowest
-# quality, new acts, is not the group with the largest loss: where float32 fails already, there is little to lose. And a loss that seems to belong
+# quality, new acts, loses *least* where a compression breaks much (three bits, half of the weights): where float32 fails already, there is little to lose. Where little breaks, in the student and at 30%, it
+# loses *most*. And a loss that seems to belong
 # to frequent intents sits in the few intents whose acts are new: the two lines without them show it. An interval over requests says nothing about other
 # acts, hence the last, wider one: counted by act, it reaches 0, so the student is not shown to lose Chinese on *other* new acts.
 # </details>
@@ -1773,7 +1774,7 @@ plt.show()
 # %% [markdown]
 # <details><summary>Explain</summary>
 #
-# The noise has one size whatever N is, while the sum of gradients grows with N. So the same ε takes nearly everything from the smaller training set and far less from the larger one. Three things that the number does not say: it counts one *query* as a person, so whoever
+# The noise has one size whatever N is, while the sum of gradients grows with N. So at each ε here the smaller training set loses a larger share of its accuracy than the larger one. Three things that the number does not say: it counts one *query* as a person, so whoever
 # wrote many is protected less; choosing σ and the learning rate by looking at the results spends privacy that we have not counted; and δ should stay well below 1/N, which 10⁻⁵ does.
 # </details>
 

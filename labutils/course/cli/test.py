@@ -19,11 +19,13 @@ NEEDS_ENVIRONMENT = True
 PASSES_ON = True
 ROOT = Path(__file__).resolve().parents[3]
 # Run by programs of their own beside the rest, each for about as long: whole chapters and hand-ins, without the checks
-# of shapes that treble the time of thousands of small steps; and what mostly waits, for nodes that are lost, endless
-# loops and packages. What a test times it times in rounds that alternate: a neighbour blurs that and decides nothing.
+# of shapes that treble the time of thousands of small steps; and two that mostly wait: for nodes that are lost and
+# endless loops, for packages and a browser. What a test times it times in rounds that alternate: a neighbour blurs that
+# and decides nothing.
 BESIDE = (
     ({"LABUTILS_CHECK_SHAPES": "0"}, ["lanes", "grade", "handout"]),
-    ({}, ["distributed_faults", "distributed_dask", "check", "floors"]),
+    ({}, ["distributed_faults", "distributed_dask", "check"]),
+    ({}, ["conventions_again", "floors", "packaging", "setup", "rented_gpus", "browser", "browser_assistant"]),
 )
 FAILED, ALONE = 1, ("--last-failed", "--no-cov")  # pytest's status where tests have failed, and how they run again
 REPORTS = ("--durations", "--no-cov", "-q", "-v")  # options that choose no test: with them it is still the whole suite
