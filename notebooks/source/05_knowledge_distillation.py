@@ -726,8 +726,8 @@ plt.show()
 
 # %% [markdown]
 # *Held-out bits per byte of one small student while it learns, minus those of the same seed with CE: mean over seeds, bands: Student's
-# 95% interval of the mean; below the dashed line is better.* A seed moves all three losses together, so their differences are surer
-# than the curves themselves. Training losses of the three cannot be compared: they are different quantities. Only held-out quality
+# 95% interval of the mean; below the dashed line is better.* What a seed does to all three losses alike drops
+# out of their differences. Training losses of the three cannot be compared: they are different quantities. Only held-out quality
 # can. Equal steps are not equal time: the teacher must answer too, unless its answers are stored. (The times above leave out the optimizer's
 # step, the same for all three.)
 

@@ -373,8 +373,8 @@ ch06.balancing_batch(balancing_batch)
 # %% [markdown]
 # How much of a step's time does memory explain, and how much arithmetic? Divide the bytes that it must read by the measured
 # bandwidth, and its operations by the measured peak: each quotient is the time that *would* be enough. What neither explains went
-# into launches, Python, and kernels too small to fill the device. Section 10's ladder tests the verdict: if decoding waited for
-# memory alone, a format with a quarter of the bytes would be four times as fast. A datasheet's numbers for an A100
+# into launches, Python, and kernels too small to fill the device, which the texts of a batch share as well. Section 10's ladder tests the
+# verdict: if decoding waited for memory alone, a format with a quarter of the bytes would be four times as fast. A datasheet's numbers for an A100
 # (312 TFLOP/s, 2,039 GB/s) stand beside this machine's, which are measured.
 
 # %%
@@ -457,15 +457,15 @@ plt.show()
 # of the dotted line is faster. int8 is `torch._int_mm`, which sums in 32 bits (PyTorch's plain `@` of int8 returns int8, and its sums
 # wrap around), on a CPU only.*
 #
-# **Explain.** A format is fast where the processor has a unit for it *and* the library calls that unit. Without one,
+# **Explain.** With many rows a format can be fast where the processor has a unit for it *and* the library calls that unit. Without one,
 # numbers are converted, multiplied in another format, and rounded back. With a single row the time goes into reading the matrix, so
-# a smaller format can help even without a unit for it. So the article's advice needs two conditions,
-# and the rule is: measure. Chapter 03's int8 brings its own kernel. On a GPU: TF32 and bf16 from Ampere on,
+# a smaller format can help even without a unit for it, and need not help with one: compare bfloat16 in the two processes. So the
+# article's advice needs conditions, and the rule is: measure. Chapter 03's int8 brings its own kernel. On a GPU: TF32 and bf16 from Ampere on,
 # fp16 since Volta; a T4 has fp16 but only emulates bf16.
 
 # %% [markdown]
-# **Why not autocast?** It was made for training: weights stay float32 and are cast again for *every* product. For
-# inference, cast once: `model.to(torch.bfloat16)`. (The article's listing imports `autocast` and `GradScaler` and calls
+# **Why not autocast?** It was made for training: weights stay float32, and each `with` block casts them again when a product needs
+# them. For inference, cast once: `model.to(torch.bfloat16)`. (The article's listing imports `autocast` and `GradScaler` and calls
 # neither.) Count the casts in one decoding step.
 
 # %%
@@ -914,9 +914,9 @@ del evicting
 
 # %% [markdown]
 # **Explain.** The interval says whether this machine has such a cache at all (a virtual machine shares it with neighbours, and on a GPU
-# it is the L2). Where cold is slower, compare the difference with the time of reading all weights once: that is the most that a cache
-# can save. Of the ladder's steps only the first of each sample may be cold. The stored run below takes one step a sample, so there
-# all may be, and its second panel has a model that is always cold.
+# it is the L2). Where cold is slower, compare the difference with the time of reading all weights once at the bandwidth of a long sum. A smaller
+# difference says that a cache saves a part of that only; a larger one, that more than the weights was pushed out, or is read more slowly. Of
+# the ladder's steps only the first of each sample may be cold. The stored run below takes one step a sample, so there all may be, and its second panel has a model that is always cold.
 
 # %% [markdown]
 # On a GPU the gains are others; published for a 7B Llama on an A100 (gpt-fast): eager 25.5 tokens/s, compiled with a static cache 107,
@@ -969,8 +969,8 @@ for name in ("fp32", "int8", "int4"):
 # ## 11 · The CPU is an accelerator too
 #
 # It has the same three limits, and levers of its own: compile, formats that its units know, kernels that unpack inside (all
-# on the ladder above), and **threads**. One core alone cannot use the whole memory: it waits for a few cache lines of 64
-# bytes at a time. Memory hangs on **channels**, 8 bytes wide. By Little's law (Little 1961),
+# on the ladder above), and **threads**. One core alone often cannot use the whole memory: it has only so many cache lines of 64
+# bytes on their way at a time. Memory hangs on **channels**, 8 bytes wide. By Little's law (Little 1961),
 #
 # $$\text{threads} = \left\lceil \frac{\text{channels} \cdot \text{transfers/s} \cdot 8}{\text{lines} \cdot 64 / \text{latency}} \right\rceil$$
 #
@@ -1063,10 +1063,10 @@ plt.show()
 # may **spin**: it starts sooner than one that sleeps, and holds a core all the while. Each engine had brought its own
 # threads, and those of the idle ones spun.
 #
-# Here is the same in small. Three processes time one product in NumPy with a thread for each core. Two have nothing else in
-# them. In the third, PyTorch has computed something once and is idle since; its threads are told to spin, as
-# some engines' threads do without being told. Whoever is not asked is *stopped* (`SIGSTOP`), so that the three cannot disturb one another.
-# **Predict:** by how much does the idle engine slow the third?
+# Here is the same in small. Four processes time one product in NumPy with a thread for each core. Two have nothing else in
+# them. In the other two, PyTorch has computed something once and is idle since: in one its threads are told to spin, as
+# some engines' threads do without being told, in the other to sleep. Whoever is not asked is *stopped* (`SIGSTOP`), so that the four cannot
+# disturb one another. **Predict:** by how much does each idle engine slow its process?
 
 # %%
 import signal
@@ -1077,7 +1077,7 @@ from labutils.course.bench.child import Child, environment
 PROGRAM = """
 import sys, time
 import numpy as np
-if sys.argv[1] == "two engines":
+if "beside" in sys.argv[1]:
     import torch
     torch.ones(512, 512) @ torch.ones(512, 512)  # starts its threads
 weights, x = np.ones((4096, 1024), np.float32), np.ones((1024, 8), np.float32)
@@ -1089,36 +1089,42 @@ for line in sys.stdin:
         weights @ x
     print(time.perf_counter() - began, flush=True)
 """
-names = {"alone": "alone", "alone, another process": "alone", "beside an idle engine": "two engines"}
-settings = environment(available_cores()) | {"OMP_WAIT_POLICY": "ACTIVE"}
-spent = {name: [] for name in names}
+names = {"alone": "ACTIVE", "alone, another process": "ACTIVE"}
+names |= {"beside an idle engine that spins": "ACTIVE", "beside one that sleeps": "PASSIVE"}
+settings, spent = environment(available_cores()), {name: [] for name in names}
 if hasattr(signal, "SIGSTOP"):
-    children = {n: Child([sys.executable, "-c", PROGRAM, kind], environment=settings) for n, kind in names.items()}
+    children = {
+        name: Child([sys.executable, "-c", PROGRAM, name], environment=settings | {"OMP_WAIT_POLICY": policy})
+        for name, policy in names.items()
+    }
     jobs = {name: (lambda name=name: spent[name].append(children[name].ask("go"))) for name in children}
     measure_interleaved(jobs, repeats=9, warmup=1)
     for child in children.values():
         child.close()
 else:
-    print("this system cannot stop a process, so the three would disturb one another: not measured")
+    print("this system cannot stop a process, so the four would disturb one another: not measured")
 
 # %%
 if spent["alone"]:
     seconds = {name: its[1:] for name, its in spent.items()}  # without the warm-up
-    again, idle = (paired_ratio(seconds[name], seconds["alone"]) for name in list(names)[1:])
+    again, idle, asleep = (paired_ratio(seconds[name], seconds["alone"]) for name in list(names)[1:])
     figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
     for index, (name, its) in enumerate(seconds.items()):
         axes.plot([50 * s for s in its], [name] * len(its), linestyle="", alpha=0.6, **series_style(index))
     said = "no difference seen: {}" if idle.low <= 1 <= idle.high else "{} of the time alone"
-    axes.set(xlabel="ms a product, nine rounds", title=f"Beside an idle engine, {said.format(idle)}", xlim=(0, None))
+    axes.set(
+        xlabel="ms a product, nine rounds", title=f"Beside an engine that spins, {said.format(idle)}", xlim=(0, None)
+    )
     plt.show()
-    print(f"the same program in two processes: {again}; on {available_cores()} cores")
+    print(f"the same program in two processes: {again}; beside one that sleeps: {asleep}; on {available_cores()} cores")
 
 # %% [markdown]
-# *Milliseconds of a product in each of the three processes; a point is a round. The title compares the third process with the first,
+# *Milliseconds of a product in each of the four processes; a point is a round. The title compares the third process with the first,
 # round by round.*
 #
-# **Explain.** The two equal processes show how far equal things differ here: a difference as small as theirs says nothing. On one core there
-# is no second thread, and so nothing to see. `python -m labutils bench quantization` gives each engine a process of its own and
+# **Explain.** The two equal processes show how far equal things differ here: a difference as small as theirs says nothing. The fourth has
+# the same two libraries as the third: what the third loses and it does not, spinning costs. On one core there is no second thread, and so
+# nothing to see. `python -m labutils bench quantization` gives each engine a process of its own and
 # stops it while another is timed; it, too, times one engine in two processes before it believes a difference.
 
 # %% [markdown]
@@ -1228,8 +1234,8 @@ if has_triton:
     print(done.stdout or done.stderr)
 
 # %% [markdown]
-# Now a program for each row. PyTorch computes RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4) in several passes over
-# memory; a fused kernel reads the row once and writes it once:
+# Now a program for each row. transformers computes RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4) by several operators, each a
+# pass over memory; a fused kernel reads the row once and writes it once:
 #
 # $$y_j = \frac{x_j}{\sqrt{\tfrac{1}{n}\sum_k x_k^2 + \varepsilon}}\; g_j$$
 #
@@ -1424,8 +1430,8 @@ else:
     print("compiled and timed: not run on a GPU")
 
 # %% [markdown]
-# Right on paper; does it run on a GPU? That needs one. But Triton's *compiler* needs none: it makes the machine code of
-# any NVIDIA GPU on any Linux computer. Does the attention kernel use the matrix units of each?
+# Right on paper; does it run on a GPU? That needs one. But Triton's *compiler* needs none: it makes
+# machine code for NVIDIA's GPUs on a computer that has none. Does the attention kernel use the matrix units of each?
 
 # %%
 if has_triton:
@@ -1519,8 +1525,9 @@ for name, (bits, _) in ways_to_store.items():
     )
 
 # %% [markdown]
-# (An error is $\lVert \hat y - y \rVert / \lVert y \rVert$ of the product.) MXFP4 saves a quarter of a bit, and pays with scales that are powers of two.
-# NVFP4 and int4 take the same bits: NVFP4 has twice as many scales, and its codes lie closer together near zero.
+# (An error is $\lVert \hat y - y \rVert / \lVert y \rVert$ of the product.) MXFP4 saves a quarter of a bit against NVFP4: half as many
+# scales, and each a power of two; what each of the two costs, this table does not separate. NVFP4 and int4 take the same bits: NVFP4 has twice as
+# many scales, and its codes lie closer together near zero.
 
 # %% [markdown]
 # ## 13 · What does it cost?
@@ -1568,7 +1575,7 @@ cost_widget(1 / timings["fp32"].median_s, joules_per_token=per_token["fp32"])
 # - a timing that waits, a batch that balances, copies that hide, an error that says what would fit;
 # - thirteen rungs by name, each held against its twin, each with its reason where a device lacks it;
 # - kernels of your own, right to a few roundings and compiled for GPUs that were not there;
-# - threads, channels and formats of a CPU, measured where you are;
+# - threads and formats of a CPU, measured where you are, and its channels, computed;
 # - the price of a million tokens.
 #
 # This machine's ladder stands in section 10. **On a GPU: not run**, for none could be had: `data/results/h200.jsonl` does

@@ -564,7 +564,8 @@ for name in ("int8", "int4"):
     print(f"{name} on a DSP: {dsp.luts} LUTs and {dsp.dsps} of the chip's 28 DSPs")
 
 # %% [markdown]
-# *LUTs for one product of each precision: the adder for the sum, as wide as 8.5 asks, and the rest, the multiplier (for binary x 8: XNORs and their count).*
+# *LUTs for one product of each precision: the adder for the sum, as wide as 8.5 asks, and the rest, the multiplier (of signs: XNORs, and for
+# binary x 8 their count).*
 #
 # **Explain.** The multiplier shrinks roughly with b², the adder only with the width of the sum (the LUTs printed beside a DSP are the adder
 # alone): for a single sign it is nearly everything, until eight signs share one. DSPs are free area while they last: a 25k chip has 28, an
@@ -737,9 +738,9 @@ my_arrays.compare(best[64] / arrays["8x8 int8, acc25, pipelined, LUT"][1])
 
 # %% [markdown]
 # **Explain.** The first column compares the CPU with an array that is never loaded and never drained. The other two let the array load,
-# stream and drain by section 2's formula, as it was built: with one row it is mostly busy loading. An 8 × 8 int8 array on a small FPGA is far
-# slower than one core of a computer; signs come nearest, and signs ruin the model (section 8). A CPU core multiplies dozens of int8 pairs a
-# cycle, at many times the clock. FPGAs of another size do compete: LUT-LLM (arXiv:2511.06174) reports a 1.7B language model on an AMD V80,
+# stream and drain by section 2's formula, as it was built: with one row nearly all cycles go into loading and draining. An 8 × 8 int8 array
+# on a small FPGA is far slower than one core of a computer; signs come nearest, and signs ruin the model (section 8). A CPU core can multiply
+# dozens of int8 pairs a cycle, at many times the clock. FPGAs of another size do compete: LUT-LLM (arXiv:2511.06174) reports a 1.7B language model on an AMD V80,
 # with tables in place of multipliers; FlightLLM (arXiv:2401.03868) runs 7B models on a U280 with HBM.
 #
 # And we have not fed it yet. The OrangeCrab board carries this chip and a 16-bit DDR3L memory; Lattice's note on fast I/O (FPGA-TN-02035,
@@ -765,7 +766,7 @@ for name, size in BYTES.items():
 # the array reaches when it loads, streams and drains each tile. The lower of the two counts. Activations, attention and control are left out,
 # so all of it is optimistic.*
 #
-# **Explain.** Of the three numbers in a line the smallest decides. "Loading hidden" is an array that loads the next tile while it works: even then
+# **Explain.** The smaller of memory and array decides. "Loading hidden" is an array that loads the next tile while it works: even then
 # weights enter N a cycle, one for each column, and each is used once. An array is built for weights that stay; decoding brings new ones in every cycle.
 #
 # **Why there is no power figure here.** Efficiency is what FPGAs are praised for. But no step of this flow measures power: it needs the chip's
