@@ -527,7 +527,7 @@ plt.show()
 print(techniques_table(records, x="speed", y="task score"))
 
 # %% [markdown]
-# *A point leads if no other is surely better on one axis without being surely worse on the other; it is beaten if another is surely better on both. Intervals: 95% bootstrap, over eight rounds of requests (speed) and over the requests (right answers).*
+# *A point leads if no other is surely better on one axis without being surely worse on the other; it is beaten if another is surely better on both. Intervals: 95% bootstrap, over eight rounds of requests (speed) and over the requests (right answers). The tokens of a vote are those of all its samples.*
 #
 # Right answers are counted, so many techniques stand on one line: forty requests cannot tell them apart, and speed alone decides among them. Where all are right, the bootstrap's interval has no width; chapter 12's rule of three
 # still allows 3 of 40 to go wrong. Bits per byte are finer. They are paired by document, and they ask the model about text that is no service request at all: short beginnings of modules, which cost more bits a byte than a whole
