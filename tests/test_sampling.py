@@ -26,6 +26,9 @@ def test_filters_by_hand():
 
 def test_greedy_by_hand():
     assert greedy(torch.tensor([[1.0, 3.0, 3.0], [5.0, 4.0, 0.0]])).tolist() == [1, 0]
+    assert greedy(torch.tensor([[1.0, float("-inf")]])).tolist() == [0]
+    with pytest.raises(ValueError, match="got NaN"):  # PyTorch's argmax takes it for the largest
+        greedy(torch.tensor([[0.0, 1.0], [3.0, float("nan")]]))
 
 
 @settings(deadline=None, max_examples=30)

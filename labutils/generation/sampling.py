@@ -20,8 +20,14 @@ def greedy(logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
 
     >>> greedy(torch.tensor([[0.1, 0.7, 0.2]])).tolist()
     [1]
+
+    Raises:
+        ValueError: If a logit is NaN, which PyTorch takes for the largest; on a GPU, where to ask is to wait, it is taken.
     """
-    return logits.argmax(dim=-1)
+    tokens = logits.argmax(dim=-1)
+    if logits.is_cpu and logits.gather(-1, tokens[..., None]).isnan().any():
+        raise ValueError("a token is chosen among numbers; got NaN among the logits")
+    return tokens
 
 
 def apply_temperature(logits: Float[Tensor, "batch vocab"], temperature: float) -> Float[Tensor, "batch vocab"]:
