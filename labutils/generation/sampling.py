@@ -22,7 +22,7 @@ def greedy(logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
     [1]
 
     Raises:
-        ValueError: If a logit is NaN, which PyTorch takes for the largest; on a GPU, where to ask is to wait, it is taken.
+        ValueError: On a CPU, if a logit is NaN, which PyTorch takes for the largest. A GPU would have to be waited for.
     """
     tokens = logits.argmax(dim=-1)
     if logits.is_cpu and logits.gather(-1, tokens[..., None]).isnan().any():
