@@ -183,11 +183,9 @@ def _generate(
     model, token_ids, max_new_tokens, cache, choose, stop, mask=None, pad_token_id=None, step=decode_one_token
 ) -> LongerIds:
     text = _Text(token_ids, max_new_tokens, stop, mask, pad_token_id)
-    logits = prefill(model, token_ids, cache, attention_mask=mask)
-    text.append(choose(logits))
+    text.append(choose(prefill(model, token_ids, cache, attention_mask=mask)))
     while not text.finished:
-        logits = step(model, text.last_ids, cache, text.mask)
-        text.append(choose(logits))
+        text.append(choose(step(model, text.last_ids, cache, text.mask)))
     return text.token_ids
 
 
