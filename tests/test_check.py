@@ -310,6 +310,12 @@ def test_a_lesson_after_the_last_exercise_needs_no_second_run(root, monkeypatch)
     assert play(root, monkeypatch, (9, "timeout"))[0] == ("right", "right", "right")
 
 
+def test_a_kernel_that_does_not_start_is_started_again(root, monkeypatch):
+    assert play(root, monkeypatch, (0, "dead"), (None, "")) == (("right", "right", "right"), [])
+    found, notes = play(root, monkeypatch, (0, "dead"), (0, "dead"))
+    assert found == ("not run", "not run", "not run") and len(notes) == 1
+
+
 def test_a_lesson_before_all_exercises_accuses_nobody(root, monkeypatch):
     assert play(root, monkeypatch, (1, "dead"))[0] == ("not run", "not run", "not run")
 

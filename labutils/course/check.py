@@ -106,9 +106,8 @@ class _Checking:
                 break
             replaced |= {culprit}
         for exercise in self.exercises:
-            hint = translated("the lesson before it did not run: see the notes")
-            unknown = Verdict(exercise.title, verdicts.NOT_RUN, hint)
-            verdict = self.found.setdefault(exercise.name, unknown)
+            unknown = translated("the lesson before it did not run: see the notes")
+            verdict = self.found.setdefault(exercise.name, Verdict(exercise.title, verdicts.NOT_RUN, unknown))
             if exercise.name in first.changed_checks:
                 self.found[exercise.name] = replace(verdict, note=verdicts.CHEATED)
         return Report(self.reference.stem, [self.found[e.name] for e in self.exercises], self.notes, language())
@@ -117,7 +116,10 @@ class _Checking:
         """Run once; record what is new; name the exercise that ended the run early, if one did."""
         cells = transplant(self.reference.cells, self.learner, keep=replaced).cells
         notebook = prepared(cells, self.exercises)
-        records, running, reason = run_cells(notebook, self.startup, self.root, self.timeout_s, self.limits)
+        for _ in range(2):  # a kernel that never came to an answer: another program had taken one of its ports
+            records, running, reason = run_cells(notebook, self.startup, self.root, self.timeout_s, self.limits)
+            if records.get(0, {}).get("fatal") != "dead":
+                break
         code = [index for index, cell in enumerate(cells) if cell["cell_type"] == "code"]
         by_cell = {code[number]: record for number, record in records.items()}
         for exercise in self.exercises:
@@ -129,9 +131,7 @@ class _Checking:
 
     def _judge(self, exercise: Exercise, by_cell: dict) -> None:
         answer, check = by_cell.get(exercise.cell), by_cell.get(exercise.check)
-        if exercise.name in self.found or answer is None or answer["fatal"]:
-            return
-        if check is None and answer["passed"]:
+        if exercise.name in self.found or answer is None or answer["fatal"] or (check is None and answer["passed"]):
             return
         if check is None or not check["fatal"]:
             self.found[exercise.name] = verdicts.judge(exercise.title, answer, check or {})
