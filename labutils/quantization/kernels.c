@@ -366,17 +366,17 @@ static void quantize_token(
             largest.i = size > largest.i ? size : largest.i;
         }
         float inverse = largest.f > 1e-30f ? 127.0f / largest.f : 0.0f;
-        int32_t sum = 0;
+        uint32_t sum = 0;  // wraps around where numbers are not finite
         for (int k = 0; k < MAX_BLOCK; k++) {  // 1.5 * 2^23 has no bits left for a fraction: adding it rounds
             v.f[k] = v.f[k] * inverse + 12582912.0f;
-            v.i[k] = (int8_t)(v.i[k] - 0x4B400000);
-            sum += v.i[k];
+            v.i[k] -= 0x4B400000;
+            sum += (uint32_t)v.i[k];
         }
         int8_t rounded[MAX_BLOCK];
         for (int k = 0; k < MAX_BLOCK; k++) rounded[k] = (int8_t)v.i[k];
         for (int k = 0; k < block; k += 4) memcpy(codes + k * apart, rounded + k, 4);
         *scales = largest.i >= 0x7f800000 ? NAN : largest.f > 1e-30f ? largest.f / 127.0f : 0.0f;
-        *sums = middle * (float)sum;
+        *sums = middle * (float)(int32_t)sum;
     }
 }
 
