@@ -23,8 +23,10 @@ SMALLER = {
         "speed_subject()": "speed_subject(num_hidden_layers=2)",
     },
     "03_quantizing_a_language_model": {
-        "LIMIT_BYTES = 1000": "LIMIT_BYTES = 400",
+        "LIMIT_BYTES = 1000": "LIMIT_BYTES = 100",
+        "held_out_dialogues()": "held_out_dialogues(bundles=5)",
         "count=40": "count=20",
+        "code=8, dialogues=8": "code=4, dialogues=4",
         "[:255]": "[:63]",
         "ROWS, N = 16384, 8192": "ROWS, N = 512, 1024",
         "speed_subject(num_hidden_layers=6": "speed_subject(num_hidden_layers=1",
@@ -60,7 +62,6 @@ SMALLER = {
         "vocab_size=4096)": "vocab_size=4096, num_hidden_layers=2)",
     },
     "12_applications": {
-        "sounds[:6]": "sounds[:5]",
         "10_000": "1_000",
         '{"grammar": 8, "language model": 5}': '{"grammar": 5, "language model": 5}',
         "(40, 20, 10, 0)": "(40, 0)",
