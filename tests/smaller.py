@@ -62,6 +62,7 @@ SMALLER = {
         "vocab_size=4096)": "vocab_size=4096, num_hidden_layers=2)",
     },
     "12_applications": {
+        "sounds[:6]": "sounds[:5]",
         "10_000": "1_000",
         '{"grammar": 8, "language model": 5}': '{"grammar": 5, "language model": 5}',
         "(40, 20, 10, 0)": "(40, 0)",
