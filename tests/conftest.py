@@ -3,6 +3,7 @@
 LABUTILS_CHECK_SHAPES=0 leaves that out: whole chapters then run at a learner's speed.
 """
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -16,12 +17,14 @@ if os.environ.get("LABUTILS_CHECK_SHAPES") != "0":
     check_all()
 
 from labutils.lab.paths import tool_cache_dir
+from labutils.measurement.limits import status_bytes
 
 os.environ.pop("LABUTILS_LANGUAGE", None)  # the tests read English hints
 
 # The FPGA tools are compiled once, whatever folder a test calls the learner's.
 os.environ.setdefault("YOWASP_CACHE_DIR", str(tool_cache_dir().resolve()))
 
+LEFT_BEHIND = 20_000_000  # bytes
 ASIDE = {
     "torchao": "torchao==0.18.0",
     "gguf": "gguf==0.19.0",
@@ -39,6 +42,21 @@ ASIDE = {
     "optuna": "optuna==5.0.0",
     "colorlog": "colorlog==6.12.0",  # optuna needs it
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freed_memory_goes_back():
+    """Hundreds of modules share a process: what one has freed must not stay with it.
+
+    Looking for garbage takes half a second, so it is done after those that have left much behind.
+    """
+    before = status_bytes("VmRSS") or 0
+    yield
+    if (status_bytes("VmRSS") or 0) > before + LEFT_BEHIND:
+        from labutils.quantization.packed import return_freed_memory
+
+        gc.collect()
+        return_freed_memory()
 
 
 @pytest.fixture(scope="session")

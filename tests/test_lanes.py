@@ -15,6 +15,8 @@ from hand_ins import DEMO
 from lanes import _both, read_wrong_answers, run_lanes
 from smaller import SMALLER
 
+from labutils.quantization.packed import return_freed_memory
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "notebooks" / "source").glob("[0-9][0-9]_*.py"))
 NEEDS = {"06_gpu_acceleration": "triton", "07_tpu_and_xla": "jax", "08_fpga": "amaranth"}  # packages of optional extras
@@ -30,6 +32,7 @@ def _isolated(monkeypatch, tmp_path):
     monkeypatch.setenv("LABUTILS_HOME", str(tmp_path / "learner"))
     yield
     gc.collect()  # a chapter's names are a circle: its functions know them
+    return_freed_memory()
     torch.set_printoptions(profile="default")  # a chapter may choose its own; doctests of this process come later
 
 
