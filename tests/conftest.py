@@ -55,6 +55,8 @@ def freed_memory_goes_back():
     if (status_bytes("VmRSS") or 0) > before + LEFT_BEHIND:
         from labutils.quantization.packed import return_freed_memory
 
+        if "jax" in sys.modules:
+            sys.modules["jax"].clear_caches()  # of programs that were compiled for this module's shapes
         gc.collect()
         return_freed_memory()
 
