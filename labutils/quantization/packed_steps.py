@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from labutils.lab.layers.architecture import require_token_ids
 from labutils.quantization.kernels import Layer, Model, Sampling, Shape, Weight, float_weight
 from labutils.quantization.packed import CHUNK, MAX_BLOCK, ROWS, PackedLinear, PackedWeight, return_freed_memory
 
@@ -175,7 +176,7 @@ class FewTokens:
                 its_rows = min(max(rows - (len(token_ids) - end), 0), end - start)
                 made.append(self.read(token_ids[start:end], position + start, its_rows))
             return np.concatenate([hidden for hidden, _ in made]), torch.cat([logits for _, logits in made])
-        self._require_tokens(token_ids)
+        require_token_ids(token_ids, self.vocab)
         self.tokens[: len(token_ids)] = token_ids
         self._place(len(token_ids), position)
         logits = self.logits if rows == 1 else torch.empty(rows, self.logits.shape[1])
@@ -196,7 +197,7 @@ class FewTokens:
             MemoryError: when there is no room for the tokens' codes.
             ValueError: for a sampler's impossible settings, or where logits are not finite.
         """
-        self._require_tokens([token])
+        require_token_ids([token], self.vocab)
         tokens, stops = np.full(count + 1, token), np.array(list(stop), np.int64)
         self._place(1, position)
         addresses = tokens.ctypes.data, count, self.rows.ctypes.data, stops.ctypes.data
@@ -213,7 +214,7 @@ class FewTokens:
         Raises:
             IndexError: for an id that is no token's.
         """
-        self._require_tokens(token_ids)
+        require_token_ids(token_ids, self.vocab)
         tokens, hidden = np.array(token_ids, np.int64), np.empty((len(token_ids), self.hidden.shape[1]), np.float32)
         self.library.embed(self.model, tokens.ctypes.data, len(tokens), hidden.ctypes.data)
         return hidden
@@ -262,12 +263,6 @@ class FewTokens:
         uniforms = sampler.uniforms(count).cpu()
         top_k, top_p = sampler.top_k or self.logits.shape[1], sampler.top_p or 1.0
         return Sampling(sampler.temperature, top_p, top_k, uniforms.data_ptr()), uniforms
-
-    def _require_tokens(self, token_ids: Sequence[int]) -> None:
-        """C would read another array's memory in place of a row that the embedding does not have."""
-        if min(token_ids) < 0 or max(token_ids) >= self.vocab:
-            wrong = next(each for each in token_ids if not 0 <= each < self.vocab)
-            raise IndexError(f"token ids must be 0 to {self.vocab - 1}; got {int(wrong)}")
 
     def _place(self, count: int, position: int) -> None:
         """One stream: a single block, and tokens side by side."""
