@@ -1426,7 +1426,7 @@ for name, grammar in {"plain": None, "masked": usual}.items():
     print(f"asked for JSON in words, {name}: {valid} of {len(texts)} valid; for instance {texts[0]!r}")
 for way in ("JSON, any tokens", "JSON, masked"):
     said = {intent_in(text) for text, *_ in results[way]}
-    print(f"{way}: {len(results[way])} customers, {len(said)} different intents named")
+    print(f"{way}: {len(results[way])} customers, different intents named: {len(said)}")
 first = results["JSON, any tokens"][0][1]
 print("cut as the model likes:", [TOKENS[t].decode(errors="replace") for t in first[:12]], "…")
 by_code = json.dumps(
