@@ -1147,7 +1147,7 @@ plt.show()
 # <details><summary>Explain</summary>
 #
 # As the rate grows, more requests share a step. The step becomes longer, so the time per token rises first, while nobody waits yet. Once the slots are full, a queue forms
-# and the first token is late for everybody: throughput stays at its limit, and goodput falls. A server that refuses some requests early keeps the others within
+# and the first token is late for everybody: throughput nears its limit, and goodput falls. A server that refuses some requests early keeps the others within
 # their objectives, which is what `max_waiting` is for.
 # </details>
 
