@@ -84,7 +84,8 @@ def test_ours_writes_each_request_s_text_and_shares_no_prefix(ours):
 def test_profile_says_where_the_time_goes_and_leaves_the_engine_as_it_was(ours):
     shares = profile(ours, {"prompts": PROMPTS, "new_tokens": 6, "at_once": 4})
     assert set(shares) == {"matrices", "attention, norms, cache", "head", "sampling", "scheduler"}
-    assert 0.7 < sum(shares.values()) < 1.01 and min(shares.values()) > 0
+    assert 0.7 < sum(shares.values()) < 1.01 and min(shares.values()) >= 0
+    assert min(shares[part] for part in ("matrices", "head", "sampling", "scheduler")) > 0
     assert "read" not in vars(ours.engine.model) and "schedule" not in vars(ours.engine.scheduler)
 
 

@@ -64,15 +64,9 @@ class PagedLlama:
             old, new = (slice(b * self.block_size, (b + 1) * self.block_size) for b in (source, target))
             decoder.keys[:, :, new], decoder.values[:, :, new] = decoder.keys[:, :, old], decoder.values[:, :, old]
         token_ids = [token for c in chunks for token in c.request.token_ids[c.start : c.end]]
-        if decoder.few_tokens:
-            hidden = decoder.few_tokens.embed(token_ids)
-            tables = [np.array(c.request.table, np.int64) for c in chunks]
-            spans = [np.arange(c.start, c.end) for c in chunks]
-            each = [table for table, span in zip(tables, spans, strict=True) for _ in span]
-            decoder.few_tokens.paged(hidden, np.concatenate(spans), each, self.block_size)
-            return hidden
         with np.errstate(over="ignore"), torch.inference_mode():
-            hidden = decoder.embedding(torch.tensor(token_ids)).float().numpy()
+            few = decoder.few_tokens
+            hidden = few.embed(token_ids) if few else decoder.embedding(torch.tensor(token_ids)).float().numpy()
             self._through_layers(hidden, chunks)
         return hidden
 
@@ -85,6 +79,12 @@ class PagedLlama:
 
     def _through_layers(self, hidden: np.ndarray, chunks: Sequence[Chunk]) -> None:
         decoder = self.decoder
+        if decoder.few_tokens:
+            tables = [np.array(c.request.table, np.int64) for c in chunks]
+            spans = [np.arange(c.start, c.end) for c in chunks]
+            each = [table for table, span in zip(tables, spans, strict=True) for _ in span]
+            decoder.few_tokens.paged(hidden, np.concatenate(spans), each, self.block_size)
+            return
         places = [slots(c.request.table, c.end, self.block_size) for c in chunks]
         for index, layer in enumerate(decoder.layers):
             qkv = layer.qkv(rms_norm(hidden, layer.attention_gain, decoder.eps), decoder.matvec)
