@@ -72,9 +72,10 @@ class VocabParallelEmbedding(nn.Module):
         """Looks up what is here.
 
         Raises:
-            IndexError: For an id that is no token's, on every rank: each would give zeros for it.
+            IndexError: On a CPU, for an id that is no token's, on every rank: each would give zeros for it.
         """
-        require_token_ids(token_ids.flatten().tolist(), self.vocab)
+        if token_ids.is_cpu:  # a GPU would have to be waited for
+            require_token_ids(token_ids.flatten().tolist(), self.vocab)
         absent = (token_ids < self.mine.start) | (token_ids >= self.mine.stop)
         rows = nn.functional.embedding((token_ids - self.mine.start).masked_fill(absent, 0), self.weight)
         return self.comm.all_reduce_(rows.masked_fill(absent[..., None], 0.0))

@@ -209,10 +209,10 @@ class PackedEmbedding(nn.Module):
         """Returns the tokens' rows.
 
         Raises:
-            IndexError: for an id that is no row's, as `nn.Embedding` does; compiled code does not look.
+            IndexError: on a CPU, for an id that is no row's, as `nn.Embedding` does; compiled code does not look.
         """
         ids = token_ids.flatten()
-        if not torch.compiler.is_compiling():
+        if ids.is_cpu and not torch.compiler.is_compiling():
             require_token_ids(ids.tolist(), self.packed.out_features)  # behind them, zeros may fill the last tile
         return self.packed.dequantize(ids).view(*token_ids.shape, self.packed.in_features)
 
