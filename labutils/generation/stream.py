@@ -147,7 +147,8 @@ def stream(
         ValueError: If `max_new_tokens` is below 1 or there is more than one prompt.
     """
     if max_new_tokens < 1 or token_ids.shape[0] != 1:
-        raise ValueError(f"streaming needs one prompt and 1 new token; got {tuple(token_ids.shape)}, {max_new_tokens}")
+        got = f"{tuple(token_ids.shape)}, {max_new_tokens}"
+        raise ValueError(f"streaming needs one prompt and at least 1 new token; got {got}")
     return _stream(decoder, tokenizer, token_ids, max_new_tokens, choose, stop)
 
 

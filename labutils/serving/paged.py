@@ -59,13 +59,12 @@ class PagedLlama:
 
     def read(self, step: Step) -> Float[np.ndarray, "tokens hidden"]:
         """Copies the step's blocks, takes in the tokens of its chunks and returns the last layer's output for each."""
-        decoder, chunks = self.decoder, step.chunks
+        decoder, few, chunks = self.decoder, self.decoder.few_tokens, step.chunks
         for source, target in step.copies:
             old, new = (slice(b * self.block_size, (b + 1) * self.block_size) for b in (source, target))
             decoder.keys[:, :, new], decoder.values[:, :, new] = decoder.keys[:, :, old], decoder.values[:, :, old]
         token_ids = [token for c in chunks for token in c.request.token_ids[c.start : c.end]]
         with np.errstate(over="ignore"), torch.inference_mode():
-            few = decoder.few_tokens
             hidden = few.embed(token_ids) if few else decoder.embedding(torch.tensor(token_ids)).float().numpy()
             self._through_layers(hidden, chunks)
         return hidden
