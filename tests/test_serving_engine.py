@@ -214,3 +214,11 @@ def test_cancelling_and_refusals_pass_through():
         serving.submit(Request([1] * 60, max_new_tokens=1))
     with pytest.raises(ValueError, match="must hold a block of 8 positions; got 4"):
         PagedLlama(decoder(4), block_size=8)
+
+
+def test_a_model_must_give_a_row_of_logits_for_each_request_that_is_due():
+    for count in (0, 2):
+        serving = engine()
+        serving.model = lambda step, count=count: torch.ones(count, 3)
+        with pytest.raises(ValueError, match="zip"):
+            run(serving, [Request([1], max_new_tokens=1)])

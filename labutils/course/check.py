@@ -106,8 +106,8 @@ class _Checking:
                 break
             replaced |= {culprit}
         for exercise in self.exercises:
-            unknown = translated("the lesson before it did not run: see the notes")
-            verdict = self.found.setdefault(exercise.name, Verdict(exercise.title, verdicts.NOT_RUN, unknown))
+            hint = translated("the lesson before it did not run: see the notes")
+            verdict = self.found.setdefault(exercise.name, Verdict(exercise.title, verdicts.NOT_RUN, hint))
             if exercise.name in first.changed_checks:
                 self.found[exercise.name] = replace(verdict, note=verdicts.CHEATED)
         return Report(self.reference.stem, [self.found[e.name] for e in self.exercises], self.notes, language())

@@ -47,7 +47,7 @@ class Arena:
         Those that lie so in an arena already stay there: a model's second decoder shares the matrices of the first.
         """
         return_freed_memory()  # of what was put before, among others
-        like = tensors[0].new_empty((sum(len(t) for t in tensors), *tensors[0].shape[1:]))
+        like = tensors[0].new_empty((sum(len(t) for t in tensors), *tensors[0].shape[1:]), device="meta")
         if tensors[0].untyped_storage().data_ptr() in self._all and all(
             a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(tensors)
         ):

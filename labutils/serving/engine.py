@@ -96,13 +96,13 @@ class Engine:
         sampled, failed = {}, []
         if not due:
             return sampled, failed
-        numbers = logits.float().cpu().numpy()  # whose argmax is twenty times as fast as PyTorch's
+        numbers = logits.detach().float().cpu().numpy()  # whose argmax is twenty times as fast as PyTorch's
         finite, likeliest = np.isfinite(numbers).all(axis=1), numbers.argmax(axis=1).tolist()
-        for row, request in enumerate(due):
+        for row, (request, is_finite, token) in enumerate(zip(due, finite, likeliest, strict=True)):
             try:
-                if not finite[row]:
+                if not is_finite:
                     raise ValueError("logits must be finite")
-                sampled[request] = int(request.choose(logits[row : row + 1])) if request.choose else likeliest[row]
+                sampled[request] = int(request.choose(logits[row : row + 1])) if request.choose else token
             except Exception:
                 logger.exception("no token could be drawn")
                 failed.append(request)
